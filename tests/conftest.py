@@ -1,0 +1,36 @@
+"""Profiles of Hypothesis, one torch thread, and the small data that several files use."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
+hypothesis.settings.register_profile(
+    "ci", max_examples=50, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev")
+)
+
+torch.set_num_threads(1)
+
+
+class TorchRandom:
+    """torch's global generator with the three names by which Hypothesis keeps a generator."""
+
+    seed = staticmethod(torch.default_generator.manual_seed)
+    getstate = staticmethod(torch.default_generator.get_state)
+    setstate = staticmethod(torch.default_generator.set_state)
+
+
+_random = TorchRandom()  # Hypothesis keeps a weak reference only
+hypothesis.register_random(_random)
+
+
+@pytest.fixture(scope="session")
+def single_thread() -> dict[str, str]:
+    """The environment of a child process: one torch thread there, too."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,0 +1,67 @@
+"""A third opinion: the formulas of the method as plain loops in float64, without torch."""
+
+import math
+
+
+def softmax(row):
+    top = max(row)
+    powers = [math.exp(value - top) for value in row]
+    return [power / sum(powers) for power in powers]
+
+
+def soften(logits, labels, temperature):
+    return [
+        softmax([value / temperature[label] for value in row])
+        for row, label in zip(logits, labels, strict=True)
+    ]
+
+
+def log_softmax(row):
+    top = max(row)
+    rest = math.log(sum(math.exp(value - top) for value in row))
+    return [value - top - rest for value in row]
+
+
+def soft_label_kl(logits, soft_labels):
+    total = 0.0
+    for row, label in zip(logits, soft_labels, strict=True):
+        for log_q, p in zip(log_softmax(row), label, strict=True):
+            if p > 0:
+                total += p * (math.log(p) - log_q)
+    return total / len(logits)
+
+
+def class_risk_sums(logits, labels, num_classes):
+    sums, counts = [0.0] * num_classes, [0] * num_classes
+    for row, label in zip(logits, labels, strict=True):
+        sums[label] -= log_softmax(row)[label]
+        counts[label] += 1
+    return sums, counts
+
+
+def update_temperature(temperature, class_risk, rate, lower, upper):
+    """class_risk: None for a class without images."""
+    present = [risk for risk in class_risk if risk is not None]
+    if not present or not all(map(math.isfinite, present)):
+        return list(temperature)
+    mean = math.fsum(present) / len(present)
+    gaps = [0.0 if risk is None else risk - mean for risk in class_risk]
+    largest = max(map(abs, gaps))
+    if largest <= len(present) * 2.0**-52 * max(map(abs, present)):
+        return list(temperature)
+    return [
+        min(max(old - rate * gap / largest, lower), upper)
+        for old, gap in zip(temperature, gaps, strict=True)
+    ]
+
+
+def project(x_adv, x_nat, epsilon):
+    """One pixel."""
+    return min(max(min(max(x_adv, x_nat - epsilon), x_nat + epsilon), 0.0), 1.0)
+
+
+def fairness(class_accuracy, ddof=0):
+    count = len(class_accuracy)
+    mean = sum(class_accuracy) / count
+    variance = sum((value - mean) ** 2 for value in class_accuracy) / (count - ddof)
+    return mean, min(class_accuracy), math.sqrt(variance) / mean if mean else 0.0

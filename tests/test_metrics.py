@@ -1,0 +1,103 @@
+"""The laws of class-wise accuracy and fairness."""
+
+import oracles
+import pytest
+import strategies as draw
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import assert_close
+from torch import nn
+
+from absld_min import build_model, evaluate, fairness
+
+accuracies = draw.vectors(0.01, 1)
+
+
+@given(accuracies, st.sampled_from([0, 1]))
+def test_fairness_is_the_formula(accuracy, ddof):
+    result = fairness(accuracy, ddof)
+    assert_close(result, oracles.fairness(accuracy.tolist(), ddof), scale=100, label="fairness")
+    assert result[1] <= result[0] + 1e-15
+
+
+@pytest.mark.parametrize(("ddof", "nsd"), [(0, 0.2733), (1, 0.2881)])
+def test_fairness_of_a_worked_example(ddof, nsd):
+    accuracy = [0.524, 0.678, 0.311, 0.318, 0.339, 0.369, 0.376, 0.468, 0.592, 0.576]
+    average, worst, normalized_std = fairness(torch.tensor(accuracy), ddof)
+    assert round(average, 4) == 0.4551
+    assert round(worst, 3) == 0.311
+    assert round(normalized_std, 4) == nsd
+
+
+@given(accuracies, st.floats(0.01, 100))
+def test_nsd_has_no_scale(accuracy, factor):
+    assert_close(fairness(accuracy * factor)[2], fairness(accuracy)[2], scale=100)
+
+
+@given(st.floats(0, 1), st.integers(2, 9))
+def test_nsd_of_equals_is_zero(value, count):
+    nsd = fairness(torch.full((count,), value))[2]
+    assert_close(nsd, 0.0)
+
+
+@given(accuracies)
+def test_nsd_of_unequals_is_positive(accuracy):
+    if accuracy.max() - accuracy.min() > 1e-6:
+        assert fairness(accuracy)[2] > 0
+
+
+def test_a_class_without_images_is_left_out():
+    assert fairness(torch.tensor([0.5, float("nan"), 1.0]))[:2] == (0.75, 0.5)
+
+
+class Readable(nn.Module):
+    """Takes the class from the first pixel, in steps of 0.1, so that accuracies are known."""
+
+    def forward(self, x):
+        steps = torch.arange(10, device=x.device) / 10
+        return -((x[:, 0, 0, 0].unsqueeze(1) - steps) ** 2)
+
+
+def test_evaluate_counts_by_class():
+    labels = torch.tensor([0, 0, 1, 1, 1, 2])
+    read_as = torch.tensor([0, 1, 1, 1, 1, 0])
+    images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    images[:, 0, 0, 0] = (read_as * 25.5).round().to(torch.uint8)
+    clean, robust = evaluate(Readable(), images, labels, epsilon=0.5)
+    assert clean.tolist() == [0.5, 1.0, 0.0]
+    assert robust.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_epsilon_zero_is_clean_accuracy():
+    images = (draw.images(0, n=40) * 255).to(torch.uint8)
+    model = build_model("convnet", 4, "test")
+    clean, robust = evaluate(model, images, torch.arange(40) % 4, epsilon=0.0)
+    assert torch.equal(clean, robust)
+
+
+def test_parts_give_the_accuracies_of_the_whole(monkeypatch):
+    """In batches of 500, of which the last is short; clean accuracy has no randomness."""
+    images = (draw.images(1, n=1100, side=4) * 255).to(torch.uint8)
+    labels = torch.arange(1100) % 4
+    model = build_model("convnet", 4, "test").eval()
+    clean, _ = evaluate(model, images, labels, epsilon=0.0)
+    with torch.no_grad():
+        correct = model(images / 255).argmax(1) == labels
+    expected = [correct[labels == k].double().mean() for k in range(4)]
+    torch.testing.assert_close(clean.double(), torch.stack(expected), rtol=0, atol=1e-7)
+
+
+def test_pgd20_is_set_as_in_trades(monkeypatch):
+    used = []
+
+    def record(forward, objective, x_nat, noise, **settings):
+        used.append((noise.abs().max().item(), settings))
+        return x_nat
+
+    monkeypatch.setattr("absld_min.pgd", record)
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    evaluate(build_model("convnet", 2, "test"), images, torch.arange(4) % 2, epsilon=8 / 255)
+    ((largest, settings),) = used
+    assert 0.9 * 8 / 255 < largest <= 8 / 255
+    assert settings == {"epsilon": 8 / 255, "step_size": pytest.approx(0.003), "steps": 20}
