@@ -9,7 +9,7 @@ With x a clean image, y its class, v the frozen teacher, f the student:
   D4  loss            5/6 KL(p_adv || z_adv) + 1/6 KL(p_nat || z_nat): one step of SGD
   D5  class risk      R[c] = mean cross-entropy of z_adv (of z_nat) over the images of class c
   D6  temperatures    T <- clip(T - rate * g / max|g|, 0.5, 5), g = R - mean(R), after each epoch
-  D7  schedule        both rates drop tenfold after 215/300, 260/300 and 285/300 of the epochs
+  D7  schedule        lr and rate drop tenfold when 215/300, 260/300, 285/300 of the epochs end
   python absld_min.py                                8x8 digits on a CPU, in about a minute
   python absld_min.py --dataset cifar10              the paper's setting, from nothing to the table
   python absld_min.py --temperature-rate 0           RSLAD: the same with all temperatures 1
@@ -19,7 +19,7 @@ FIGURES
 Decided here: the mean of class risks, not the sum; selection on held-out training images, never
 test images; TRADES' learning rate falls as in D7; last short batches are dropped in training.
 """
-import argparse, hashlib, os, re, signal, sys, tempfile, time
+import argparse, hashlib, os, pathlib, re, signal, sys, tempfile, time
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from typing import Literal, get_args
@@ -223,34 +223,34 @@ def trades_step(config, model, _, temperature, x_nat, labels, noise):
     robust = F.kl_div(log_adv, log_nat, log_target=True, reduction="batchmean")
     loss = F.nll_loss(log_nat, labels) + 6 * robust  # gradient through both sides of the KL
     return loss, temperature.new_zeros(3, temperature.shape[1])  # no class counted: none moves
-def train(config, model, teacher, sets, num_classes, path, step=train_step):
+def train(config, model, teacher, sets, num_classes, path, loss_of=train_step):
     """All epochs; path and the model get the one that is best on the validation images."""
     role, epochs = ("student", config.epochs) if teacher else ("teacher", config.teacher_epochs)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=2e-4)  # [rel]
     temperature = torch.ones(2, num_classes, device=config.device)  # rows: adv, nat
+    milestones = [round(m / 300 * epochs) for m in (215, 260, 285)]  # [rel], of 300 epochs
     best, history = -1.0, []
     print("epoch     lr    loss   clean  robust   worst    NSD temperatures  seconds  images/s")
     for epoch in range(1, epochs + 1):
         start, losses, risks = time.perf_counter(), [], 0
-        decay = 0.1 ** sum(epoch > round(m / 300 * epochs) for m in (215, 260, 285))
-        optimizer.param_groups[0]["lr"] = 0.1 * decay  # D7, [rel]
-        for batch in batches(config, *sets[0], config.seed, role, epoch):
-            loss, risk = step(config, model, teacher, temperature, *batch)
+        lr = optimizer.param_groups[0]["lr"] = 0.1 * 0.1 ** sum(epoch > m for m in milestones)  # D7
+        for step, batch in enumerate(batches(config, *sets[0], config.seed, role, epoch)):
+            loss, risk = loss_of(config, model, teacher, temperature, *batch)
             if not loss.isfinite():  # before the step, which would spread it to all weights
-                raise FloatingPointError(f"{epoch=} {len(losses)=} {loss=} {risk=} {temperature=}")
+                raise FloatingPointError(f"{epoch=} {step=} {loss=} {risk=} {temperature=}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
             risks += risk
-        limits = dict(rate=config.temperature_rate * decay, lower=0.5, upper=5.0)  # [rel]
-        temperature = torch.stack([update_temperature(old, risk / risks[2], **limits)
-                                   for old, risk in zip(temperature, risks)])
+        rate = config.temperature_rate * 0.1 ** sum(epoch >= m for m in milestones)
+        temperature = torch.stack([update_temperature(old, risk / risks[2], rate=rate, lower=0.5,
+                                   upper=5.0) for old, risk in zip(temperature, risks)])  # [rel]
         seconds, loss = time.perf_counter() - start, sum(losses) / len(losses)
         clean, robust = evaluate(model, *sets[1], config.epsilon)
         mean, (average, worst, nsd) = fairness(clean)[0], fairness(robust)
-        history.append([epoch, 0.1 * decay, loss, clean, robust, temperature, seconds])
-        print(f"{epoch:5} {0.1 * decay:6.4f} {loss:7.4f} {mean:7.2%} {average:7.2%}"
+        history.append([epoch, lr, loss, clean, robust, temperature, seconds])
+        print(f"{epoch:5} {lr:6.4f} {loss:7.4f} {mean:7.2%} {average:7.2%}"
               f" {worst:7.2%} {nsd:6.3f}  {temperature.min():4.2f} - {temperature.max():4.2f}"
               f" {seconds:8.1f} {len(losses) * config.batch_size / seconds:9.0f}", flush=True)
         if average + worst > best:
@@ -275,8 +275,8 @@ def load_weights(model, path):  # a state dict, bare or wrapped
             state = state.get(wrapper, state)
         sound = content.get("sha256", digest(state)) == digest(state)
     except Exception as error:  # a broken file can make the unpickler raise anything
-        start, types = open(path, "rb").read(20), re.findall(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"{path}: no state dict, or half of one: {types or start}") from error
+        held = re.findall(r"GLOBAL (\S+)", str(error)) or pathlib.Path(path).read_bytes()[:20]
+        raise ValueError(f"{path}: no state dict, or half of one, but {held}") from error
     if not sound:
         raise ValueError(f"{path}: its tensors have changed since their SHA-256 was taken")
     odd, state = state.keys(), {re.sub(r"^((module|model|_orig_mod)\.)+", "", name): tensor
@@ -310,7 +310,7 @@ def main(argv=None):  # exit codes: 2 usage, 3 data, 4 teacher, 5 not finite, 1 
         torch.backends.cudnn.deterministic = True
         os.makedirs(config.out, exist_ok=True)
         print(f"seed {config.seed}, device {config.device}, torch {torch.__version__}")
-        code, way_out = 3, "--data needs {train,test}/CLASS/*, or CIFAR's archive, digits nothing"
+        code, way_out = 3, f"needed in {config.data}: {{train,test}}/CLASS/*, or CIFAR's tar.gz"
         sets, classes = load_data(config)
         teacher, student = (build_model(name, len(classes), config.seed, role).to(config.device)
             for role, name in (("teacher", config.teacher_model), ("student", config.student)))

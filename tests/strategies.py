@@ -26,9 +26,7 @@ def labelled(draw, bound=20.0):
     logits = draw(matrices(bound=bound))
     n, c = logits.shape
     labels = torch.tensor(draw(st.lists(st.integers(0, c - 1), min_size=n, max_size=n)))
-    temperature = torch.tensor(
-        draw(st.lists(temperatures, min_size=c, max_size=c)), dtype=DTYPE
-    )
+    temperature = torch.tensor(draw(st.lists(temperatures, min_size=c, max_size=c)), dtype=DTYPE)
     return logits, labels, temperature
 
 

@@ -36,9 +36,7 @@ def climb(forward, objective, x_nat, noise, epsilon=EPSILON, step_size=EPSILON /
     return pgd(forward, objective, x_nat, noise, epsilon=epsilon, step_size=step_size, steps=steps)
 
 
-@given(
-    st.lists(st.tuples(st.floats(-2, 3), st.floats(-1, 2)), min_size=1), st.floats(0, 1)
-)
+@given(st.lists(st.tuples(st.floats(-2, 3), st.floats(-1, 2)), min_size=1), st.floats(0, 1))
 def test_projection_is_the_formula(pixels, epsilon):
     """Also where x_nat lies outside of the box: the box has the last word."""
     x_adv, x_nat = torch.tensor(pixels, dtype=draw.DTYPE).unbind(1)

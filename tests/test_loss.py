@@ -11,6 +11,7 @@ from tolerance import EPS, assert_close
 
 from absld_min import absld_loss, soft_label_kl, soften
 
+
 def entropy(p):
     return torch.special.entr(p).sum(1)
 

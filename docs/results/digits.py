@@ -13,7 +13,14 @@ METHODS = {
     "ABSLD `released`": ["--fidelity", "released"],
 }
 SEEDS = range(5)
-COLUMNS = ["clean average", "clean worst", "PGD-20 average", "PGD-20 worst", "PGD-20 NSD", "seconds"]
+COLUMNS = [
+    "clean average",
+    "clean worst",
+    "PGD-20 average",
+    "PGD-20 worst",
+    "PGD-20 NSD",
+    "seconds",
+]
 SCRIPT = Path(__file__).parents[2] / "absld_min.py"
 
 
