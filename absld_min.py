@@ -14,8 +14,8 @@ With x a clean image, y its class, v the frozen teacher, f the student:
   python absld_min.py --dataset cifar10              the paper's setting, from nothing to the table
   python absld_min.py --temperature-rate 0           RSLAD: the same with all temperatures 1
   python absld_min.py --dataset folder --data DIR    your images: DIR/{train,test}/CLASS/*
-FIGURES
-FIGURES
+Digits, seeds 0 to 4 (docs/results/digits.md; 2 cores of an AMD EPYC, torch 2.14.1), PGD-20: NSD
+13.8 +- 2.7 % (RSLAD 18.8 +- 1.1), worst class 54.3 +- 6.1 (50.4 +- 7.4), average 77.6 (80.0).
 Decided here: the mean of class risks, not the sum; selection on held-out training images, never
 test images; TRADES' learning rate falls as in D7; last short batches are dropped in training.
 """
@@ -330,13 +330,13 @@ def main(argv=None):  # exit codes: 2 usage, 3 data, 4 teacher, 5 not finite, 1 
         path = f"{config.out}/student-{config.fidelity}-{config.temperature_rate}-{config.seed}.pt"
         train(config, student, teacher.eval().requires_grad_(False), sets, len(classes), path)
         accuracies = evaluate(student, *sets[2], config.epsilon)
-        print(f"{'class':20}   clean  PGD-20")
+        print(f"{'class':22}   clean  PGD-20")
         for name, clean, robust in zip(classes, *accuracies):
-            print(f"{name:20} {clean:7.2%} {robust:7.2%}")
+            print(f"{name:22} {clean:7.2%} {robust:7.2%}")
         for name, *values in zip(("average", "worst", "NSD"), *map(fairness, accuracies)):
-            print(f"{name:20} " + " ".join(f"{value:7.2%}" for value in values))
+            print(f"{name:22} " + " ".join(f"{value:7.2%}" for value in values))
         worst = accuracies.sort().values[:, : max(1, len(classes) // 10)].mean(1)
-        print(f"{'worst 10 % of classes':20} {worst[0]:7.2%} {worst[1]:7.2%}")
+        print(f"{'worst 10 % of classes':22} {worst[0]:7.2%} {worst[1]:7.2%}")
         for role, model in (("teacher", teacher), ("student", student)):
             print(f"{role} sha256: {digest(model.state_dict())}")
     except (OSError, RuntimeError, ValueError, ArithmeticError) as error:
