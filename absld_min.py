@@ -20,7 +20,7 @@ Decided here: the mean of class risks, not the sum; selection on held-out traini
 test images; TRADES' learning rate falls as in D7; last short batches are dropped in training.
 """
 import argparse, hashlib, os, pathlib, re, signal, sys, tempfile, time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Literal, get_args
 import torch
@@ -229,8 +229,8 @@ def train(config, model, teacher, sets, num_classes, path, loss_of=train_step):
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=2e-4)  # [rel]
     temperature = torch.ones(2, num_classes, device=config.device)  # rows: adv, nat
     milestones = [round(m / 300 * epochs) for m in (215, 260, 285)]  # [rel], of 300 epochs
-    best, history = -1.0, []
-    print("epoch     lr    loss   clean  robust   worst    NSD temperatures  seconds  images/s")
+    best, history = {}, []
+    print("epoch     lr    loss  clean robust  worst    NSD temperatures seconds images/s")
     for epoch in range(1, epochs + 1):
         start, losses, risks = time.perf_counter(), [], 0
         lr = optimizer.param_groups[0]["lr"] = 0.1 * 0.1 ** sum(epoch > m for m in milestones)  # D7
@@ -249,15 +249,16 @@ def train(config, model, teacher, sets, num_classes, path, loss_of=train_step):
         seconds, loss = time.perf_counter() - start, sum(losses) / len(losses)
         clean, robust = evaluate(model, *sets[1], config.epsilon)
         mean, (average, worst, nsd) = fairness(clean)[0], fairness(robust)
-        history.append([epoch, lr, loss, clean, robust, temperature, seconds])
-        print(f"{epoch:5} {lr:6.4f} {loss:7.4f} {mean:7.2%} {average:7.2%}"
-              f" {worst:7.2%} {nsd:6.3f}  {temperature.min():4.2f} - {temperature.max():4.2f}"
-              f" {seconds:8.1f} {len(losses) * config.batch_size / seconds:9.0f}", flush=True)
-        if average + worst > best:
-            best, state = average + worst, {k: v.clone() for k, v in model.state_dict().items()}
-        content = dict(model=state, sha256=digest(state), history=history, config=asdict(config))
+        history.append(dict(epoch=epoch, lr=lr, loss=loss, clean=clean, robust=robust,
+                            temperature=temperature, seconds=seconds, score=average + worst))
+        print(f"{epoch:5} {lr:6.4f} {loss:7.4f} {mean:6.1%} {average:6.1%} {worst:6.1%} {nsd:6.3f}"
+              f"  {temperature.min():4.2f} - {temperature.max():4.2f} {seconds:7.1f}"
+              f" {len(losses) * config.batch_size / seconds:8.0f}", flush=True)
+        if not best or average + worst > best["score"]:
+            best, state = history[-1], {k: v.clone() for k, v in model.state_dict().items()}
+        saved = dict(best, model=state, sha256=digest(state), history=history, config=vars(config))
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-            torch.save(content, f"{folder}/whole")  # then renamed at once: never half a file
+            torch.save(saved, f"{folder}/whole")  # then renamed at once: never half a file
             os.replace(f"{folder}/whole", f"{path}.best")
     os.replace(f"{path}.best", path)  # only a finished run gets the name that is used again
     model.load_state_dict(state)
@@ -330,13 +331,12 @@ def main(argv=None):  # exit codes: 2 usage, 3 data, 4 teacher, 5 not finite, 1 
         path = f"{config.out}/student-{config.fidelity}-{config.temperature_rate}-{config.seed}.pt"
         train(config, student, teacher.eval().requires_grad_(False), sets, len(classes), path)
         accuracies = evaluate(student, *sets[2], config.epsilon)
-        print(f"{'class':22}   clean  PGD-20")
-        for name, clean, robust in zip(classes, *accuracies):
-            print(f"{name:22} {clean:7.2%} {robust:7.2%}")
-        for name, *values in zip(("average", "worst", "NSD"), *map(fairness, accuracies)):
-            print(f"{name:22} " + " ".join(f"{value:7.2%}" for value in values))
         worst = accuracies.sort().values[:, : max(1, len(classes) // 10)].mean(1)
-        print(f"{'worst 10 % of classes':22} {worst[0]:7.2%} {worst[1]:7.2%}")
+        rows = [*zip(classes, *accuracies), ("worst 10 % of classes", *worst)]
+        print(f"{'class':22}   clean  PGD-20")
+        rows += zip(("average", "worst class", "NSD"), *map(fairness, accuracies))
+        for name, clean, robust in rows:
+            print(f"{name:22} {clean:7.2%} {robust:7.2%}")
         for role, model in (("teacher", teacher), ("student", student)):
             print(f"{role} sha256: {digest(model.state_dict())}")
     except (OSError, RuntimeError, ValueError, ArithmeticError) as error:

@@ -145,7 +145,7 @@ def run(tmp_path, config=CONFIG, name="student", teacher=True, step=train_step):
 
 
 def losses(saved):
-    return [row[2] for row in saved["history"]]
+    return [row["loss"] for row in saved["history"]]
 
 
 def test_a_run_is_a_function_of_its_flags(tmp_path):
@@ -169,11 +169,16 @@ def test_what_is_saved(tmp_path):
     model, saved, _ = run(tmp_path)
     assert saved["sha256"] == digest(saved["model"]) == digest(model.state_dict())
     assert saved["config"]["epochs"] == len(saved["history"]) == 4
-    epochs, rates, losses, clean, robust, temperature, seconds = zip(*saved["history"], strict=True)
-    assert epochs == (1, 2, 3, 4) and rates[0] == 0.1 and all(s > 0 for s in seconds)
-    assert all(math.isfinite(loss) for loss in losses)
-    assert all(t.shape == (2, C) and (t >= 0.5).all() and (t <= 5).all() for t in temperature)
-    assert all(a.min() >= 0 and a.max() <= 1 for a in (*clean, *robust))
+    for number, row in enumerate(saved["history"], 1):
+        assert row["epoch"] == number and row["seconds"] > 0 and math.isfinite(row["loss"])
+        temperature = row["temperature"]
+        assert temperature.shape == (2, C)
+        assert (temperature >= 0.5).all() and (temperature <= 5).all()
+        for accuracy in (row["clean"], row["robust"]):
+            assert accuracy.min() >= 0 and accuracy.max() <= 1
+    kept = saved["history"][saved["epoch"] - 1]
+    assert torch.equal(saved["temperature"], kept["temperature"])
+    assert saved["score"] == kept["score"] == max(row["score"] for row in saved["history"])
     assert list(tmp_path.iterdir()) == [tmp_path / "student.pt"]  # no temporary file stays
 
 
@@ -189,6 +194,7 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(absld_min, "evaluate", evaluate)
     model, saved, _ = run(tmp_path)
     assert digest(model.state_dict()) == saved["sha256"] == states[1]
+    assert saved["epoch"] == 2
 
 
 def test_temperatures_move_once_an_epoch_by_the_mean_risk(tmp_path, monkeypatch):
@@ -228,7 +234,7 @@ def schedule(epochs, tmp_path, monkeypatch):
         return sum(p.sum() for p in model.parameters()) * 0, torch.ones(3, C)
 
     _, saved, _ = run(tmp_path, config, step=step)
-    return [row[1] for row in saved["history"]], rates[::2]
+    return [row["lr"] for row in saved["history"]], rates[::2]
 
 
 def test_schedule_of_the_paper(tmp_path, monkeypatch):
@@ -256,7 +262,7 @@ def test_rate_zero_is_rslad(tmp_path, monkeypatch):
     """All temperatures stay 1, and soft labels are a plain softmax: the same weights."""
     config = Config(device="cpu", epochs=2, batch_size=8, epsilon=0.1, temperature_rate=0.0)
     first, saved, _ = run(tmp_path, config)
-    assert all((row[5] == 1).all() for row in saved["history"])
+    assert all((row["temperature"] == 1).all() for row in saved["history"])
     assert losses(run(tmp_path, Config(**(vars(config) | {"temperature_rate": 0.1})))[1]) != losses(
         saved
     )
@@ -275,7 +281,7 @@ def test_readings_part_once_temperatures_have_moved(tmp_path):
 def test_a_teacher_is_trained_with_temperatures_at_rest(tmp_path):
     _, saved, _ = run(tmp_path, name="teacher", teacher=False, step=trades_step)
     assert len(saved["history"]) == CONFIG.teacher_epochs
-    assert all((row[5] == 1).all() for row in saved["history"])
+    assert all((row["temperature"] == 1).all() for row in saved["history"])
 
 
 def test_nan_stops_before_the_optimiser_step(tmp_path):
@@ -305,7 +311,7 @@ def test_two_and_a_hundred_classes(classes, tmp_path):
     path = str(tmp_path / "student.pt")
     sets = [(images, labels), (images[:classes], labels[:classes])]
     train(config, model, teacher.eval().requires_grad_(False), sets, classes, path)
-    assert torch.load(path, weights_only=True)["history"][0][5].shape == (2, classes)
+    assert torch.load(path, weights_only=True)["temperature"].shape == (2, classes)
 
 
 def test_a_failing_save_leaves_the_file_that_was(tmp_path, monkeypatch):

@@ -33,9 +33,9 @@ def run(flags: list[str], seed: int) -> list[float]:
     print(seed, flags, printed[printed.index("class ") :], file=sys.stderr, flush=True)
     table = {
         name: [float(number) for number in re.findall(r"([\d.]+)%", values)]
-        for name, values in re.findall(r"^(average|worst|NSD) (.*)$", printed, re.MULTILINE)
+        for name, values in re.findall(r"^(average|worst class|NSD) (.*)$", printed, re.MULTILINE)
     }
-    clean, robust = zip(table["average"], table["worst"], table["NSD"], strict=True)
+    clean, robust = zip(table["average"], table["worst class"], table["NSD"], strict=True)
     return [*clean[:2], *robust, seconds]
 
 
