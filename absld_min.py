@@ -19,9 +19,8 @@ Digits, seeds 0 to 4 (docs/results/digits.md; 2 cores of an AMD EPYC, torch 2.14
 Decided here: the mean of class risks, not the sum; selection on held-out training images, never
 test images; TRADES' learning rate falls as in D7; last short batches are dropped in training.
 """
-import argparse, hashlib, os, pathlib, re, signal, sys, tempfile, time
+import argparse, fractions, functools, hashlib, os, pathlib, re, signal, sys, tempfile, time
 from dataclasses import dataclass, fields
-from fractions import Fraction
 from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
@@ -262,6 +261,7 @@ def train(config, model, teacher, sets, num_classes, path, loss_of=train_step):
             os.replace(f"{folder}/whole", f"{path}.best")
     os.replace(f"{path}.best", path)  # only a finished run gets the name that is used again
     model.load_state_dict(state)
+train_teacher = functools.partial(train, loss_of=trades_step)  # its argument `teacher` is None
 # ---- Files and main ------------------------------------------------------------------------------
 def digest(state):  # SHA-256 over the sorted names, each followed by dtype, shape, raw bytes
     sha = hashlib.sha256()
@@ -294,7 +294,7 @@ def main(argv=None):  # exit codes: 2 usage, 3 data, 4 teacher, 5 not finite, 1 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="absld_min.py [--FLAG VALUE ...]   (--help lists the flags)", allow_abbrev=False)
-    parser.register("type", float, lambda text: float(Fraction(text)))  # 8/255 too; never nan
+    parser.register("type", float, lambda text: float(fractions.Fraction(text)))  # 8/255 too
     for f in fields(Config):
         kind = dict(action="store_true") if f.type is bool else dict(
             choices=get_args(f.type) or None, type=f.type if f.type in (int, float) else str)
@@ -323,7 +323,7 @@ def main(argv=None):  # exit codes: 2 usage, 3 data, 4 teacher, 5 not finite, 1 
         if os.path.exists(path) or config.teacher:
             load_weights(teacher, path)
         else:
-            train(config, teacher, None, sets, len(classes), path, trades_step)
+            train_teacher(config, teacher, None, sets, len(classes), path)
         accuracy = fairness(evaluate(teacher, *sets[1], 0.0)[0])[0]
         if accuracy < 1 / len(classes) + 0.05 and not config.allow_weak_teacher:
             raise ValueError(f"{path}: near chance, {accuracy:.1%} clean (--allow-weak-teacher)")

@@ -131,7 +131,8 @@ def test_choice_of_student(student, capsys):
 
 def test_choice_of_epochs_and_steps(monkeypatch):
     seen = []
-    monkeypatch.setattr(absld_min, "train", lambda config, *_: seen.append(config))
+    for name in ("train_teacher", "train"):
+        monkeypatch.setattr(absld_min, name, lambda config, *_: seen.append(config))
     flags = "--epochs 7 --teacher-epochs 5 --max-steps 9 --batch-size 32 --seed 4"
     assert main(*flags.split(), "--allow-weak-teacher") == 0
     config = seen[-1]
