@@ -69,6 +69,8 @@ def test_output(capsys):
     assert rows.count(columns) == 2  # teacher and student
     epochs = [row for row in rows if len(row) == len(columns) + 2 and row[0] == "1"]
     assert len(epochs) == 2 and all(row[8] == "-" for row in epochs)
+    (student,) = Path("runs").glob("student*")
+    assert [str(student)] in rows
     assert [row[0] for row in rows if len(row) == 3 and row[0].isdigit()] == list("0123456789")
     assert rows[-2][:2] == ["teacher", "sha256:"] and rows[-1][:2] == ["student", "sha256:"]
     assert len(digests(text)) == 2
@@ -173,7 +175,8 @@ def test_help_lists_every_flag(capsys):
 
 USAGE = [
     ["--epsilon", "2"], ["--epsilon", "nan"], ["--epsilon", "-1"], ["--epsilon", "8/0"],
-    ["--epsilon", "much"], ["--temperature-rate", "-0.1"], ["--temperature-rate", "nan"],
+    ["--epsilon", "much"], ["--temperature-rate", "-0.1"], ["--temperature-rate", "nan"], ["--temperature-rate", "1e39"], ["--epsilon", "1e99999999"],
+    ["--device", "meta"],
     ["--epochs", "0"], ["--teacher-epochs", "-1"], ["--batch-size", "0"], ["--epochs", "2.5"],
     ["--dataset", "imagenet"], ["--student", "vgg"], ["--fidelity", "free"], ["--epoch", "3"],
     ["--no-such-flag"], ["--device", "cuda:99"], ["--device", "toaster"], ["--max-steps", "0"],
@@ -250,7 +253,46 @@ def test_teacher_of_another_architecture_and_of_other_classes(capsys):
     torch.save(build_model("resnet18", 10).state_dict(), "teacher.pt")
     refused(capsys, 4, "nearest: resnet18", "--teacher-model", "--teacher", "teacher.pt")
     torch.save(build_model("convnet", 100).state_dict(), "teacher.pt")
-    refused(capsys, 4, "[100, 64]", "classes", "--teacher", "teacher.pt")
+    refused(capsys, 4, "[100, 64]", "weights", "--teacher", "teacher.pt")
+
+
+def test_teacher_file_with_keys_that_are_no_names(capsys):
+    state = build_model("convnet", 10).state_dict()
+    torch.save(dict(enumerate(state.values())), "teacher.pt")
+    refused(capsys, 4, "no state dict", "weights", "--teacher", "teacher.pt")
+
+
+def test_a_library_or_a_build_without_the_device(capsys, monkeypatch):
+    def zeros(*args, **settings):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    refused(capsys, 3, "sklearn", "", "--device", "cpu")
+    monkeypatch.setattr(torch, "zeros", zeros)
+    refused(capsys, 2, "not compiled with CUDA", "--device cpu", "--device", "cuda")
+
+
+def test_students_of_other_flags_do_not_replace_each_other():
+    for flags in ([], ["--epsilon", "0.05"], ["--student", "resnet18"]):
+        assert main(*QUICK, "--batch-size", 8, "--max-steps", 1, *flags) == 0
+    assert len(list(Path("runs").glob("student*"))) == 3
+
+
+def test_folder_that_takes_no_files_is_found_before_training(capsys, monkeypatch):
+    def refuse(*args, **settings):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    refused(capsys, 2, "not permitted", "--out", "--device", "cpu")
+
+
+def test_class_names_that_the_terminal_cannot_show(tmp_path, single_thread):
+    root = make_folder(tmp_path / "images", classes=["cat", "日本"])
+    flags = ["--dataset", "folder", "--data", str(root), "--student", "convnet"]
+    flags += ["--teacher-model", "convnet", "--batch-size", "4"]
+    child = start(single_thread | {"PYTHONIOENCODING": "ascii"}, *QUICK, *flags)
+    out, err = child.communicate(timeout=120)
+    assert (child.returncode, err) == (0, "") and "\\u65e5\\u672c" in out
 
 
 def test_teacher_near_chance(capsys):

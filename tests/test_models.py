@@ -145,6 +145,7 @@ WRAPPERS = [
     lambda state: {"state_dict": state, "epoch": 3},
     lambda state: {"model": state, "optimizer": {"lr": 0.1}, "epoch": 3},
     lambda state: {"net": state},
+    lambda state: {"model_state_dict": state, "epoch": 3},
     lambda state: {"state_dict": {"net": state}},
     lambda state: {"module." + name: tensor for name, tensor in state.items()},
     lambda state: {"_orig_mod." + name: tensor for name, tensor in state.items()},
@@ -158,7 +159,9 @@ def test_bare_and_wrapped_state_dicts_load(wrap, tmp_path, capsys):
     torch.save(wrap(weights()), path)
     assert digest(loaded(path).state_dict()) == digest(weights())
     said = capsys.readouterr().err
-    renamed = not (wrap(weights()).keys() & {"0.weight", "state_dict", "model", "net"})
+    renamed = not (
+        wrap(weights()).keys() & {"0.weight", "state_dict", "model_state_dict", "model", "net"}
+    )
     assert ("renamed or left out" in said) == renamed
 
 

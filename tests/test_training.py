@@ -102,10 +102,12 @@ def test_both_readings_agree_while_all_temperatures_are_one():
     assert results[0] == results[1]
 
 
-def test_teacher_gets_no_gradient_even_if_it_could():
-    teacher = network("teacher").eval()
+def test_teacher_is_frozen_even_if_handed_over_otherwise():
+    teacher = network("teacher").train()
+    before = digest(teacher.state_dict())
     train_step(CONFIG, network("student"), teacher, TEMPERATURE, *batch())[0].backward()
     assert all(weight.grad is None for weight in teacher.parameters())
+    assert digest(teacher.state_dict()) == before and not teacher.training
 
 
 def test_trades_is_the_formula():
