@@ -1,0 +1,142 @@
+"""Projected gradient descent in the L-infinity ball (D2), and what it can climb.
+
+The attack knows a forward function and an objective of its outputs; teachers, labels and methods
+live in the objective. Pixels, epsilon and step size are in [0,1] units.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Objective = Callable[[Tensor], Tensor]
+"""Outputs (N,C) -> scalar to maximise, summed over the batch: an image's gradient is then the same
+in any company."""
+
+
+def project_linf(
+    x_adv: Float[Tensor, "*shape"], x_nat: Float[Tensor, "*shape"], epsilon: float
+) -> Float[Tensor, "*shape"]:
+    """The nearest point to `x_adv` within `epsilon` of `x_nat`, then inside the pixel box [0,1].
+
+    Source: D2. The ball comes first, so the box has the last word.
+    """
+    return x_adv.clamp(x_nat - epsilon, x_nat + epsilon).clamp(0, 1)
+
+
+def pgd(
+    forward: Callable[[Tensor], Tensor],
+    objective: Objective,
+    x_nat: Float[Tensor, "n *shape"],
+    noise: Float[Tensor, "n *shape"],
+    *,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+) -> Float[Tensor, "n *shape"]:
+    """Climb `objective(forward(x))` by signed gradients from `x_nat + noise`, inside the ball.
+
+    The start is not clipped before the first step: noise moves it off the centre, where the
+    gradient of a KL is zero. Leaves no gradients on parameters and touches no global state; for
+    the mode of the network see `frozen_eval`.
+
+    Source: D2.
+    """
+    x_adv = x_nat + noise
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        # Gradients for the image alone. enable_grad: callers may be under no_grad.
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(objective(forward(x_adv)), x_adv)
+        step = step_size * gradient.sign()
+        x_adv = project_linf(x_adv.detach() + step, x_nat, epsilon)  # D2
+    return x_adv
+
+
+@contextmanager
+def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, `model` is in eval mode and its parameters ask for no gradient.
+
+    Batch norm is not to see the attack, and no work is spent on gradients of weights. On leaving,
+    also by an exception, the training flag of every module and `requires_grad` of every
+    parameter are what they were. Source: D2.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_()
+        for module, training in modes:
+            module.training = training
+
+
+def kl(soft_labels: Float[Tensor, "n c"]) -> Objective:
+    """Objective: KL(soft_labels || student), summed over classes and batch. Source: D2."""
+
+    def objective(logits: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(logits, dim=1), soft_labels, reduction="sum")
+
+    return objective
+
+
+def cross_entropy(labels: Int[Tensor, " n"]) -> Objective:
+    """Objective: cross-entropy with hard labels, summed over the batch. Source: spec, PGD-20."""
+
+    def objective(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    return objective
+
+
+def margin(labels: Int[Tensor, " n"], confidence: float = 50.0) -> Objective:
+    """Objective: the best wrong logit minus the true one, in logits, capped at `confidence`.
+
+    Source: spec, the loss of CW-inf.
+    """
+
+    def objective(logits: Tensor) -> Tensor:
+        true = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+        is_true = F.one_hot(labels, logits.shape[1]).bool()
+        wrong = logits.masked_fill(is_true, -torch.inf).amax(1)
+        return (wrong - true).clamp(max=confidence).sum()
+
+    return objective
+
+
+@dataclass(frozen=True)
+class TrainingAttack:
+    """The inner maximisation with its settings: PGD on a frozen network in eval mode.
+
+    epsilon and step_size in [0,1] pixel units. Source: D2.
+    """
+
+    epsilon: float
+    step_size: float
+    steps: int
+
+    def __call__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        x_nat: Float[Tensor, "n *shape"],
+        noise: Float[Tensor, "n *shape"],
+    ) -> Float[Tensor, "n *shape"]:
+        with frozen_eval(student):
+            return pgd(
+                student,
+                objective,
+                x_nat,
+                noise,
+                epsilon=self.epsilon,
+                step_size=self.step_size,
+                steps=self.steps,
+            )

@@ -1,0 +1,281 @@
+"""Every setting, once: its default, its meaning and its source. Imports no torch.
+
+`TrainConfig` is what training computes with; `Config` adds what a run from the command line
+needs. Flags, recipe files, `absld recipe show` and the record of a run are all made of the fields
+below. `RECIPES` holds what a data set changes.
+"""
+
+import difflib
+import json
+import math
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from fractions import Fraction
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from absld.errors import UsageError
+
+T = TypeVar("T")
+
+RELEASE = "the authors' release"
+OWN = "decided here"
+
+
+def setting(default: T, group: str, meaning: str, source: str) -> T:
+    """A field of a settings class; its metadata is what help and recipes show."""
+    about = {"group": group, "meaning": meaning, "source": source}
+    value: T = field(default=default, metadata=about)
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What a training computes with. Defaults are CIFAR-10's.
+
+    Raises UsageError for a value outside its range.
+    """
+
+    method: Literal["absld", "rslad", "trades"] = setting(
+        "absld", "Method", "how the student is trained", "absld: this project's purpose"
+    )
+    fidelity: Literal["paper", "released"] = setting(
+        "paper", "Method", "two soft labels, or the release's product of both temperatures", OWN
+    )
+    temperature_rate: float = setting(
+        0.1, "Method", "how far the farthest class moves in an epoch; 0 is RSLAD", RELEASE
+    )
+    temperature_lower: float = setting(0.5, "Method", "least class temperature", RELEASE)
+    temperature_upper: float = setting(5.0, "Method", "greatest class temperature", RELEASE)
+    adv_weight: float = setting(5 / 6, "Method", "share of the adversarial KL", RELEASE)
+    kl_scale: float = setting(
+        1.0, "Method", "factor of the loss; 0.1 is the release's mean over classes", OWN
+    )
+
+    seed: int = setting(0, "Training", "of every random number but the split of the data", OWN)
+    epochs: int = setting(300, "Training", "passes over the training images", RELEASE)
+    batch_size: int = setting(128, "Training", "images a step; a short last batch drops", RELEASE)
+    learning_rate: float = setting(0.1, "Training", "of SGD", RELEASE)
+    momentum: float = setting(0.9, "Training", "of SGD", RELEASE)
+    weight_decay: float = setting(2e-4, "Training", "of SGD", RELEASE)
+    milestones: tuple[float, ...] = setting(
+        (215 / 300, 260 / 300, 285 / 300),
+        "Training",
+        "parts of the run after which learning and temperature rate fall to a tenth",
+        RELEASE,
+    )
+    max_steps: int | None = setting(
+        None, "Training", "for a trial: at most so many steps an epoch", OWN
+    )
+    precision: Literal["fp32", "tf32", "bf16"] = setting(
+        "fp32", "Training", "of the networks' arithmetic; weights and losses stay fp32", OWN
+    )
+
+    epsilon: float = setting(8 / 255, "Attack", "L-infinity budget, pixels in [0,1]", RELEASE)
+    relative_step_size: float = setting(0.25, "Attack", "step size, in epsilons", RELEASE)
+    attack_steps: int = setting(10, "Attack", "steps of the training attack", RELEASE)
+    start_noise: float = setting(0.001, "Attack", "deviation of the normal start", RELEASE)
+
+    padding: int = setting(4, "Data", "zero pixels around an image before the crop", RELEASE)
+    flip: float = setting(0.5, "Data", "probability of a mirror image", RELEASE)
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature_rate", 0, 10),
+            ("adv_weight", 0, 1),
+            ("epsilon", 0, 1),
+            ("flip", 0, 1),
+            ("momentum", 0, 1),
+            ("temperature_lower", 1e-3, 1),
+            ("temperature_upper", 1, 1e3),
+        ):
+            if not low <= getattr(self, name) <= high:  # NaN is in no range
+                raise UsageError(
+                    f"{name} must be in [{low}, {high}], not {getattr(self, name)}", SEE_RECIPE
+                )
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("max_steps", 1),
+            ("attack_steps", 0),
+            ("padding", 0),
+            ("start_noise", 0),
+            ("relative_step_size", 0),
+            ("learning_rate", 0),
+            ("weight_decay", 0),
+            ("kl_scale", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (least <= value < math.inf):
+                raise UsageError(f"{name} must be {least} or more, not {value}", SEE_RECIPE)
+        if not all(0 <= part <= 1 for part in self.milestones):
+            raise UsageError(f"milestones are parts of the run, not {self.milestones}", SEE_RECIPE)
+
+    def milestone_epochs(self) -> list[int]:
+        """The epochs after which the rates fall, at the nearest whole epoch. Source: D7."""
+        return [round(part * self.epochs) for part in self.milestones]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """A whole run: training, and where data, networks and results are."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "folder"] = setting(
+        "digits", "Data", "what to train on; digits needs no download", OWN
+    )
+    data: str = setting("data", "Data", "where the images are, or are downloaded to", OWN)
+    select_on: Literal["validation", "test"] = setting(
+        "validation", "Data", "images that choose the best epoch; test only for parity", OWN
+    )
+    student: str = setting(
+        "resnet18", "Networks", "a name, a file, a run or package.module:factory", RELEASE
+    )
+    teacher: str = setting(
+        "", "Networks", "a file, a run or package.module:factory; without one TRADES makes it", OWN
+    )
+    teacher_model: str = setting(
+        "wrn-34-10", "Networks", "the teacher's network: a name or package.module:factory", RELEASE
+    )
+    teacher_epochs: int = setting(76, "Networks", "of a teacher that is made here", "TRADES")
+    allow_weak_teacher: bool = setting(
+        False, "Networks", "go on with a teacher that is near chance", OWN
+    )
+    out: str = setting("runs", "Run", "folder of the runs and their teachers", OWN)
+    device: str = setting("auto", "Run", "auto is cuda where there is one, else cpu", OWN)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_epochs < 1:
+            raise UsageError(f"teacher_epochs must be 1 or more, not {self.teacher_epochs}")
+
+    def training(self) -> TrainConfig:
+        """The settings that the student's training computes with, alone."""
+        return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
+
+    def teacher_training(self) -> TrainConfig:
+        """The settings of a teacher made for this run: TRADES, and nothing of the student's
+        method, so that runs of different methods share it."""
+        of_the_method = {f.name: f.default for f in fields(TrainConfig) if group(f) == "Method"}
+        given: dict[str, Any] = of_the_method | {"method": "trades", "epochs": self.teacher_epochs}
+        return replace(self.training(), **given)
+
+
+SEE_RECIPE = "`absld recipe show digits` lists every setting"
+
+DIGITS_SOURCE = "decided here: 8x8 digits, a small network, minutes on a CPU"
+RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
+    "digits": {
+        "dataset": ("digits", DIGITS_SOURCE),
+        "student": ("convnet", DIGITS_SOURCE),
+        "teacher_model": ("convnet", DIGITS_SOURCE),
+        "epochs": (40, DIGITS_SOURCE),
+        "teacher_epochs": (30, DIGITS_SOURCE),
+        "epsilon": (0.1, DIGITS_SOURCE),
+        "padding": (1, DIGITS_SOURCE),
+        "flip": (0.0, "decided here: a mirrored digit is another sign"),
+    },
+    "cifar10": {"dataset": ("cifar10", "the paper")},
+    "cifar100": {"dataset": ("cifar100", "the paper")},
+    "folder": {"dataset": ("folder", "decided here: CIFAR-10's settings for your images")},
+}
+
+
+def group(setting_field: "Field[Any]") -> str:
+    return str(setting_field.metadata["group"])
+
+
+def resolve(given: Mapping[str, Any]) -> Config:
+    """A whole configuration from the settings given: defaults, then the data set's recipe, then
+    `given`. Raises UsageError for an unknown name or a value of the wrong type."""
+    given = {name: parse(name, value) for name, value in given.items()}
+    recipe = RECIPES[given.get("dataset", "digits")]
+    return Config(**{name: value for name, (value, _) in recipe.items()} | given)
+
+
+def source(config: Config, name: str) -> str:
+    """Where the value of a setting comes from."""
+    recipe = RECIPES[config.dataset]
+    if name in recipe and recipe[name][0] == getattr(config, name):
+        return recipe[name][1]
+    standard = next(f for f in fields(Config) if f.name == name)
+    is_default = standard.default == getattr(config, name)
+    return str(standard.metadata["source"]) if is_default else "given"
+
+
+def to_toml(config: Config) -> str:
+    """The settings as a recipe file, which `--recipe` reads back."""
+    values = {f.name: getattr(config, f.name) for f in fields(Config)}
+    lines = (f"{name} = {toml(value)}" for name, value in values.items() if value is not None)
+    return "\n".join(lines) + "\n"
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)  # a JSON string is a TOML string
+    return repr(value).lower()  # True is true
+
+
+def from_toml(path: str) -> dict[str, Any]:
+    """The settings in a recipe file of lines `name = value`. Raises UsageError."""
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}", "needed: lines of name = value") from error
+    return {name: parse(name, value) for name, value in values.items()}
+
+
+def parse(name: str, value: Any) -> Any:
+    """The value of a setting from a flag or a recipe file, both of which may write 8/255.
+
+    Raises UsageError with the nearest known name, or with what the setting takes.
+    """
+    types_of = get_type_hints(Config)
+    if name not in types_of:
+        near = difflib.get_close_matches(name, types_of, n=1)
+        raise UsageError(
+            f"there is no setting {name!r}",
+            f"did you mean {near[0]!r}?" if near else SEE_RECIPE,
+        )
+    kind = types_of[name]
+    try:
+        return convert(kind, value)
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+        raise UsageError(f"{name} takes {described(kind)}, not {value!r}", SEE_RECIPE) from None
+
+
+def convert(kind: Any, value: Any) -> Any:
+    """`value` as a `kind`, or ValueError."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            near = difflib.get_close_matches(str(value), get_args(kind), n=1)
+            raise ValueError(near)
+        return value
+    if get_origin(kind) in (types.UnionType, Union):
+        return None if value is None else convert(get_args(kind)[0], value)
+    if get_origin(kind) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(convert(float, part) for part in parts)
+    if kind is float and isinstance(value, str):
+        return float(Fraction(value)) if "/" in value else float(value)
+    if kind is int and isinstance(value, str):
+        return int(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(value)
+    return value
+
+
+def described(kind: Any) -> str:
+    """What a setting takes, in words."""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (types.UnionType, Union):
+        return described(get_args(kind)[0])
+    if get_origin(kind) is tuple:
+        return "numbers"
+    return {float: "a number", int: "a whole number", bool: "true or false"}.get(kind, "a text")

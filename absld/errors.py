@@ -1,0 +1,46 @@
+"""What can go wrong on the way to a result, each kind with its exit code.
+
+A message is one line with the cause; `way_out` is one line with what to do about it.
+"""
+
+
+class AbsldError(Exception):
+    """An expected fault. The command line prints both lines and ends with `exit_code`."""
+
+    exit_code = 1
+
+    def __init__(self, cause: str, way_out: str = "") -> None:
+        super().__init__(" ".join(cause.split()))
+        self.way_out = way_out
+
+
+class UsageError(AbsldError, ValueError):
+    """A setting that does not exist, or has no such value."""
+
+    exit_code = 2
+
+
+class DataError(AbsldError, ValueError):
+    """Images or labels that are missing, unreadable or not what they should be."""
+
+    exit_code = 3
+
+
+class CheckpointError(AbsldError, ValueError):
+    """A teacher, a checkpoint or a run that cannot be used."""
+
+    exit_code = 4
+
+
+class NonFiniteError(AbsldError, ArithmeticError):
+    """Training has reached NaN or infinity; raised before the optimiser takes the step."""
+
+    exit_code = 5
+
+
+class Interrupted(AbsldError):
+    """A request to stop, raised between two steps; what was trained so far has been saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}", "--resume continues this run")
+        self.exit_code = 128 + signal_number

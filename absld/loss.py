@@ -1,0 +1,34 @@
+"""The loss of the method (D4): soft labels in, a scalar out. It knows no temperatures."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def soft_label_kl(
+    student_logits: Float[Tensor, "n c"], soft_labels: Float[Tensor, "n c"]
+) -> Float[Tensor, ""]:
+    """KL(soft_labels || softmax(student_logits)) in nats: summed over classes, mean over images.
+
+    The student's temperature is 1, and no factor T^2 compensates the teacher's. Finite for logits
+    up to 1e4: the logarithm is taken by log_softmax. Source: D4.
+    """
+    return F.kl_div(F.log_softmax(student_logits, dim=1), soft_labels, reduction="batchmean")
+
+
+def absld_loss(
+    adv_logits: Float[Tensor, "n c"],
+    nat_logits: Float[Tensor, "n c"],
+    soft_adv: Float[Tensor, "n c"],
+    soft_nat: Float[Tensor, "n c"],
+    *,
+    adv_weight: float = 5 / 6,
+    kl_scale: float = 1.0,
+) -> Float[Tensor, ""]:
+    """`adv_weight` KL(soft_adv || adversarial) + the rest KL(soft_nat || natural), in nats.
+
+    `kl_scale=0.1` gives the value of the authors' release, which averages over its ten classes
+    too. Source: D4.
+    """
+    adv, nat = soft_label_kl(adv_logits, soft_adv), soft_label_kl(nat_logits, soft_nat)
+    return kl_scale * (adv_weight * adv + (1 - adv_weight) * nat)  # D4

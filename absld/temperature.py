@@ -1,0 +1,219 @@
+"""Class temperatures: soft labels (D1), class risks (D5) and their update (D6).
+
+The functions are pure; `ClassRisk` and `ClassTemperature` hold the state that a training loop
+carries from batch to batch and from epoch to epoch.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Fidelity = Literal["paper", "released"]
+
+
+def soften(
+    teacher_logits: Float[Tensor, "n c"],
+    labels: Int[Tensor, " n"],
+    temperature: Float[Tensor, " c"],
+) -> Float[Tensor, "n c"]:
+    """Softmax of each image's logits over the temperature of its true class.
+
+    Returns new storage; the logits stay as they are. A label outside 0..C-1 is refused by gather
+    (RuntimeError), where indexing would read -1 as the last class. Source: D1.
+    """
+    return F.softmax(teacher_logits / temperature.gather(0, labels).unsqueeze(1), dim=1)  # D1
+
+
+def class_risk_sums(
+    logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], num_classes: int
+) -> tuple[Float[Tensor, " c"], Int[Tensor, " c"]]:
+    """Per class: the sum of the hard-label cross-entropies in nats, and the number of images.
+
+    Both add up over batches, in any order. No gradient. Source: D5.
+    """
+    risk = F.cross_entropy(logits.detach(), labels, reduction="none")
+    member = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
+    return torch.where(member, risk.unsqueeze(1), 0).sum(0), member.sum(0)  # D5
+
+
+def update_temperature(
+    temperature: Float[Tensor, " c"],
+    class_risk: Float[Tensor, " c"],
+    *,
+    rate: float,
+    lower: float,
+    upper: float,
+) -> Float[Tensor, " c"]:
+    """New temperatures from old ones and the mean risks of the classes, where NaN means absent.
+
+    A class above the mean risk gets colder, so sharper labels; one below it warmer. The farthest
+    class moves by the full `rate` at any scale of the risks, the others in proportion; then all
+    are clipped to [`lower`, `upper`]. An absent class stays and does not count in the mean. If a
+    risk is infinite, or all are equal up to rounding, nothing moves. Pure: the result is a new
+    tensor. Source: D6.
+    """
+    risk = class_risk[~class_risk.isnan()]
+    if not len(risk) or not risk.isfinite().all():
+        return temperature.clone()
+    gap = (class_risk - risk.mean()).nan_to_num(0.0)
+    largest = gap.abs().max()
+    # Equal risks give 0/0, every temperature NaN for ever, or, unequal by rounding, a full move.
+    if largest <= len(risk) * torch.finfo(risk.dtype).eps * risk.abs().max():
+        return temperature.clone()
+    return (temperature - rate * gap / largest).clamp(lower, upper)  # D6
+
+
+class ClassRisk:
+    """The class risks of an epoch (D5), gathered batch by batch.
+
+    sums (C,): cross-entropies in nats; counts (C,): images.
+    """
+
+    def __init__(self, num_classes: int, *, dtype: torch.dtype = torch.float32) -> None:
+        self.sums = torch.zeros(num_classes, dtype=dtype)
+        self.counts = torch.zeros(num_classes, dtype=torch.long)
+
+    def observe(self, logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> None:
+        """Add a batch; the state follows the logits to their device."""
+        sums, counts = class_risk_sums(logits, labels, len(self.sums))
+        self.sums = self.sums.to(sums.device) + sums.to(self.sums.dtype)
+        self.counts = self.counts.to(counts.device) + counts
+
+    def mean(self) -> Float[Tensor, " c"]:
+        """The mean risk of each class in nats; NaN for a class that was not seen."""
+        return self.sums / self.counts
+
+    def reset(self) -> None:
+        """Start the next epoch."""
+        self.sums, self.counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+
+
+class EpochRisk(NamedTuple):
+    """The class risks (C,) that moved the temperatures, in nats; NaN for an absent class."""
+
+    adv: Tensor
+    nat: Tensor
+
+
+class ClassTemperature:
+    """The temperatures of the classes, for any training loop.
+
+    In a batch: `soft_labels`, then `observe`; at the end of an epoch: `step`. The state follows
+    the tensors it is given to their device. `adv` and `nat` (C,) are the temperatures; they
+    start at 1. `fidelity="released"` reads D1 as the authors' script computes it: it divides one
+    buffer in place by both temperatures, so both labels use their product.
+
+    Source: D1, D5, D6; defaults as released.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        rate: float = 0.1,
+        lower: float = 0.5,
+        upper: float = 5.0,
+        fidelity: Fidelity = "paper",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be 2 or more, not {num_classes}")
+        if not 0 < lower <= 1 <= upper:
+            raise ValueError(f"temperatures start at 1, which is not in [{lower}, {upper}]")
+        self.rate, self.lower, self.upper, self.fidelity = rate, lower, upper, fidelity
+        self.adv = torch.ones(num_classes, dtype=dtype)
+        self.nat = torch.ones(num_classes, dtype=dtype)
+        self.adv_risk = ClassRisk(num_classes, dtype=dtype)
+        self.nat_risk = ClassRisk(num_classes, dtype=dtype)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.adv)
+
+    def soft_labels(
+        self, teacher_logits: Tensor, labels: Tensor
+    ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
+        """Soft labels for the adversarial and the natural images, from the teacher's clean logits.
+
+        teacher_logits (N,C), labels (N,) integers in 0..C-1. Constants for autograd.
+        Raises ValueError for anything else. Source: D1.
+        """
+        check_batch(teacher_logits, labels, self.num_classes)
+        self.adv, self.nat = self.adv.to(labels.device), self.nat.to(labels.device)
+        adv, nat = self.adv, self.nat
+        if self.fidelity == "released":
+            adv = nat = adv * nat
+        logits = teacher_logits.detach()
+        return soften(logits, labels, adv), soften(logits, labels, nat)
+
+    def observe(self, adv_logits: Tensor, nat_logits: Tensor, labels: Tensor) -> None:
+        """Take a batch of the student's training logits (N,C), labels (N,), into the class risks.
+
+        Raises ValueError as `soft_labels` does. Source: D5.
+        """
+        check_batch(adv_logits, labels, self.num_classes)
+        check_batch(nat_logits, labels, self.num_classes)
+        self.adv_risk.observe(adv_logits, labels)
+        self.nat_risk.observe(nat_logits, labels)
+
+    def step(self, rate: float | None = None) -> EpochRisk:
+        """End an epoch: move the temperatures by its class risks and start to gather anew.
+
+        `rate` overrides the rate given at the start, for a schedule. Returns the class risks.
+        Source: D6.
+        """
+        risk = EpochRisk(self.adv_risk.mean(), self.nat_risk.mean())
+        rate = self.rate if rate is None else rate
+        self.adv, self.nat = (
+            update_temperature(
+                old.to(new.device), new, rate=rate, lower=self.lower, upper=self.upper
+            )
+            for old, new in ((self.adv, risk.adv), (self.nat, risk.nat))
+        )
+        self.adv_risk.reset()
+        self.nat_risk.reset()
+        return risk
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Temperatures and the risks gathered so far, copied: enough to go on in mid-epoch."""
+        return {
+            "adv": self.adv.clone(),
+            "nat": self.nat.clone(),
+            "adv_risk_sums": self.adv_risk.sums.clone(),
+            "adv_risk_counts": self.adv_risk.counts.clone(),
+            "nat_risk_sums": self.nat_risk.sums.clone(),
+            "nat_risk_counts": self.nat_risk.counts.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave. Raises ValueError for another number of classes."""
+        own = self.state_dict()
+        if state.keys() != own.keys() or any(state[k].shape != own[k].shape for k in own):
+            raise ValueError(
+                f"not the state of {self.num_classes} class temperatures: "
+                f"{ {name: tuple(tensor.shape) for name, tensor in state.items()} }"
+            )
+        self.adv, self.nat = state["adv"].clone(), state["nat"].clone()
+        for risk, name in ((self.adv_risk, "adv_risk"), (self.nat_risk, "nat_risk")):
+            risk.sums = state[f"{name}_sums"].clone()
+            risk.counts = state[f"{name}_counts"].clone()
+
+
+def check_batch(logits: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError unless logits are (N,C) and labels (N,) integers in 0..C-1."""
+    if logits.ndim != 2 or logits.shape[1] != num_classes:
+        raise ValueError(f"logits must be (N,{num_classes}), not {tuple(logits.shape)}")
+    if labels.dtype != torch.long or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"labels must be int64 of shape ({len(logits)},), "
+            f"not {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    # On an accelerator this would wait for the device; there, the kernels assert the range.
+    if labels.device.type == "cpu" and len(labels):
+        low, high = (int(end) for end in labels.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels must be in 0..{num_classes - 1}, not {low}..{high}")
