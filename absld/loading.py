@@ -1,0 +1,162 @@
+"""A network from what a user has: a name, a file of weights, a run directory, or a factory.
+
+Other people's state dicts come wrapped and prefixed; what is stripped or left out is said.
+"""
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from absld.checkpoint import RunDirectory, digest, load
+from absld.errors import CheckpointError, UsageError
+from absld.models import MODELS, build_model, seeded
+from absld.seeding import Key
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema")
+PREFIXES = re.compile(r"^((module|model|_orig_mod)\.)+")
+UNUSED = "sub_block1."  # in the published TRADES teacher: a group that no forward uses
+
+
+class Network(NamedTuple):
+    """A network, its architecture (a name or package.module:factory), and what was done to it."""
+
+    model: nn.Module
+    architecture: str
+    notes: tuple[str, ...] = ()
+
+
+def load_network(spec: str, num_classes: int, key: Key, architecture: str = "") -> Network:
+    """The network that `spec` means, with initial weights from `key` where it brings none.
+
+    spec: a name of `absld.models.MODELS`; `package.module:factory`; a run directory; or a file
+    of weights, whose network is `architecture` or, without one, is recognised by names and
+    shapes. Raises UsageError or CheckpointError.
+    """
+    if spec in MODELS:
+        return Network(build_model(spec, num_classes, *key), spec)
+    if os.path.isdir(spec):
+        return from_file(RunDirectory(spec).best, num_classes, key, architecture)
+    if os.path.exists(spec):
+        return from_file(Path(spec), num_classes, key, architecture)
+    if re.fullmatch(r"[\w.]+:\w+", spec):
+        return Network(from_factory(spec, num_classes, key), spec)
+    if spec.endswith((".pt", ".pth", ".pkl", ".tar", ".bin")) or os.sep in spec:
+        raise CheckpointError(f"{spec}: no such file", "check the path")
+    raise UsageError(
+        f"{spec!r} is no network, file or run",
+        f"there are: {', '.join(MODELS)}, files, run directories, and package.module:factory",
+    )
+
+
+def from_factory(spec: str, num_classes: int, key: Key) -> nn.Module:
+    """What `package.module:factory` returns, called with num_classes if it takes an argument.
+
+    Modules are looked for in the current folder, too, as `python -m` does.
+    """
+    module_name, name = spec.split(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{spec}: {error}", "needed: package.module:factory") from error
+    takes_classes = bool(inspect.signature(factory).parameters)
+    model = seeded(lambda: factory(num_classes) if takes_classes else factory(), key)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{spec} returned {type(model).__name__}", "needed: an nn.Module")
+    return model
+
+
+def from_file(path: Path, num_classes: int, key: Key, architecture: str) -> Network:
+    content = load(path)
+    state, notes = find_state_dict(content, path)
+    stated = content.get("architecture") if isinstance(content, Mapping) else None
+    # A file may name a network, but not a factory: that would be code of its choice.
+    name = stated if stated in MODELS else recognise(state) or architecture
+    if not name:
+        raise CheckpointError(
+            f"{path}: its network is {stated or 'unknown'}",
+            f"known are {', '.join(MODELS)}; for others pass package.module:factory",
+        )
+    built = load_network(name, num_classes, key)
+    load_state(built.model, state, path)
+    return Network(built.model, name, notes)
+
+
+def find_state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The state dict in a file's content, without wrappers and prefixes, and notes on both."""
+    stated = content.get("sha256") if isinstance(content, Mapping) else None
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(
+            f"{path}: holds {type(content).__name__}, not a state dict", "needed: state_dict()"
+        )
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: {name!r} is {type(value).__name__}, not a named tensor",
+                "needed: state_dict(), bare or under 'model'",
+            )
+    if stated is not None and stated != digest(content):
+        raise CheckpointError(
+            f"{path}: its tensors have changed since their SHA-256 was taken",
+            "copy it again from where it came from",
+        )
+    state = {
+        PREFIXES.sub("", name): tensor for name, tensor in content.items() if UNUSED not in name
+    }
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity", "train it anew")
+    odd = sorted(content.keys() - state.keys())
+    note = f"{path}: {len(odd)} tensors renamed or left out, such as {odd[0]}" if odd else ""
+    return state, (note,) if note else ()
+
+
+def recognise(state: Mapping[str, Tensor]) -> str | None:
+    """The known network whose tensors have these names, and these shapes but for the classes."""
+    for name in MODELS:
+        own = shapes(name)
+        if own.keys() == state.keys() and all(
+            tensor.shape[1:] == own[key][1:] for key, tensor in state.items()
+        ):
+            return name
+    return None
+
+
+def shapes(name: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):  # no memory, no arithmetic
+        return {key: tensor.shape for key, tensor in MODELS[name](2).state_dict().items()}
+
+
+def nearest(state: Mapping[str, Tensor]) -> str:
+    """The known network that shares most names with a state dict."""
+    return max(MODELS, key=lambda name: len(shapes(name).keys() & state.keys()))
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load `state` into `model`. Raises CheckpointError with the first names or shapes at fault."""
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path}: lacks {missing[:5]}, has besides {unexpected[:5]}",
+            f"nearest known network: {nearest(state)}; its name is for --teacher-model",
+        )
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(state[name].shape)}, needed is {tuple(tensor.shape)}",
+                "the number of classes, or the network, is another",
+            )
+    model.load_state_dict(state)

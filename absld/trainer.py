@@ -1,0 +1,347 @@
+"""The training loop: any student, teacher and set of images; it yields a report an epoch.
+
+It knows no terminal. Every random number comes from a key (seed, role, epoch, step), so a run
+that goes on from a checkpoint computes what it would have computed without the interruption.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from absld.attack import TrainingAttack
+from absld.checkpoint import RunDirectory, digest, load, save
+from absld.config import TrainConfig
+from absld.data import Batch, ImageSet, Views, batches, steps_per_epoch
+from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError
+from absld.evaluation import ClassAccuracies, evaluate
+from absld.methods import Method, Step, build_method
+from absld.metrics import Fairness, fairness
+from absld.runtime import arithmetic, in_precision
+from absld.teacher import freeze
+
+Role = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Progress inside an epoch: `done` of `total` batches of a phase."""
+
+    epoch: int
+    phase: Literal["training", "validation"]
+    done: int
+    total: int
+
+
+OnStep = Callable[[StepReport], None]
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """An epoch: losses in nats, accuracies (C,) on the validation images in [0,1].
+
+    per_class: what the method has to say of each class (C,), by name, such as the temperatures
+    after the epoch and the class risks that moved them. seconds: of training, without validation.
+    """
+
+    epoch: int
+    learning_rate: float
+    temperature_rate: float
+    loss: float
+    parts: dict[str, float]
+    accuracies: ClassAccuracies
+    per_class: dict[str, Tensor]
+    seconds: float
+    images_per_second: float
+    is_best: bool = False
+
+    @property
+    def clean(self) -> Fairness:
+        return fairness(self.accuracies.clean)
+
+    @property
+    def robust(self) -> Fairness:
+        return fairness(self.accuracies.robust)
+
+    @property
+    def score(self) -> float:
+        """What the best epoch has the most of: average + worst robust accuracy."""
+        return self.robust.average + self.robust.worst
+
+    def record(self) -> dict[str, Any]:
+        """The report as plain values, for JSON; NaN, a class without images, is null."""
+        values = {"clean": self.accuracies.clean, "robust": self.accuracies.robust}
+        return {
+            "epoch": self.epoch,
+            "learning_rate": self.learning_rate,
+            "temperature_rate": self.temperature_rate,
+            "loss": self.loss,
+            **self.parts,
+            **{name: plain(tensor) for name, tensor in (values | self.per_class).items()},
+            "score": self.score,
+            "is_best": self.is_best,
+            "seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+        }
+
+
+def plain(tensor: Tensor) -> list[float | None]:
+    return [None if value != value else value for value in tensor.tolist()]
+
+
+@dataclass
+class Progress:
+    """Where a training stands: `step` batches of `epoch` are done."""
+
+    epoch: int = 1
+    step: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    best_score: float = -1.0
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """The learning rate in an epoch: a tenth after each milestone. Source: D7."""
+    return config.learning_rate * 0.1 ** sum(epoch > m for m in config.milestone_epochs())  # D7
+
+
+def temperature_rate(config: TrainConfig, epoch: int) -> float:
+    """The rate of the update that ends an epoch: a tenth from each milestone on. Source: D7."""
+    return config.temperature_rate * 0.1 ** sum(epoch >= m for m in config.milestone_epochs())
+
+
+def train_step(
+    method: Method,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: Batch,
+    attack: TrainingAttack,
+    optimizer: torch.optim.Optimizer,
+) -> Step:
+    """One step of the optimiser on a batch: D1 to D5.
+
+    Raises NonFiniteError before the optimiser would spread a NaN to all weights.
+    """
+    step = method.step(student, teacher, batch, attack)
+    if not step.loss.isfinite():
+        parts = {name: part.item() for name, part in step.parts.items()}
+        state = {name: plain(tensor) for name, tensor in method.state_dict().items()}
+        raise NonFiniteError(
+            f"loss {step.loss.item()}, {parts}, {state}",
+            "the last good checkpoint stays; a lower learning_rate may help",
+        )
+    optimizer.zero_grad()
+    step.loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
+    optimizer.step()
+    return step
+
+
+def fit(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: ImageSet,
+    validation: ImageSet,
+    config: TrainConfig,
+    *,
+    run: RunDirectory | None = None,
+    role: Role = "student",
+    about: Mapping[str, Any] | None = None,
+    on_step: OnStep = lambda step: None,
+) -> Iterator[EpochReport]:
+    """Train `student` in place, with a report an epoch; in the end it has its best weights.
+
+    Best is the epoch of the highest average + worst-class accuracy under PGD-20 on `validation`.
+    The teacher is set to eval mode and frozen. All is moved to the student's device.
+
+    run: with a run directory, each epoch is recorded and saved there before it is reported, and
+    a training that was interrupted continues, with bit-equal results on the CPU. `about` (plain
+    values) goes into its checkpoints. on_step hears of every batch and may raise Interrupted: the
+    training so far is then saved, to the step. role: part of the keys of all random numbers.
+
+    Raises DataError if the images do not fill a batch, CheckpointError if `run` holds another
+    training, NonFiniteError if the loss becomes NaN or infinite.
+    """
+    training = Training(student, teacher, train, validation, config, role, on_step)
+    if run is not None:
+        training.resume(run)
+    while training.progress.epoch <= config.epochs:
+        report = training.epoch(run)
+        if run is not None:
+            training.record(report, run, dict(about or {}))
+        yield report
+    if training.best:
+        student.load_state_dict(training.best)
+
+
+class Training:
+    """All that a training needs and changes; `progress` and the state dicts are its state."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        train: ImageSet,
+        validation: ImageSet,
+        config: TrainConfig,
+        role: Role,
+        on_step: OnStep,
+    ) -> None:
+        self.student, self.config, self.role, self.on_step = student, config, role, on_step
+        device = next(student.parameters()).device
+        self.train, self.validation = train.to(device), validation.to(device)
+        self.steps = steps_per_epoch(len(train), config.batch_size, config.max_steps)
+        if self.steps == 0:
+            raise DataError(
+                f"{len(train)} training images do not fill a batch of {config.batch_size}",
+                "needed: a smaller --batch-size, or more images",
+            )
+        self.identity = identity(student, teacher, train, validation, config, role)
+        if teacher is not None:
+            teacher = in_precision(freeze(teacher.to(device)), config.precision)
+        self.teacher, self.called = teacher, in_precision(student, config.precision)
+        self.method = build_method(config, train.num_classes)
+        self.optimizer = torch.optim.SGD(
+            student.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.attack = TrainingAttack(
+            config.epsilon, config.epsilon * config.relative_step_size, config.attack_steps
+        )
+        self.views = Views(self.train, config.padding)
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+
+    def epoch(self, run: RunDirectory | None) -> EpochReport:
+        """The epoch that is next, or the rest of it: its steps, then validation."""
+        config, progress, number = self.config, self.progress, self.progress.epoch
+        rate = self.optimizer.param_groups[0]["lr"] = learning_rate(config, number)
+        try:
+            with arithmetic(config.precision):
+                self.remaining_steps()
+                accuracies = evaluate(
+                    self.called,
+                    self.validation,
+                    epsilon=config.epsilon,
+                    on_batch=lambda *done: self.on_step(StepReport(number, "validation", *done)),
+                )
+        except Interrupted:
+            if run is not None:
+                save(self.state(), run.last)
+            raise
+        except NonFiniteError as error:
+            where = f"epoch {number}, step {progress.step + 1}: {error}"
+            raise NonFiniteError(where, error.way_out) from error
+        decayed = temperature_rate(config, number)
+        losses = {name: total / self.steps for name, total in progress.losses.items()}
+        report = EpochReport(
+            epoch=number,
+            learning_rate=rate,
+            temperature_rate=decayed,
+            loss=losses.pop("loss"),
+            parts=losses,
+            accuracies=accuracies,
+            per_class=self.method.end_epoch(decayed),
+            seconds=progress.seconds,
+            images_per_second=self.steps * config.batch_size / progress.seconds,
+        )
+        self.progress = Progress(number + 1, best_score=progress.best_score)
+        if report.score > progress.best_score:
+            self.progress.best_score = report.score
+            self.best = {k: v.clone() for k, v in self.student.state_dict().items()}
+            report = replace(report, is_best=True)
+        return report
+
+    def remaining_steps(self) -> None:
+        """The steps of the epoch from `progress.step` on."""
+        config, progress = self.config, self.progress
+        start = time.perf_counter() - progress.seconds
+        for batch in batches(
+            self.views,
+            config.seed,
+            self.role,
+            progress.epoch,
+            batch_size=config.batch_size,
+            flip=config.flip,
+            start_noise=config.start_noise,
+            steps=self.steps,
+            first_step=progress.step,
+        ):
+            step = train_step(
+                self.method, self.called, self.teacher, batch, self.attack, self.optimizer
+            )
+            for name, value in (("loss", step.loss), *step.parts.items()):
+                progress.losses[name] = progress.losses.get(name, 0.0) + value.item()
+            progress.step += 1
+            progress.seconds = time.perf_counter() - start
+            self.on_step(StepReport(progress.epoch, "training", progress.step, self.steps))
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the training depends on, as tensors and plain values."""
+        return {
+            "identity": self.identity,
+            "progress": asdict(self.progress),
+            "model": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+        }
+
+    def record(self, report: EpochReport, run: RunDirectory, about: dict[str, Any]) -> None:
+        """Put an epoch into the run directory. The checkpoint comes last: what it does not know
+        of is dropped on resuming, and computed again."""
+        if report.is_best:
+            save(about | {"model": self.best, "record": report.record()}, run.best)
+        run.append(report.record())
+        save(about | self.state(), run.last)
+
+    def resume(self, run: RunDirectory) -> None:
+        """Take up the training in `run`, if there is one. Raises CheckpointError for another."""
+        if not run.last.exists():
+            run.keep_records(0)
+            return
+        state = load(run.last)
+        differences = compare(state["identity"], self.identity)
+        if differences:
+            raise CheckpointError(
+                f"{run.path} holds another training: {'; '.join(differences)}",
+                "give the same settings, or another --out",
+            )
+        self.student.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        self.progress = Progress(**state["progress"])
+        run.keep_records(self.progress.epoch - 1)
+        if self.progress.epoch > 1:
+            self.best = load(run.best)["model"]
+
+
+def identity(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: ImageSet,
+    validation: ImageSet,
+    config: TrainConfig,
+    role: Role,
+) -> dict[str, Any]:
+    """All that decides what a training computes: the same identity, the same numbers."""
+    return {
+        **asdict(config),
+        "role": role,
+        "training_images": train.digest(),
+        "validation_images": validation.digest(),
+        "initial_weights": digest(student.state_dict()),
+        "teacher": digest(teacher.state_dict()) if teacher is not None else "none",
+    }
+
+
+def compare(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What differs between two sets of settings, as `name: there, here`."""
+    return [
+        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in {**here, **there}
+        if there.get(name) != here.get(name)
+    ]
