@@ -1,0 +1,5 @@
+"""`python -m absld`."""
+
+from absld.cli import main
+
+main()

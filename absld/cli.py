@@ -1,0 +1,232 @@
+"""The command line. Heavy imports are inside the commands, so that help answers at once."""
+
+import inspect
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import Field, asdict, fields
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from absld.config import RECIPES, Config, from_toml, group, resolve, source
+from absld.errors import AbsldError, Interrupted, UsageError
+
+app = typer.Typer(
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipe_app = typer.Typer(no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+
+@app.callback()
+def about() -> None:
+    """Small, robust image classifiers without weak classes.
+
+    [bold]Examples[/]
+
+    [cyan]absld train[/]   8x8 digits on a CPU, from nothing to the table, in a minute
+
+    [cyan]absld train --dataset cifar10[/]   the paper's setting
+
+    [cyan]absld train --method rslad[/]   the same with all temperatures 1
+
+    [cyan]absld train --resume[/]   go on with a run that was interrupted
+
+    [cyan]absld recipe show cifar10[/]   every setting with its source
+    """
+
+
+@recipe_app.callback()
+def about_recipes() -> None:
+    """The settings of a data set, with their sources.
+
+    [bold]Example[/]
+
+    [cyan]absld recipe show digits[/]
+    """
+
+
+@recipe_app.command("show")
+def show(name: Annotated[str, typer.Argument(help=", ".join(RECIPES))]) -> None:
+    """Every setting of a recipe, with its source.
+
+    [bold]Examples[/]
+
+    [cyan]absld recipe show digits[/]
+
+    [cyan]absld recipe show cifar10[/]
+    """
+    if name not in RECIPES:
+        raise UsageError(f"there is no recipe {name!r}", f"there are: {', '.join(RECIPES)}")
+    config = resolve({"dataset": name})
+    for heading in dict.fromkeys(group(f) for f in fields(Config)):
+        typer.echo(f"# {heading}")
+        for f in fields(Config):
+            if group(f) == heading:
+                value = shown(getattr(config, f.name))
+                typer.echo(
+                    f"{f.name:20} {value:18} {f.metadata['meaning']} [{source(config, f.name)}]"
+                )
+
+
+def shown(value: Any) -> str:
+    """A setting's value as a person writes it."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, tuple):
+        return ",".join(map(shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
+
+
+# --- absld train ---
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every setting as an option, in place of its `**settings`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
+    options = [option(f) for f in fields(Config)]
+    command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    del command.__annotations__["settings"]
+    command.__annotations__ |= {p.name: p.annotation for p in options}
+    return command
+
+
+def option(f: "Field[Any]") -> inspect.Parameter:
+    """A setting as a command line option: its name, its meaning and its defaults."""
+    kind = get_type_hints(Config)[f.name]
+    defaults = [shown(f.default)] + [
+        f"{name}: {shown(recipe[f.name][0])}"
+        for name, recipe in RECIPES.items()
+        if f.name in recipe and f.name != "dataset"
+    ]
+    if get_origin(kind) is Literal:
+        metavar = "|".join(get_args(kind))
+    else:
+        metavar = {str: "TEXT", float: "X"}.get(kind, "N")
+    about = typer.Option(
+        "--" + f.name.replace("_", "-"),
+        help=f"{f.metadata['meaning']} [dim]({'; '.join(defaults)})[/]",
+        metavar=None if kind is bool else metavar,
+        rich_help_panel=group(f),
+        show_default=False,
+    )
+    # The text is read by absld.config, as in a recipe file: one place knows what is allowed.
+    value: Any = bool if kind is bool else str
+    return inspect.Parameter(
+        f.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[value | None, about],
+    )
+
+
+@app.command()
+@with_settings
+def train(
+    *,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="FILE.toml", help="settings, as lines name = value")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON document on stdout, the epochs on stderr")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    **settings: Any,
+) -> None:
+    """Train a student whose classes are about equally robust, and test it.
+
+    [bold]Examples[/]
+
+    [cyan]absld train[/]   8x8 digits on a CPU, from nothing to the table, in a minute
+
+    [cyan]absld train --dataset cifar10 --teacher FILE[/]   the paper's setting, your teacher
+
+    [cyan]absld train --dataset folder --data DIR[/]   your images: DIR/{train,test}/CLASS/*
+
+    [cyan]absld train --student mine.nets:small[/]   your network: a function in mine/nets.py
+
+    [cyan]absld train --recipe my.toml --seed 1 --resume[/]   go on after an interruption
+
+    Each run has a directory of its own in --out: its settings, environment and metrics, and the
+    checkpoints best.pt and last.pt. A teacher made on the way is kept there and used again.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = resolve((from_toml(recipe) if recipe else {}) | given)
+
+    import absld.job
+    from absld.view import view_of
+
+    with Stop() as stop, view_of(sys.stderr if as_json else sys.stdout, stop) as view:
+        result = absld.job.train(config, view, resume=resume)
+    if as_json:
+        typer.echo(json.dumps(result.document() | {"config": asdict(config)}, indent=1))
+    else:
+        view.result(result)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM. While a training runs, the first asks it to stop after its step, when
+    it saves itself; at other times, and the second time, the process ends at once."""
+
+    def __init__(self) -> None:
+        self.training = False
+        self.received = 0
+
+    def __enter__(self) -> "Stop":
+        self.before = {n: signal.signal(n, self.hear) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def hear(self, number: int, frame: object) -> None:
+        if self.received or not self.training:
+            sys.exit(128 + number)
+        self.received = number
+        print("stopping after this step; a second signal stops at once", file=sys.stderr)
+
+    def check(self) -> None:
+        """Raises Interrupted if the process has been asked to stop."""
+        if self.received:
+            raise Interrupted(self.received)
+
+
+def main() -> None:
+    """Run a command; exit codes as promised, an error in two lines on stderr."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # quiet in `| head`
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # class names may be in any script
+    try:
+        sys.exit(app(standalone_mode=False))
+    except (typer.TyperException, AbsldError, OSError, RuntimeError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        code, cause, way_out = explained(error)
+        print(f"error: {cause}\n{way_out}", file=sys.stderr)
+        sys.exit(code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def explained(error: Exception) -> tuple[int, str, str]:
+    """Exit code, cause and way out."""
+    cause = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, AbsldError):
+        return error.exit_code, cause, error.way_out
+    if isinstance(error, typer.TyperException):
+        return error.exit_code, " ".join(error.format_message().split()), "--help lists the flags"
+    if "out of memory" in cause.lower() or "can't allocate memory" in cause.lower():
+        return 1, cause, "a smaller --batch-size needs less; --resume continues from the last epoch"
+    if isinstance(error, OSError):
+        return 1, cause, "is there room, and is --out writable? --resume continues the run"
+    return 1, f"{type(error).__name__}: {cause}", "a fault of ours; --debug shows where"

@@ -1,0 +1,56 @@
+"""What a run ran on, for its record: command, versions, device, commit."""
+
+import datetime
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import absld
+
+PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy")
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Plain values, for environment.json."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "absld": absld.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "system": platform.platform(),
+        "device": f"{device} ({name})",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of this package's own checkout, "+" where it was changed since; None without."""
+    folder = Path(absld.__file__).parent
+    answers = []
+    for question in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."]):
+        try:
+            answer = subprocess.run(
+                ["git", "-C", str(folder), *question], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if answer.returncode:
+            return None
+        answers.append(answer.stdout.strip())
+    return answers[0] + ("+" if answers[1] else "")
