@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from absld.attack import frozen_eval as frozen_eval
     from absld.attack import pgd as pgd
     from absld.attack import project_linf as project_linf
+    from absld.checkpoint import RunDirectory as RunDirectory
+    from absld.checkpoint import digest as digest
     from absld.config import Config as Config
     from absld.config import TrainConfig as TrainConfig
     from absld.data import ImageSet as ImageSet
     from absld.data import load_data as load_data
     from absld.errors import AbsldError as AbsldError
     from absld.evaluation import evaluate as evaluate
+    from absld.loading import load_network as load_network
     from absld.loss import absld_loss as absld_loss
     from absld.loss import soft_label_kl as soft_label_kl
     from absld.metrics import fairness as fairness
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from absld.temperature import class_risk_sums as class_risk_sums
     from absld.temperature import soften as soften
     from absld.temperature import update_temperature as update_temperature
+    from absld.trainer import EpochReport as EpochReport
     from absld.trainer import fit as fit
 
 __version__ = "0.2.0"

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from absld.errors import CheckpointError, UsageError
+from absld.errors import CheckpointError, Interrupted
 
 try:
     import fcntl
@@ -68,15 +67,16 @@ def content_digest(content: Any) -> str:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that gets the name `path` when it is whole and on the disk, or never."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # One name for all attempts: what a killed process left behind is written over.
+    temporary = path.with_name(f".{path.name}.partial")
     try:
-        with open(handle, "wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # some systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -176,7 +176,7 @@ class RunDirectory:
         try:
             if kind is None:
                 self.set_status("finished")
-            elif not issubclass(kind, Exception) or kind.__name__ == "Interrupted":
+            elif issubclass(kind, Interrupted) or not issubclass(kind, Exception):
                 self.set_status("interrupted")
             else:
                 self.set_status(f"failed: {' '.join(str(error).split())}")
@@ -222,12 +222,3 @@ class RunDirectory:
         """Drop what was recorded after `epochs`: the checkpoint does not know of it."""
         kept = [record for record in self.records() if record["epoch"] <= epochs]
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def refuse_existing(run: RunDirectory) -> None:
-    """Raise UsageError where a run has been started before: nothing is overwritten silently."""
-    if run.exists():
-        raise UsageError(
-            f"{run.path} holds a run already ({run.status()})",
-            "--resume continues it, or shows its result; another --out starts anew",
-        )

@@ -208,7 +208,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # class names may be in any script
     try:
         sys.exit(app(standalone_mode=False))
-    except (typer.TyperException, AbsldError, OSError, RuntimeError) as error:
+    except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
         code, cause, way_out = explained(error)

@@ -3,24 +3,25 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
-from absld.checkpoint import RunDirectory, digest, refuse_existing
-from absld.config import Config, TrainConfig, to_toml
+from absld.checkpoint import RunDirectory, digest
+from absld.config import Config, TrainConfig, from_toml, resolve, to_toml
 from absld.data import Splits, load_data
 from absld.environment import environment
 from absld.errors import UsageError
 from absld.evaluation import ClassAccuracies, evaluate
-from absld.loading import Network, load_network
+from absld.loading import load_network
 from absld.methods import METHODS
 from absld.metrics import fairness
 from absld.runtime import arithmetic, in_precision, resolve_device
-from absld.teacher import check_teacher
-from absld.trainer import EpochReport, Role, StepReport, compare, fit, identity, plain
+from absld.teacher import check_teacher, freeze
+from absld.trainer import EpochReport, Role, StepReport, compare, fit, plain
 
 
 class Observer(Protocol):
@@ -51,6 +52,7 @@ class Result:
     accuracies: ClassAccuracies
     teacher_sha256: str | None
     student_sha256: str
+    warning: str | None = None
 
     def document(self) -> dict[str, Any]:
         """The result as plain values, for JSON."""
@@ -64,6 +66,7 @@ class Result:
             },
             "teacher_sha256": self.teacher_sha256,
             "student_sha256": self.student_sha256,
+            "warning": self.warning,
         }
 
 
@@ -76,141 +79,165 @@ def train(config: Config, observer: Observer, *, resume: bool = False) -> Result
     device = resolve_device(config.device)
     splits = load_data(config.dataset, config.data)
     if config.select_on == "test":
-        observer.note("warning: the best epoch is chosen on the test images; figures are too good")
         splits = splits._replace(validation=splits.test)
+    run = student_run(config, splits, resume)
+    observer.note(f"seed {config.seed}, device {device}, torch {torch.__version__}")
     splits = splits.to(device)
-    classes = splits.train.num_classes
-    teacher = None
-    if METHODS[config.method].needs_teacher:
-        teacher = make_teacher(config, splits, observer)
-        teacher.model.to(device)
-        for note in teacher.notes:
-            observer.note(note)
-        check_teacher(
-            teacher.model,
-            splits.validation,
-            config.teacher or teacher.architecture,
-            config.allow_weak_teacher,
-        )
-    student = load_network(config.student, classes, (config.seed, "student"))
-    student.model.to(device)
-    for note in student.notes:
-        observer.note(note)
-    run = training_run(
-        config,
-        config.training(),
-        student,
-        teacher.model if teacher else None,
-        splits,
-        observer,
-        role="student",
-        resume=resume,
-    )
-    with arithmetic(config.precision):
-        accuracies = evaluate(
-            in_precision(student.model, config.precision), splits.test, epsilon=config.epsilon
-        )
-    return Result(
-        run=run.path,
-        classes=splits.train.classes,
-        accuracies=ClassAccuracies(accuracies.clean.cpu(), accuracies.robust.cpu()),
-        teacher_sha256=digest(teacher.model.state_dict()) if teacher else None,
-        student_sha256=digest(student.model.state_dict()),
-    )
-
-
-def make_teacher(config: Config, splits: Splits, observer: Observer) -> Network:
-    """The teacher that is given, or one by TRADES: found finished, continued, or trained."""
-    classes, key = splits.train.num_classes, (config.seed, "teacher")
-    if config.teacher:
-        return load_network(config.teacher, classes, key, config.teacher_model)
-    teacher = load_network(config.teacher_model, classes, key)
-    teacher.model.to(splits.train.labels.device)
-    run = training_run(
-        config,
-        config.teacher_training(),
-        teacher,
-        None,
-        splits,
-        observer,
-        role="teacher",
-        resume=True,
-    )
-    observer.note(f"teacher: {run.path}")
-    return teacher
-
-
-def training_run(
-    config: Config,
-    training: TrainConfig,
-    network: Network,
-    teacher: nn.Module | None,
-    splits: Splits,
-    observer: Observer,
-    *,
-    role: Role,
-    resume: bool,
-) -> RunDirectory:
-    """Train `network` in the run directory that its settings name, from where that stands."""
-    same = identity(network.model, teacher, splits.train, splits.validation, training, role)
-    run = RunDirectory(Path(config.out) / run_name(config, training, same, role))
-    if not resume:
-        refuse_existing(run)
-    elif role == "student" and not run.exists():
-        refuse_unknown(Path(config.out), same)
-    record = {
-        "identity": same,
-        "sessions": [*sessions(run), environment(splits.train.labels.device)],
-    }
-    about = {"architecture": network.architecture, "classes": list(splits.train.classes)}
+    classes = splits.train.classes
     with run:
-        run.write("config.toml", to_toml(config))
-        run.write("environment.json", json.dumps(record, indent=1) + "\n")
-        observer.begin(role, training, splits.train.classes)
+        record = Record(run, config, splits)
+        if config.select_on == "test":
+            observer.note(SELECTED_ON_TEST)
+        teacher = teacher_sha = None
+        if METHODS[config.method].needs_teacher:
+            teacher = make_teacher(config, splits, observer)
+            teacher_sha = record.taught_by(teacher)
+        student = load_network(config.student, len(classes), (config.seed, "student"))
+        tell(student.notes, observer)
+        student.model.to(device)
+        observer.begin("student", config, classes)
         for report in fit(
-            network.model,
+            student.model,
             teacher,
             splits.train,
             splits.validation,
-            training,
+            config.training(),
             run=run,
-            role=role,
-            about=about,
+            about={"architecture": student.architecture, "classes": list(classes)},
             on_step=observer.step,
         ):
             observer.epoch(report)
         observer.end()
+        with arithmetic(config.precision):
+            tested = in_precision(student.model, config.precision)
+            clean, robust = evaluate(tested, splits.test, epsilon=config.epsilon)
+        result = Result(
+            run=run.path,
+            classes=classes,
+            accuracies=ClassAccuracies(clean.cpu(), robust.cpu()),
+            teacher_sha256=teacher_sha,
+            student_sha256=digest(student.model.state_dict()),
+            warning=SELECTED_ON_TEST if config.select_on == "test" else None,
+        )
+        run.write("result.json", json.dumps(result.document(), indent=1) + "\n")
+    return result
+
+
+SELECTED_ON_TEST = "warning: the best epoch is chosen on the test images: its figures are too good"
+
+
+def make_teacher(config: Config, splits: Splits, observer: Observer) -> nn.Module:
+    """The teacher that is given, or one by TRADES: found finished, continued, or trained."""
+    classes, key = splits.train.classes, (config.seed, "teacher")
+    device = splits.train.labels.device
+    if config.teacher:
+        teacher = load_network(config.teacher, len(classes), key, config.teacher_model)
+        tell(teacher.notes, observer)
+        name = config.teacher
+    else:
+        teacher = load_network(config.teacher_model, len(classes), key)
+        training = config.teacher_training()
+        made_of = {**asdict(training), "network": config.teacher_model, **digests(splits)}
+        run = RunDirectory(Path(config.out) / run_name(config, "teacher", made_of))
+        name = str(run.path)
+        with run:
+            itself = replace(config, **vars(training), student=config.teacher_model)
+            Record(run, itself, splits)
+            observer.begin("teacher", training, classes)
+            for report in fit(
+                teacher.model.to(device),
+                None,
+                splits.train,
+                splits.validation,
+                training,
+                run=run,
+                role="teacher",
+                about={"architecture": teacher.architecture, "classes": list(classes)},
+                on_step=observer.step,
+            ):
+                observer.epoch(report)
+            observer.end()
+    observer.note(f"teacher: {name}")
+    check_teacher(teacher.model.to(device), splits.validation, name, config.allow_weak_teacher)
+    return freeze(teacher.model)
+
+
+def tell(notes: tuple[str, ...], observer: Observer) -> None:
+    for note in notes:
+        observer.note(note)
+
+
+# --- The record of a run ---
+
+# Settings that change where things are and how fast, not what is computed.
+PLACES = {"out", "data", "device", "allow_weak_teacher"}
+
+
+def student_run(config: Config, splits: Splits, resume: bool) -> RunDirectory:
+    """The directory of a student's run. Raises UsageError if there is a run and it is not to be
+    resumed, or the other way round."""
+    made_of = settings(config) | digests(splits)
+    run = RunDirectory(Path(config.out) / run_name(config, config.method, made_of))
+    if run.exists() and not resume:
+        raise UsageError(
+            f"{run.path} holds a run with these settings ({run.status()})",
+            "--resume continues it, or shows its result; another --out starts anew",
+        )
+    if resume and not run.exists():
+        refuse_unknown(config)
     return run
 
 
-def run_name(config: Config, training: TrainConfig, same: Mapping[str, Any], role: Role) -> str:
+def run_name(config: Config, kind: str, made_of: Mapping[str, Any]) -> str:
     """A directory's name: what a person looks for, and a digest of all that makes the result."""
-    key = hashlib.sha256(repr(sorted(same.items())).encode()).hexdigest()[:8]
-    kind = "teacher" if role == "teacher" else training.method
-    return f"{config.dataset}-{kind}-seed{training.seed}-{key}"
+    key = hashlib.sha256(repr(sorted(made_of.items())).encode()).hexdigest()[:8]
+    return f"{config.dataset}-{kind}-seed{config.seed}-{key}"
 
 
-def sessions(run: RunDirectory) -> list[dict[str, object]]:
-    """The environments in which a run has been worked on so far."""
-    path = run.path / "environment.json"
-    found: list[dict[str, object]] = []
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))["sessions"]
-    return found
+def digests(splits: Splits) -> dict[str, str]:
+    return {name: part.digest() for name, part in splits._asdict().items()}
 
 
-def refuse_unknown(out: Path, same: Mapping[str, Any]) -> None:
+def refuse_unknown(config: Config) -> None:
     """Raise UsageError: there is no such run to resume; and say how the nearest one differs."""
-    nearest: list[str] = []
-    where = None
-    for path in out.glob("*/environment.json"):
-        there = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        differences = compare(there, json.loads(json.dumps(same)))
-        if there["role"] == "student" and (where is None or len(differences) < len(nearest)):
-            nearest, where = differences, path.parent
-    if where is None:
-        raise UsageError(f"nothing to resume in {out}", "leave out --resume to start a run")
+    here = settings(config)
+    there = {
+        path.parent: compare(settings(resolve(from_toml(str(path)))), here)
+        for path in sorted(Path(config.out).glob("*/config.toml"))
+        if "-teacher-" not in path.parent.name
+    }
+    if not there:
+        raise UsageError(f"nothing to resume in {config.out}", "leave out --resume to start a run")
+    nearest = min(there, key=lambda path: len(there[path]))
     raise UsageError(
-        f"no run with these settings in {out}; in {where} {'; '.join(nearest)}",
+        f"no run with these settings in {config.out}; "
+        f"in {nearest} {'; '.join(there[nearest]) or 'the images are others'}",
         "give the settings of that run, or leave out --resume to start a new one",
     )
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """All that decides what is computed, without places."""
+    return {name: value for name, value in asdict(config).items() if name not in PLACES}
+
+
+class Record:
+    """config.toml and environment.json of a run; one session more each time it is taken up."""
+
+    def __init__(self, run: RunDirectory, config: Config, splits: Splits) -> None:
+        self.run = run
+        path = run.path / "environment.json"
+        self.sessions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        self.sessions.append(environment(splits.train.labels.device) | {"images": digests(splits)})
+        run.write("config.toml", to_toml(config))
+        self.write()
+
+    def write(self) -> None:
+        self.run.write("environment.json", json.dumps(self.sessions, indent=1) + "\n")
+
+    def taught_by(self, teacher: nn.Module) -> str:
+        """Note the teacher's digest, and return it."""
+        sha: str = digest(teacher.state_dict())
+        self.sessions[-1]["teacher_sha256"] = sha
+        self.write()
+        return sha

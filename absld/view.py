@@ -1,5 +1,6 @@
 """What a person sees of a run: plain lines, and on a terminal what moves below them."""
 
+import math
 import time
 from typing import IO, Protocol
 
@@ -32,6 +33,7 @@ class View:
 
     def __init__(self, stream: IO[str], stop: Stops) -> None:
         self.stream, self.stop = stream, stop
+        self.title = ""
 
     def __enter__(self) -> "View":
         return self
@@ -47,13 +49,16 @@ class View:
 
     def begin(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
         self.stop.training = True
-        self.line(f"{role} by {config.method}, {config.epochs} epochs, seed {config.seed}")
-        self.line(HEAD)
+        # Said with the first epoch: a training found finished has none.
+        self.title = f"{role} by {config.method}, {config.epochs} epochs, seed {config.seed}"
 
     def step(self, report: StepReport) -> None:
         self.stop.check()
 
     def epoch(self, report: EpochReport) -> None:
+        if self.title:
+            self.line(f"{self.title}\n{HEAD}")
+            self.title = ""
         self.line(epoch_line(report))
 
     def end(self) -> None:
@@ -66,6 +71,8 @@ class View:
         self.line(f"{'class':22}   clean  PGD-20")
         for name, clean, robust in result_rows(result):
             self.line(f"{name:22} {clean:7.2%} {robust:7.2%}")
+        if result.warning:
+            self.line(result.warning)
         if result.teacher_sha256:
             self.line(f"teacher sha256: {result.teacher_sha256}")
         self.line(f"student sha256: {result.student_sha256}")
@@ -98,12 +105,8 @@ class LiveView(View):
         self.started, self.first = time.perf_counter(), 0.0
 
     def step(self, report: StepReport) -> None:
-        done = (
-            report.epoch
-            - 1
-            + (report.done / report.total) * (0.8 if report.phase == "training" else 0.2)
-            + (0.8 if report.phase == "validation" else 0.0)
-        )
+        within = report.done / report.total if report.phase == "training" else 1.0
+        done = report.epoch - 1 + within
         self.first = self.first or done
         self.live.update(Group(self.bar(report, done), self.temperatures))
         super().step(report)
@@ -182,10 +185,10 @@ def temperature_table(report: EpochReport, classes: tuple[str, ...], config: Tra
 
 
 def heat(temperature: Tensor, config: TrainConfig) -> Text:
-    """A bar from the least to the greatest temperature: blue is colder than 1, red warmer."""
+    """A bar from the least to the greatest temperature, in logarithms: blue is colder than 1."""
     low, high = config.temperature_lower, config.temperature_upper
     value = temperature.item()
-    length = round(24 * (value - low) / max(high - low, 1e-9))
+    length = round(24 * math.log(value / low) / max(math.log(high / low), 1e-9))
     return Text("━" * max(length, 1), style="blue" if value < 1 else "red")
 
 
