@@ -65,14 +65,13 @@ def show(name: Annotated[str, typer.Argument(help=", ".join(RECIPES))]) -> None:
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}", f"there are: {', '.join(RECIPES)}")
     config = resolve({"dataset": name})
+    typer.echo(f"{'setting':20} {'value':20} {'source':24} meaning")
     for heading in dict.fromkeys(group(f) for f in fields(Config)):
         typer.echo(f"# {heading}")
         for f in fields(Config):
             if group(f) == heading:
-                value = shown(getattr(config, f.name))
-                typer.echo(
-                    f"{f.name:20} {value:18} {f.metadata['meaning']} [{source(config, f.name)}]"
-                )
+                value, origin = shown(getattr(config, f.name)), source(config, f.name)
+                typer.echo(f"{f.name:20} {value:20} {origin:24} {f.metadata['meaning']}")
 
 
 def shown(value: Any) -> str:

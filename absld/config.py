@@ -38,7 +38,7 @@ class TrainConfig:
     """
 
     method: Literal["absld", "rslad", "trades"] = setting(
-        "absld", "Method", "how the student is trained", "absld: this project's purpose"
+        "absld", "Method", "how the student is trained", OWN
     )
     fidelity: Literal["paper", "released"] = setting(
         "paper", "Method", "two soft labels, or the release's product of both temperatures", OWN
@@ -163,7 +163,7 @@ class Config(TrainConfig):
 
 SEE_RECIPE = "`absld recipe show digits` lists every setting"
 
-DIGITS_SOURCE = "decided here: 8x8 digits, a small network, minutes on a CPU"
+DIGITS_SOURCE = "decided here, for digits"
 RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
     "digits": {
         "dataset": ("digits", DIGITS_SOURCE),
@@ -173,11 +173,11 @@ RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
         "teacher_epochs": (30, DIGITS_SOURCE),
         "epsilon": (0.1, DIGITS_SOURCE),
         "padding": (1, DIGITS_SOURCE),
-        "flip": (0.0, "decided here: a mirrored digit is another sign"),
+        "flip": (0.0, DIGITS_SOURCE),
     },
     "cifar10": {"dataset": ("cifar10", "the paper")},
     "cifar100": {"dataset": ("cifar100", "the paper")},
-    "folder": {"dataset": ("folder", "decided here: CIFAR-10's settings for your images")},
+    "folder": {"dataset": ("folder", OWN)},
 }
 
 

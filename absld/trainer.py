@@ -165,12 +165,18 @@ def fit(
     training, NonFiniteError if the loss becomes NaN or infinite.
     """
     training = Training(student, teacher, train, validation, config, role, on_step)
-    if run is not None:
-        training.resume(run)
+    saved = Saved(training, run, dict(about or {})) if run is not None else None
+    if saved:
+        saved.resume()
     while training.progress.epoch <= config.epochs:
-        report = training.epoch(run)
-        if run is not None:
-            training.record(report, run, dict(about or {}))
+        try:
+            report = training.epoch()
+        except Interrupted:
+            if saved:
+                saved.save_last()
+            raise
+        if saved:
+            saved.record(report)
         yield report
     if training.best:
         student.load_state_dict(training.best)
@@ -216,7 +222,7 @@ class Training:
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
 
-    def epoch(self, run: RunDirectory | None) -> EpochReport:
+    def epoch(self) -> EpochReport:
         """The epoch that is next, or the rest of it: its steps, then validation."""
         config, progress, number = self.config, self.progress, self.progress.epoch
         rate = self.optimizer.param_groups[0]["lr"] = learning_rate(config, number)
@@ -229,10 +235,6 @@ class Training:
                     epsilon=config.epsilon,
                     on_batch=lambda *done: self.on_step(StepReport(number, "validation", *done)),
                 )
-        except Interrupted:
-            if run is not None:
-                save(self.state(), run.last)
-            raise
         except NonFiniteError as error:
             where = f"epoch {number}, step {progress.step + 1}: {error}"
             raise NonFiniteError(where, error.way_out) from error
@@ -290,33 +292,51 @@ class Training:
             "method": self.method.state_dict(),
         }
 
-    def record(self, report: EpochReport, run: RunDirectory, about: dict[str, Any]) -> None:
-        """Put an epoch into the run directory. The checkpoint comes last: what it does not know
-        of is dropped on resuming, and computed again."""
-        if report.is_best:
-            save(about | {"model": self.best, "record": report.record()}, run.best)
-        run.append(report.record())
-        save(about | self.state(), run.last)
-
-    def resume(self, run: RunDirectory) -> None:
-        """Take up the training in `run`, if there is one. Raises CheckpointError for another."""
-        if not run.last.exists():
-            run.keep_records(0)
-            return
-        state = load(run.last)
-        differences = compare(state["identity"], self.identity)
-        if differences:
-            raise CheckpointError(
-                f"{run.path} holds another training: {'; '.join(differences)}",
-                "give the same settings, or another --out",
-            )
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave."""
         self.student.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
         self.progress = Progress(**state["progress"])
-        run.keep_records(self.progress.epoch - 1)
-        if self.progress.epoch > 1:
-            self.best = load(run.best)["model"]
+
+
+@dataclass
+class Saved:
+    """A training and its run directory."""
+
+    training: Training
+    run: RunDirectory
+    about: dict[str, Any]
+
+    def record(self, report: EpochReport) -> None:
+        """Put an epoch on the disk. The checkpoint comes last: what it does not know of is
+        dropped on resuming, and computed again."""
+        if report.is_best:
+            best = {"model": self.training.best, "record": report.record()}
+            save(self.about | best, self.run.best)
+        self.run.append(report.record())
+        self.save_last()
+
+    def save_last(self) -> None:
+        save(self.about | self.training.state(), self.run.last)
+
+    def resume(self) -> None:
+        """Take up what is on the disk, if anything is. Raises CheckpointError if that is another
+        training."""
+        training = self.training
+        if self.run.last.exists():
+            state = load(self.run.last)
+            differences = compare(state["identity"], training.identity)
+            if differences:
+                raise CheckpointError(
+                    f"{self.run.path} holds another training: {'; '.join(differences)}",
+                    "give the same settings, or another --out",
+                )
+            training.load_state(state)
+        finished = training.progress.epoch - 1
+        self.run.keep_records(finished)
+        if finished:
+            training.best = load(self.run.best)["model"]
 
 
 def identity(
