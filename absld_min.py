@@ -95,8 +95,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv(width_in, width, stride), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv(width, width), nn.BatchNorm2d(width)
-        resize = [conv(width_in, width, stride, size=1), nn.BatchNorm2d(width)]
-        self.shortcut = nn.Sequential(*resize if width_in != width else [])
+        resizes = width_in != width and (conv(width_in, width, stride, 1), nn.BatchNorm2d(width))
+        self.shortcut = nn.Sequential(*resizes or ())
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(out + self.shortcut(x))
