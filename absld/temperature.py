@@ -4,8 +4,9 @@ The functions are pure; `ClassRisk` and `ClassTemperature` hold the state that a
 carries from batch to batch and from epoch to epoch.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,10 @@ class ClassTemperature:
             raise ValueError(f"num_classes must be 2 or more, not {num_classes}")
         if not 0 < lower <= 1 <= upper:
             raise ValueError(f"temperatures start at 1, which is not in [{lower}, {upper}]")
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"rate must be 0 or more, not {rate}")
+        if fidelity not in get_args(Fidelity):
+            raise ValueError(f"fidelity must be one of {get_args(Fidelity)}, not {fidelity!r}")
         self.rate, self.lower, self.upper, self.fidelity = rate, lower, upper, fidelity
         self.adv = torch.ones(num_classes, dtype=dtype)
         self.nat = torch.ones(num_classes, dtype=dtype)

@@ -4,6 +4,7 @@ It knows no terminal. Every random number comes from a key (seed, role, epoch, s
 that goes on from a checkpoint computes what it would have computed without the interruption.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +19,7 @@ from absld.config import TrainConfig
 from absld.data import Batch, ImageSet, Views, batches, steps_per_epoch
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError
 from absld.evaluation import ClassAccuracies, evaluate
-from absld.methods import Method, Step, build_method
+from absld.methods import Method, build_method
 from absld.metrics import Fairness, fairness
 from absld.runtime import arithmetic, in_precision
 from absld.teacher import freeze
@@ -120,23 +121,24 @@ def train_step(
     batch: Batch,
     attack: TrainingAttack,
     optimizer: torch.optim.Optimizer,
-) -> Step:
-    """One step of the optimiser on a batch: D1 to D5.
+) -> dict[str, float]:
+    """One step of the optimiser on a batch: D1 to D5. Returns the loss and its parts, in nats.
 
     Raises NonFiniteError before the optimiser would spread a NaN to all weights.
     """
     step = method.step(student, teacher, batch, attack)
-    if not step.loss.isfinite():
-        parts = {name: part.item() for name, part in step.parts.items()}
+    # All figures at once: an accelerator is waited for once a step.
+    values = torch.stack([step.loss.detach(), *step.parts.values()]).tolist()
+    losses = dict(zip(("loss", *step.parts), values, strict=True))
+    if not math.isfinite(losses["loss"]):
         state = {name: plain(tensor) for name, tensor in method.state_dict().items()}
         raise NonFiniteError(
-            f"loss {step.loss.item()}, {parts}, {state}",
-            "the last good checkpoint stays; a lower learning_rate may help",
+            f"{losses}, {state}", "the last good checkpoint stays; a lower learning_rate may help"
         )
     optimizer.zero_grad()
     step.loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
     optimizer.step()
-    return step
+    return losses
 
 
 def fit(
@@ -273,11 +275,11 @@ class Training:
             steps=self.steps,
             first_step=progress.step,
         ):
-            step = train_step(
+            losses = train_step(
                 self.method, self.called, self.teacher, batch, self.attack, self.optimizer
             )
-            for name, value in (("loss", step.loss), *step.parts.items()):
-                progress.losses[name] = progress.losses.get(name, 0.0) + value.item()
+            for name, value in losses.items():
+                progress.losses[name] = progress.losses.get(name, 0.0) + value
             progress.step += 1
             progress.seconds = time.perf_counter() - start
             self.on_step(StepReport(progress.epoch, "training", progress.step, self.steps))
