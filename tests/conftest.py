@@ -1,10 +1,14 @@
-"""Profiles of Hypothesis, one torch thread, and the small data that several files use."""
+"""Profiles of Hypothesis, one torch thread, checked signatures, what several files use."""
 
 import os
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
+
+# Before anything imports absld: its signatures are promises, which the tests hold it to.
+jaxtyping.install_import_hook("absld", "typecheck.checked")
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile(

@@ -65,3 +65,17 @@ def fairness(class_accuracy, ddof=0):
     mean = sum(class_accuracy) / count
     variance = sum((value - mean) ** 2 for value in class_accuracy) / (count - ddof)
     return mean, min(class_accuracy), math.sqrt(variance) / mean if mean else 0.0
+
+
+def worst_tenth(class_accuracy):
+    worst = sorted(class_accuracy)[: max(1, len(class_accuracy) // 10)]
+    return sum(worst) / len(worst)
+
+
+def margin(logits, labels, confidence):
+    """Over the batch, the sum of the best wrong logit minus the true one, capped."""
+    total = 0.0
+    for row, label in zip(logits, labels, strict=True):
+        best = max(value for k, value in enumerate(row) if k != label)
+        total += min(best - row[label], confidence)
+    return total

@@ -1,5 +1,7 @@
 """The laws of soft labels and loss (D1, D4)."""
 
+import inspect
+
 import oracles
 import pytest
 import strategies as draw
@@ -7,31 +9,32 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from implementations import both
 from tolerance import EPS, assert_close
-
-from absld_min import absld_loss, soft_label_kl, soften
 
 
 def entropy(p):
     return torch.special.entr(p).sum(1)
 
 
-def one_temperature(logits, value):
+def one_temperature(impl, logits, value):
     labels = torch.zeros(len(logits), dtype=torch.long)
-    return soften(logits, labels, torch.full((logits.shape[1],), value, dtype=logits.dtype))
+    return impl.soften(logits, labels, torch.full((logits.shape[1],), value, dtype=logits.dtype))
 
 
+@both
 @given(draw.labelled())
-def test_soften_is_the_formula(case):
+def test_soften_is_the_formula(impl, case):
     logits, labels, temperature = case
     expected = oracles.soften(logits.tolist(), labels.tolist(), temperature.tolist())
-    assert_close(soften(*case), expected, scale=40, label="soft labels")
+    assert_close(impl.soften(*case), expected, scale=40, label="soft labels")
 
 
+@both
 @given(draw.matrices(), draw.temperatures, draw.temperatures)
-def test_warmer_labels_are_smoother(logits, first, second):
+def test_warmer_labels_are_smoother(impl, logits, first, second):
     cold, warm = sorted([first, second])
-    p, q = one_temperature(logits, cold), one_temperature(logits, warm)
+    p, q = one_temperature(impl, logits, cold), one_temperature(impl, logits, warm)
     slack = 100 * EPS * 40
     assert (entropy(p) <= entropy(q) + slack).all()
     assert (p.amax(1) >= q.amax(1) - slack).all()
@@ -40,119 +43,134 @@ def test_warmer_labels_are_smoother(logits, first, second):
     assert (sums[0] >= sums[1] - slack).all()
 
 
+@both
 @given(draw.labelled())
-def test_the_most_likely_class_stays(case):
+def test_the_most_likely_class_stays(impl, case):
     logits, *_ = case
     best = logits.max(1, keepdim=True).values
-    chosen = soften(*case).argmax(1, keepdim=True)
+    chosen = impl.soften(*case).argmax(1, keepdim=True)
     assert_close(logits.gather(1, chosen), best, scale=40)  # ties within rounding may swap
 
 
+@both
 @given(draw.labelled(), st.floats(-100, 100))
-def test_a_shift_of_the_logits_changes_nothing(case, shift):
+def test_a_shift_of_the_logits_changes_nothing(impl, case, shift):
     logits, labels, temperature = case
-    assert_close(soften(logits + shift, labels, temperature), soften(*case), scale=500)
+    assert_close(impl.soften(logits + shift, labels, temperature), impl.soften(*case), scale=500)
 
 
+@both
 @given(draw.labelled())
-def test_temperature_one_is_plain_softmax(case):
+def test_temperature_one_is_plain_softmax(impl, case):
     logits, labels, temperature = case
-    labels_at_one = soften(logits, labels, torch.ones_like(temperature))
+    labels_at_one = impl.soften(logits, labels, torch.ones_like(temperature))
     assert torch.equal(labels_at_one, F.softmax(logits, dim=1))
 
 
+@both
 @given(draw.labelled())
-def test_two_soft_labels_share_nothing(case):
+def test_two_soft_labels_share_nothing(impl, case):
     logits, labels, temperature = case
     before = logits.clone()
-    adv, nat = soften(*case), soften(logits, labels, temperature / 2)
+    adv, nat = impl.soften(*case), impl.soften(logits, labels, temperature / 2)
     assert torch.equal(logits, before)
     assert len({t.untyped_storage().data_ptr() for t in (logits, adv, nat)}) == 3
 
 
+@both
 @given(draw.matrices(rows=st.just(1), bound=5), st.floats(1.0, 5.0))
-def test_slope_of_the_entropy(logits, value):
+def test_slope_of_the_entropy(impl, logits, value):
     t = torch.tensor([value], dtype=draw.DTYPE, requires_grad=True)
     p = F.softmax(logits / t, dim=1)
     (slope,) = torch.autograd.grad(-(p * F.log_softmax(logits / t, dim=1)).sum(), t)
-    p = one_temperature(logits, value)
+    p = one_temperature(impl, logits, value)
     variance = (p * logits**2).sum() - (p * logits).sum() ** 2
     assert_close(slope, variance / value**3, scale=100)
 
 
+@both
 @pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_that_is_no_class_is_refused(label):
+def test_a_label_that_is_no_class_is_refused(impl, label):
     with pytest.raises(RuntimeError, match="out of bounds"):
-        soften(torch.zeros(1, 3), torch.tensor([label]), torch.ones(3))
+        impl.soften(torch.zeros(1, 3), torch.tensor([label]), torch.ones(3))
 
 
+@both
 @pytest.mark.parametrize("labels", [torch.zeros(2), torch.zeros(2, 1, dtype=torch.long)])
-def test_labels_of_another_type_or_shape_are_refused(labels):
+def test_labels_of_another_type_or_shape_are_refused(impl, labels):
+    # unwrap: by the computation itself, without the tests' check of the package's signatures.
     with pytest.raises((RuntimeError, IndexError)):
-        soften(torch.zeros(2, 3), labels, torch.ones(3))
+        inspect.unwrap(impl.soften)(torch.zeros(2, 3), labels, torch.ones(3))
 
 
+@both
 @given(draw.labelled(), draw.labelled())
-def test_loss_is_the_formula(case, other):
-    logits, soft = case[0], soften(*case)
-    value = soft_label_kl(logits, soft)
+def test_loss_is_the_formula(impl, case, other):
+    logits, soft = case[0], impl.soften(*case)
+    value = impl.soft_label_kl(logits, soft)
     expected = oracles.soft_label_kl(logits.tolist(), soft.tolist())
     assert_close(value, expected, scale=100, label="loss")
-    parts = value, soft_label_kl(logits / 2, soft)
-    both = absld_loss(logits, logits / 2, soft, soft, adv_weight=0.7, kl_scale=0.1)
-    assert_close(both, 0.1 * (0.7 * parts[0] + 0.3 * parts[1]), scale=100)
+    parts = value, impl.soft_label_kl(logits / 2, soft)
+    whole = impl.absld_loss(logits, logits / 2, soft, soft, adv_weight=0.7, kl_scale=0.1)
+    assert_close(whole, 0.1 * (0.7 * parts[0] + 0.3 * parts[1]), scale=100)
 
 
-def test_defaults_are_those_of_the_method():
+@both
+def test_defaults_are_those_of_the_method(impl):
     logits, soft = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[0.2, 0.3, 0.5]])
-    expected = 5 / 6 * soft_label_kl(logits, soft) + 1 / 6 * soft_label_kl(-logits, soft)
-    torch.testing.assert_close(absld_loss(logits, -logits, soft, soft), expected)
+    expected = 5 / 6 * impl.soft_label_kl(logits, soft) + 1 / 6 * impl.soft_label_kl(-logits, soft)
+    torch.testing.assert_close(impl.absld_loss(logits, -logits, soft, soft), expected)
 
 
+@both
 @given(draw.matrices(), draw.seeds)
-def test_loss_is_no_less_than_zero_and_zero_for_equals(logits, seed):
+def test_loss_is_no_less_than_zero_and_zero_for_equals(impl, logits, seed):
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).double()
     soft = F.softmax(logits, dim=1)
-    assert_close(soft_label_kl(logits, soft), 0.0, scale=40)
-    assert soft_label_kl(logits + noise, soft) >= -100 * EPS * 40
+    assert_close(impl.soft_label_kl(logits, soft), 0.0, scale=40)
+    assert impl.soft_label_kl(logits + noise, soft) >= -100 * EPS * 40
     distance = (F.softmax(logits + noise, dim=1) - soft).abs().sum(1).pow(2).mean() / 2
-    assert soft_label_kl(logits + noise, soft) >= distance - 100 * EPS * 40  # Pinsker
+    assert impl.soft_label_kl(logits + noise, soft) >= distance - 100 * EPS * 40  # Pinsker
 
 
+@both
 @given(draw.labelled(), st.floats(0, 1), st.floats(0.1, 10))
-def test_gradient_of_the_loss(case, weight, scale):
+def test_gradient_of_the_loss(impl, case, weight, scale):
     adv, nat = case[0].clone().requires_grad_(), (case[0] / 3).clone().requires_grad_()
-    soft = soften(*case)
-    absld_loss(adv, nat, soft, soft, adv_weight=weight, kl_scale=scale).backward()
+    soft = impl.soften(*case)
+    impl.absld_loss(adv, nat, soft, soft, adv_weight=weight, kl_scale=scale).backward()
     for logits, share in ((adv, weight), (nat, 1 - weight)):
         expected = scale * share * (F.softmax(logits.detach(), dim=1) - soft) / len(soft)
         assert_close(logits.grad, expected, scale=10)
 
 
+@both
 @given(draw.labelled(), st.integers(1, 4))
-def test_loss_of_parts_adds_up(case, cut):
-    logits, soft = case[0], soften(*case)
+def test_loss_of_parts_adds_up(impl, case, cut):
+    logits, soft = case[0], impl.soften(*case)
     if cut < len(logits):
         parts = [
-            len(rows) * soft_label_kl(rows, labels)
+            len(rows) * impl.soft_label_kl(rows, labels)
             for rows, labels in ((logits[:cut], soft[:cut]), (logits[cut:], soft[cut:]))
         ]
-        assert_close(sum(parts), len(logits) * soft_label_kl(logits, soft), scale=500)
+        assert_close(sum(parts), len(logits) * impl.soft_label_kl(logits, soft), scale=500)
 
 
+@both
 @given(draw.labelled(), draw.seeds)
-def test_loss_knows_no_order_of_images_or_classes(case, seed):
-    logits, soft = case[0], soften(*case)
+def test_loss_knows_no_order_of_images_or_classes(impl, case, seed):
+    logits, soft = case[0], impl.soften(*case)
     random = torch.Generator().manual_seed(seed)
     rows, columns = (torch.randperm(n, generator=random) for n in logits.shape)
-    moved = soft_label_kl(logits[rows][:, columns], soft[rows][:, columns])
-    assert_close(moved, soft_label_kl(logits, soft), scale=100)
+    moved = impl.soft_label_kl(logits[rows][:, columns], soft[rows][:, columns])
+    assert_close(moved, impl.soft_label_kl(logits, soft), scale=100)
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_loss_is_finite_for_huge_logits(dtype):
+def test_loss_is_finite_for_huge_logits(impl, dtype):
     logits = torch.tensor([[1e4, -1e4, 0.0]], dtype=dtype, requires_grad=True)
-    soft = soften(-logits.detach(), torch.tensor([0]), torch.full((3,), 0.5, dtype=dtype))
-    loss = soft_label_kl(logits, soft)
+    soft = impl.soften(-logits.detach(), torch.tensor([0]), torch.full((3,), 0.5, dtype=dtype))
+    loss = impl.soft_label_kl(logits, soft)
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()

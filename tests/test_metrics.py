@@ -6,49 +6,91 @@ import strategies as draw
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from implementations import both, evaluate, home
 from tolerance import assert_close
 from torch import nn
 
-from absld_min import build_model, evaluate, fairness
+import absld
+from absld.metrics import class_hits, worst_tenth
 
 accuracies = draw.vectors(0.01, 1)
 
 
+@given(accuracies)
+def test_worst_tenth_is_the_formula(accuracy):
+    expected = oracles.worst_tenth(accuracy.tolist())
+    assert_close(worst_tenth(accuracy), expected, label="worst tenth")
+    absent = torch.cat([accuracy, torch.full((30,), float("nan"), dtype=accuracy.dtype)])
+    assert worst_tenth(absent) == worst_tenth(accuracy)
+
+
+@pytest.mark.parametrize(("classes", "worst"), [(2, 1), (10, 1), (19, 1), (20, 2), (100, 10)])
+def test_worst_tenth_is_of_whole_classes_and_at_least_one(classes, worst):
+    accuracy = torch.arange(classes, dtype=draw.DTYPE).flip(0) / classes
+    assert worst_tenth(accuracy) == pytest.approx((worst - 1) / 2 / classes)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4))), st.integers(0, 9))
+def test_class_hits_are_counted_and_add_up(pairs, cut):
+    predicted, labels = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
+    hits = class_hits(predicted, labels, 5)
+    assert hits.tolist() == [pairs.count((k, k)) for k in range(5)]
+    parts = [class_hits(predicted[i], labels[i], 5) for i in (slice(cut), slice(cut, None))]
+    assert torch.equal(parts[0] + parts[1], hits)
+
+
+def test_fairness_names_its_figures():
+    result = absld.fairness(torch.tensor([0.5, 1.0]))
+    assert (result.average, result.worst) == (0.75, 0.5)
+    assert result.normalized_std == pytest.approx(0.25 / 0.75)
+
+
+@both
+def test_nsd_is_zero_where_all_fail(impl):
+    assert tuple(impl.fairness(torch.zeros(3))) == (0.0, 0.0, 0.0)
+
+
+@both
 @given(accuracies, st.sampled_from([0, 1]))
-def test_fairness_is_the_formula(accuracy, ddof):
-    result = fairness(accuracy, ddof)
+def test_fairness_is_the_formula(impl, accuracy, ddof):
+    result = impl.fairness(accuracy, ddof)
     assert_close(result, oracles.fairness(accuracy.tolist(), ddof), scale=100, label="fairness")
     assert result[1] <= result[0] + 1e-15
 
 
+@both
 @pytest.mark.parametrize(("ddof", "nsd"), [(0, 0.2733), (1, 0.2881)])
-def test_fairness_of_a_worked_example(ddof, nsd):
+def test_fairness_of_a_worked_example(impl, ddof, nsd):
     accuracy = [0.524, 0.678, 0.311, 0.318, 0.339, 0.369, 0.376, 0.468, 0.592, 0.576]
-    average, worst, normalized_std = fairness(torch.tensor(accuracy), ddof)
+    average, worst, normalized_std = impl.fairness(torch.tensor(accuracy), ddof)
     assert round(average, 4) == 0.4551
     assert round(worst, 3) == 0.311
     assert round(normalized_std, 4) == nsd
 
 
+@both
 @given(accuracies, st.floats(0.01, 100))
-def test_nsd_has_no_scale(accuracy, factor):
-    assert_close(fairness(accuracy * factor)[2], fairness(accuracy)[2], scale=100)
+def test_nsd_has_no_scale(impl, accuracy, factor):
+    assert_close(impl.fairness(accuracy * factor)[2], impl.fairness(accuracy)[2], scale=100)
 
 
+@both
 @given(st.floats(0, 1), st.integers(2, 9))
-def test_nsd_of_equals_is_zero(value, count):
-    nsd = fairness(torch.full((count,), value))[2]
+def test_nsd_of_equals_is_zero(impl, value, count):
+    nsd = impl.fairness(torch.full((count,), value))[2]
     assert_close(nsd, 0.0)
 
 
+@both
 @given(accuracies)
-def test_nsd_of_unequals_is_positive(accuracy):
+def test_nsd_of_unequals_is_positive(impl, accuracy):
     if accuracy.max() - accuracy.min() > 1e-6:
-        assert fairness(accuracy)[2] > 0
+        assert impl.fairness(accuracy)[2] > 0
 
 
-def test_a_class_without_images_is_left_out():
-    assert fairness(torch.tensor([0.5, float("nan"), 1.0]))[:2] == (0.75, 0.5)
+@both
+def test_a_class_without_images_is_left_out(impl):
+    assert impl.fairness(torch.tensor([0.5, float("nan"), 1.0]))[:2] == (0.75, 0.5)
 
 
 class Readable(nn.Module):
@@ -59,45 +101,51 @@ class Readable(nn.Module):
         return -((x[:, 0, 0, 0].unsqueeze(1) - steps) ** 2)
 
 
-def test_evaluate_counts_by_class():
+@both
+def test_evaluate_counts_by_class(impl):
     labels = torch.tensor([0, 0, 1, 1, 1, 2])
     read_as = torch.tensor([0, 1, 1, 1, 1, 0])
     images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     images[:, 0, 0, 0] = (read_as * 25.5).round().to(torch.uint8)
-    clean, robust = evaluate(Readable(), images, labels, epsilon=0.5)
+    clean, robust = evaluate(impl, Readable(), images, labels, epsilon=0.5)
     assert clean.tolist() == [0.5, 1.0, 0.0]
     assert robust.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_epsilon_zero_is_clean_accuracy():
+@both
+def test_epsilon_zero_is_clean_accuracy(impl):
     images = (draw.images(0, n=40) * 255).to(torch.uint8)
-    model = build_model("convnet", 4, "test")
-    clean, robust = evaluate(model, images, torch.arange(40) % 4, epsilon=0.0)
+    model = impl.build_model("convnet", 4, "test")
+    clean, robust = evaluate(impl, model, images, torch.arange(40) % 4, epsilon=0.0)
     assert torch.equal(clean, robust)
 
 
-def test_parts_give_the_accuracies_of_the_whole(monkeypatch):
+@both
+def test_parts_give_the_accuracies_of_the_whole(impl):
     """In batches of 500, of which the last is short; clean accuracy has no randomness."""
     images = (draw.images(1, n=1100, side=4) * 255).to(torch.uint8)
     labels = torch.arange(1100) % 4
-    model = build_model("convnet", 4, "test").eval()
-    clean, _ = evaluate(model, images, labels, epsilon=0.0)
+    model = impl.build_model("convnet", 4, "test").eval()
+    clean, _ = evaluate(impl, model, images, labels, epsilon=0.0)
     with torch.no_grad():
         correct = model(images / 255).argmax(1) == labels
     expected = [correct[labels == k].double().mean() for k in range(4)]
     torch.testing.assert_close(clean.double(), torch.stack(expected), rtol=0, atol=1e-7)
 
 
-def test_pgd20_is_set_as_in_trades(monkeypatch):
+@both
+def test_pgd20_is_set_as_in_trades(impl, monkeypatch):
     used = []
 
     def record(forward, objective, x_nat, noise, **settings):
         used.append((noise.abs().max().item(), settings))
         return x_nat
 
-    monkeypatch.setattr("absld_min.pgd", record)
+    monkeypatch.setattr(home(impl.evaluate), "pgd", record)
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    evaluate(build_model("convnet", 2, "test"), images, torch.arange(4) % 2, epsilon=8 / 255)
+    evaluate(
+        impl, impl.build_model("convnet", 2, "test"), images, torch.arange(4) % 2, epsilon=8 / 255
+    )
     ((largest, settings),) = used
     assert 0.9 * 8 / 255 < largest <= 8 / 255
     assert settings == {"epsilon": 8 / 255, "step_size": pytest.approx(0.003), "steps": 20}
