@@ -1,0 +1,205 @@
+"""The tests are tested: faults that people make in this method, put into a copy of the project.
+
+Each fault is made in the single file and in the package, and the tests named beside it must fail,
+on both. In the copy without a fault they pass.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """A fault as (file, text, what stands there instead), in each artefact, and its killers."""
+
+    single: tuple[str, str, str]
+    package: tuple[str, str, str]
+    killers: list[str]
+
+
+def alike(module, text, instead, killers):
+    """A fault that is the same edit in both artefacts."""
+    return apart(module, (text, instead), (text, instead), killers)
+
+
+def apart(module, single, package, killers):
+    return Mutant(("absld_min.py", *single), (f"absld/{module}.py", *package), killers)
+
+
+def on_both(test):
+    """A test that runs on either artefact."""
+    return [f"tests/{test}[{impl}]" for impl in ("single file", "package")]
+
+
+D3 = "adv_logits, nat_logits = student(x_adv), student(x_nat)  # D3"
+STEP = "test_a_step_is_the_algorithm", "test_a_step_of_absld_is_the_algorithm"
+PAPER = [f"tests/test_training.py::{STEP[0]}[paper]", f"tests/test_methods.py::{STEP[1]}[paper]"]
+RELEASED = [test.replace("paper", "released") for test in PAPER]
+FORWARDS = [
+    "tests/test_training.py::test_a_step_forwards_the_adversarial_images_first_and_apart",
+    "tests/test_methods.py::test_a_step_forwards_the_adversarial_images_first_and_apart[absld]",
+]
+
+MUTANTS = {
+    "labels are made in the teacher's buffer": alike(
+        "temperature",
+        "teacher_logits / temperature.gather(0, labels).unsqueeze(1)",
+        "teacher_logits.div_(temperature.gather(0, labels).unsqueeze(1))",
+        on_both("test_loss.py::test_two_soft_labels_share_nothing"),
+    ),
+    "mean over the classes, too": alike(
+        "loss",
+        'soft_labels, reduction="batchmean"',
+        'soft_labels, reduction="mean"',
+        on_both("test_loss.py::test_loss_is_the_formula"),
+    ),
+    "attack in train mode": apart(
+        "attack",
+        ("pgd(model.eval(), lambda z: len(z)", "pgd(model.train(), lambda z: len(z)"),
+        ("        model.eval()\n", "        model.train()\n"),
+        on_both("test_attack.py::test_training_attack_keeps_batch_norm_out_of_it"),
+    ),
+    "box before ball": alike(
+        "attack",
+        "x_adv.clamp(x_nat - epsilon, x_nat + epsilon).clamp(0, 1)",
+        "x_adv.clamp(0, 1).clamp(x_nat - epsilon, x_nat + epsilon)",
+        on_both("test_attack.py::test_projection_is_the_formula"),
+    ),
+    "epsilon in 0..255": alike(
+        "attack",
+        "x_nat - epsilon, x_nat + epsilon",
+        "x_nat - 255 * epsilon, x_nat + 255 * epsilon",
+        on_both("test_attack.py::test_projection_is_the_formula"),
+    ),
+    "descent": alike(
+        "attack",
+        "step_size * gradient.sign()",
+        "-step_size * gradient.sign()",
+        on_both("test_attack.py::test_closed_form_of_a_linear_model"),
+    ),
+    "natural before adversarial": alike(
+        "methods", D3, "nat_logits, adv_logits = student(x_nat), student(x_adv)", FORWARDS
+    ),
+    "one forward of both": alike(
+        "methods",
+        D3,
+        "adv_logits, nat_logits = student(torch.cat([x_adv, x_nat])).chunk(2)",
+        FORWARDS,
+    ),
+    "temperature on the student, too": apart(
+        "methods",
+        (D3, D3.replace("(x_adv)", "(x_adv) / temperature[0][labels].unsqueeze(1)")),
+        (D3, D3.replace("(x_adv)", "(x_adv) / self.temperature.adv[labels].unsqueeze(1)")),
+        PAPER,
+    ),
+    "one temperature for both labels": apart(
+        "temperature",
+        ("for row in temperature)", "for row in temperature[[0, 0]])"),
+        ("soften(logits, labels, nat)", "soften(logits, labels, adv)"),
+        PAPER,
+    ),
+    "the release read as the paper": alike(
+        "temperature", 'fidelity == "released"', 'fidelity == "read"', RELEASED
+    ),
+    "risks set, not added": alike(
+        "temperature",
+        "torch.where(member, risk.unsqueeze(1), 0).sum(0)",
+        "risk.new_zeros(num_classes).index_put((labels,), risk)",
+        on_both("test_temperature.py::test_class_risk_is_the_formula"),
+    ),
+    "no bounds": alike(
+        "temperature",
+        ".clamp(lower, upper)  # D6",
+        "  # D6",
+        on_both("test_temperature.py::test_time_from_one_to_the_ends"),
+    ),
+    "hard classes get warmer": alike(
+        "temperature",
+        "temperature - rate * gap",
+        "temperature + rate * gap",
+        on_both("test_temperature.py::test_an_absent_class_stays_and_does_not_count"),
+    ),
+    "an update in every batch": apart(
+        "methods",
+        (
+            "            risks += risk\n",
+            "            risks += risk\n"
+            "            temperature = torch.stack([\n"
+            "                update_temperature(old, new / risk[2], rate=0.1, lower=0.5, upper=5.0)\n"
+            "                for old, new in zip(temperature, risk)])\n",
+        ),
+        (
+            "        self.temperature.observe(adv_logits, nat_logits, labels)\n",
+            "        self.temperature.observe(adv_logits, nat_logits, labels)\n"
+            "        self.temperature.step()\n",
+        ),
+        [
+            "tests/test_training.py::test_temperatures_move_once_an_epoch_by_the_mean_risk",
+            "tests/test_methods.py::test_absld_moves_its_temperatures_once_an_epoch",
+        ],
+    ),
+    "uniform start": apart(
+        "data",
+        ("0.001 * torch.randn(", "0.001 * torch.rand("),
+        ("= torch.randn(", "= 2 * torch.rand("),
+        [
+            "tests/test_data.py::test_images_stay_in_range_and_noise_is_small",
+            "tests/test_equivalence.py::test_batches",
+        ],
+    ),
+}
+KILLERS = sorted({killer for mutant in MUTANTS.values() for killer in mutant.killers})
+
+
+def outcome(folder, edits, tests):
+    """(passed, failed) of some tests in a copy of the project with some edits."""
+    for part in ("absld", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("absld_min.py", "pyproject.toml"):
+        shutil.copy(ROOT / part, folder)
+    for file, text, instead in edits:
+        before = (folder / file).read_text(encoding="utf-8")
+        assert before.count(text) == 1, f"{file} has {text!r} {before.count(text)} times"
+        (folder / file).write_text(before.replace(text, instead), encoding="utf-8")
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=no", *tests],
+        cwd=folder,  # which is searched for modules before the installed ones
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    summary = child.stdout.splitlines()[-1]
+    passed, failed = (re.search(rf"(\d+) {word}", summary) for word in ("passed", "failed"))
+    assert passed or failed, child.stdout + child.stderr
+    return tuple(int(count[1]) if count else 0 for count in (passed, failed))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Of all mutants at once, two at a time: starting a process is what takes the time."""
+    jobs = {name: ([m.single, m.package], m.killers) for name, m in MUTANTS.items()}
+    jobs["none"] = ([], KILLERS)
+    with ThreadPoolExecutor(2) as pool:
+        runs = {
+            name: pool.submit(outcome, tmp_path_factory.mktemp("mutant"), *job)
+            for name, job in jobs.items()
+        }
+        return {name: run.result() for name, run in runs.items()}
+
+
+def test_without_a_fault_they_pass(outcomes):
+    assert outcomes["none"] == (len(KILLERS), 0)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_fault_is_found_in_both(outcomes, name):
+    assert outcomes[name] == (0, len(MUTANTS[name].killers))
