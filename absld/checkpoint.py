@@ -123,15 +123,20 @@ def load(path: str | Path) -> Any:
     return content
 
 
+EXPORT = "where you trust it, export torch.save(model.state_dict(), FILE) from it"
+
+
 def diagnosis(path: Path, error: Exception) -> tuple[str, str]:
     """What is wrong with a file that does not load, and what to do."""
     again = "fetch or copy it again"
     if isinstance(error, OSError):
         return f"{path}: {error.strerror or error}", "needed: a file of weights, or a run"
+    if "TorchScript" in str(error):
+        return f"{path}: a TorchScript program, not weights", EXPORT
     if kinds := re.findall(r"GLOBAL (\S+)", str(error)):
         return (
             f"{path}: refused, it would run code or build objects ({kinds[0]})",
-            "where you trust it, export torch.save(model.state_dict(), FILE) from it",
+            EXPORT,
         )
     with path.open("rb") as file:
         head = file.read(64)

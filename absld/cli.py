@@ -108,8 +108,9 @@ def option(f: "Field[Any]") -> inspect.Parameter:
         metavar = "|".join(get_args(kind))
     else:
         metavar = {str: "TEXT", float: "X"}.get(kind, "N")
+    flag = "--" + f.name.replace("_", "-")
     about = typer.Option(
-        "--" + f.name.replace("_", "-"),
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
         help=f"{f.metadata['meaning']} [dim]({'; '.join(defaults)})[/]",
         metavar=None if kind is bool else metavar,
         rich_help_panel=group(f),
@@ -211,7 +212,8 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         code, cause, way_out = explained(error)
-        print(f"error: {cause}\n{way_out}", file=sys.stderr)
+        if cause:  # without a command there is help, and nothing more to say
+            print(f"error: {cause}\n{way_out}", file=sys.stderr)
         sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -219,11 +221,11 @@ def main() -> None:
 
 def explained(error: Exception) -> tuple[int, str, str]:
     """Exit code, cause and way out."""
+    if isinstance(error, typer.TyperException):
+        return error.exit_code, " ".join(error.format_message().split()), "--help lists the flags"
     cause = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, AbsldError):
         return error.exit_code, cause, error.way_out
-    if isinstance(error, typer.TyperException):
-        return error.exit_code, " ".join(error.format_message().split()), "--help lists the flags"
     if "out of memory" in cause.lower() or "can't allocate memory" in cause.lower():
         return 1, cause, "a smaller --batch-size needs less; --resume continues from the last epoch"
     if isinstance(error, OSError):

@@ -10,7 +10,7 @@ import json
 import math
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -147,7 +147,9 @@ class Config(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.teacher_epochs < 1:
-            raise UsageError(f"teacher_epochs must be 1 or more, not {self.teacher_epochs}")
+            raise UsageError(
+                f"teacher_epochs must be 1 or more, not {self.teacher_epochs}", SEE_RECIPE
+            )
 
     def training(self) -> TrainConfig:
         """The settings that the student's training computes with, alone."""
@@ -214,7 +216,8 @@ def toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(toml, value))}]"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # a JSON string is a TOML string
+        # A JSON string is a TOML string, but for one character.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value).lower()  # True is true
 
 
@@ -235,29 +238,32 @@ def parse(name: str, value: Any) -> Any:
     """
     types_of = get_type_hints(Config)
     if name not in types_of:
-        near = difflib.get_close_matches(name, types_of, n=1)
-        raise UsageError(
-            f"there is no setting {name!r}",
-            f"did you mean {near[0]!r}?" if near else SEE_RECIPE,
-        )
+        raise UsageError(f"there is no setting {name!r}", did_you_mean(name, types_of))
     kind = types_of[name]
     try:
         return convert(kind, value)
     except (ValueError, TypeError, ZeroDivisionError, OverflowError):
-        raise UsageError(f"{name} takes {described(kind)}, not {value!r}", SEE_RECIPE) from None
+        raise UsageError(
+            f"{name} takes {described(kind)}, not {value!r}",
+            did_you_mean(str(value), get_args(kind) if get_origin(kind) is Literal else ()),
+        ) from None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else SEE_RECIPE
 
 
 def convert(kind: Any, value: Any) -> Any:
     """`value` as a `kind`, or ValueError."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            near = difflib.get_close_matches(str(value), get_args(kind), n=1)
-            raise ValueError(near)
+            raise ValueError(value)
         return value
     if get_origin(kind) in (types.UnionType, Union):
         return None if value is None else convert(get_args(kind)[0], value)
     if get_origin(kind) is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
+        parts = [part for part in value.split(",") if part] if isinstance(value, str) else value
         return tuple(convert(float, part) for part in parts)
     if kind is float and isinstance(value, str):
         return float(Fraction(value)) if "/" in value else float(value)

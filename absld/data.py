@@ -34,13 +34,13 @@ class ImageSet:
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
             raise DataError(f"two classes or more are needed, not {self.classes}")
+        if self.images.ndim != 4 or not len(self.images):
+            raise DataError(f"images must be (N,channels,H,W), not {tuple(self.images.shape)}")
         if self.labels.dtype != torch.long or self.labels.shape != self.images.shape[:1]:
             raise DataError(
                 f"labels must be int64 of shape ({len(self.images)},), "
                 f"not {self.labels.dtype} of shape {tuple(self.labels.shape)}"
             )
-        if self.images.ndim != 4 or not len(self.images):
-            raise DataError(f"images must be (N,channels,H,W), not {tuple(self.images.shape)}")
         low, high = (int(end) for end in self.labels.aminmax())
         if low < 0 or high >= len(self.classes):
             raise DataError(f"labels must be in 0..{len(self.classes) - 1}, not {low}..{high}")

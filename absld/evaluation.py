@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from absld.attack import cross_entropy, frozen_eval, pgd
 from absld.data import ImageSet, pixels
+from absld.errors import CheckpointError, NonFiniteError
 from absld.metrics import class_hits
 from absld.seeding import generator
 
@@ -32,7 +33,8 @@ def evaluate(
 
     The attack: 20 steps of 0.003 (for epsilon 8/255; in proportion otherwise) on the
     cross-entropy, from a uniform start in the ball, drawn from a fixed key. `model` is as before
-    afterwards. `on_batch` hears of every batch done. Source: spec, Evaluation.
+    afterwards. `on_batch` hears of every batch done. Raises NonFiniteError if the network's logits
+    of a clean image are not finite. Source: spec, Evaluation.
     """
     random = generator("evaluate", device=data.labels.device)
     hits = torch.zeros(2, data.num_classes, dtype=torch.long, device=data.labels.device)
@@ -47,6 +49,11 @@ def evaluate(
             1,
         ):
             x_nat = pixels(images)
+            nat_logits = model(x_nat)
+            if not nat_logits.isfinite().all():
+                raise NonFiniteError(
+                    "the network gives NaN or infinity", "a lower learning_rate may help"
+                )
             noise = torch.empty_like(x_nat).uniform_(-epsilon, epsilon, generator=random)
             x_adv = pgd(
                 model,
@@ -57,9 +64,28 @@ def evaluate(
                 step_size=0.003 * epsilon / (8 / 255),
                 steps=20,
             )
-            for row, x in zip(hits, (x_nat, x_adv), strict=True):
-                row += class_hits(model(x).argmax(1), labels, data.num_classes)
+            for row, logits in zip(hits, (nat_logits, model(x_adv)), strict=True):
+                row += class_hits(logits.argmax(1), labels, data.num_classes)
             on_batch(done, total)
     # Integer counts over the whole set, never an average of averages.
     clean, robust = hits / data.labels.bincount(minlength=data.num_classes)
     return ClassAccuracies(clean, robust)
+
+
+def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
+    """Raise CheckpointError unless `model` takes the images of `data` and gives logits (N,C)."""
+    some = pixels(data.images[:2])
+    needed = (len(some), data.num_classes)
+    try:
+        with frozen_eval(model), torch.no_grad():
+            logits = model(some)
+    except Exception as error:  # whatever somebody's network raises
+        raise CheckpointError(
+            f"{name} does not take images {tuple(some.shape)}: {error}", "needed: another network"
+        ) from error
+    given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if given != needed:
+        raise CheckpointError(
+            f"{name} gives {given} for {len(some)} images, needed are logits {needed}",
+            "needed: a network of these classes",
+        )

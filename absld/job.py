@@ -10,17 +10,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from absld.checkpoint import RunDirectory, digest
+from absld.checkpoint import RunDirectory, digest, load
 from absld.config import Config, TrainConfig, from_toml, resolve, to_toml
 from absld.data import Splits, load_data
 from absld.environment import environment
 from absld.errors import UsageError
-from absld.evaluation import ClassAccuracies, evaluate
-from absld.loading import load_network
+from absld.evaluation import ClassAccuracies, check_network, evaluate
+from absld.loading import Network, load_network, load_state
 from absld.methods import METHODS
 from absld.metrics import fairness
 from absld.runtime import arithmetic, in_precision, resolve_device
-from absld.teacher import check_teacher, freeze
+from absld.teacher import check_teacher
 from absld.trainer import EpochReport, Role, StepReport, compare, fit, plain
 
 
@@ -80,20 +80,33 @@ def train(config: Config, observer: Observer, *, resume: bool = False) -> Result
     splits = load_data(config.dataset, config.data)
     if config.select_on == "test":
         splits = splits._replace(validation=splits.test)
-    run = student_run(config, splits, resume)
+    classes = splits.train.classes
+    # What is given is looked at before hours are spent on a teacher.
+    student = load_network(config.student, len(classes), (config.seed, "student"))
+    check_network(student.model, splits.train, config.student)
+    needs_teacher = METHODS[config.method].needs_teacher
+    given = given_teacher(config, splits) if needs_teacher and config.teacher else None
+    inputs = digests(splits) | {"initial_weights": digest(student.model.state_dict())}
+    if given:
+        inputs["teacher"] = digest(given.model.state_dict())
+    run = student_run(config, inputs, resume)
     observer.note(f"seed {config.seed}, device {device}, torch {torch.__version__}")
     splits = splits.to(device)
-    classes = splits.train.classes
     with run:
-        record = Record(run, config, splits)
+        record = Record(run, config, device, inputs)
         if config.select_on == "test":
             observer.note(SELECTED_ON_TEST)
         teacher = teacher_sha = None
-        if METHODS[config.method].needs_teacher:
-            teacher = make_teacher(config, splits, observer)
+        if needs_teacher:
+            teacher, name = (
+                (given.model, config.teacher) if given else made_teacher(config, splits, observer)
+            )
+            observer.note(f"teacher: {name}")
+            check_teacher(teacher.to(device), splits.validation, name, config.allow_weak_teacher)
             teacher_sha = record.taught_by(teacher)
-        student = load_network(config.student, len(classes), (config.seed, "student"))
-        tell(student.notes, observer)
+        for network in (given, student):
+            for note in network.notes if network else ():
+                observer.note(note)
         student.model.to(device)
         observer.begin("student", config, classes)
         for report in fit(
@@ -126,26 +139,31 @@ def train(config: Config, observer: Observer, *, resume: bool = False) -> Result
 SELECTED_ON_TEST = "warning: the best epoch is chosen on the test images: its figures are too good"
 
 
-def make_teacher(config: Config, splits: Splits, observer: Observer) -> nn.Module:
-    """The teacher that is given, or one by TRADES: found finished, continued, or trained."""
-    classes, key = splits.train.classes, (config.seed, "teacher")
-    device = splits.train.labels.device
-    if config.teacher:
-        teacher = load_network(config.teacher, len(classes), key, config.teacher_model)
-        tell(teacher.notes, observer)
-        name = config.teacher
+def given_teacher(config: Config, splits: Splits) -> Network:
+    """The teacher of `--teacher`, if it fits the images."""
+    classes, key = splits.train.num_classes, (config.seed, "teacher")
+    teacher = load_network(config.teacher, classes, key, config.teacher_model)
+    check_network(teacher.model, splits.train, config.teacher)
+    return teacher
+
+
+def made_teacher(config: Config, splits: Splits, observer: Observer) -> tuple[nn.Module, str]:
+    """A teacher by TRADES, and its run: found finished, continued, or trained."""
+    classes, device = splits.train.classes, splits.train.labels.device
+    teacher = load_network(config.teacher_model, len(classes), (config.seed, "teacher"))
+    teacher.model.to(device)
+    training = config.teacher_training()
+    inputs = digests(splits) | {"initial_weights": digest(teacher.model.state_dict())}
+    run = RunDirectory(Path(config.out) / run_name(config, "teacher", asdict(training) | inputs))
+    if run.exists() and run.status() == "finished":
+        load_state(teacher.model, load(run.best)["model"], run.best)
     else:
-        teacher = load_network(config.teacher_model, len(classes), key)
-        training = config.teacher_training()
-        made_of = {**asdict(training), "network": config.teacher_model, **digests(splits)}
-        run = RunDirectory(Path(config.out) / run_name(config, "teacher", made_of))
-        name = str(run.path)
         with run:
             itself = replace(config, **vars(training), student=config.teacher_model)
-            Record(run, itself, splits)
+            Record(run, itself, device, inputs)
             observer.begin("teacher", training, classes)
             for report in fit(
-                teacher.model.to(device),
+                teacher.model,
                 None,
                 splits.train,
                 splits.validation,
@@ -157,14 +175,7 @@ def make_teacher(config: Config, splits: Splits, observer: Observer) -> nn.Modul
             ):
                 observer.epoch(report)
             observer.end()
-    observer.note(f"teacher: {name}")
-    check_teacher(teacher.model.to(device), splits.validation, name, config.allow_weak_teacher)
-    return freeze(teacher.model)
-
-
-def tell(notes: tuple[str, ...], observer: Observer) -> None:
-    for note in notes:
-        observer.note(note)
+    return teacher.model, str(run.path)
 
 
 # --- The record of a run ---
@@ -173,10 +184,10 @@ def tell(notes: tuple[str, ...], observer: Observer) -> None:
 PLACES = {"out", "data", "device", "allow_weak_teacher"}
 
 
-def student_run(config: Config, splits: Splits, resume: bool) -> RunDirectory:
+def student_run(config: Config, inputs: dict[str, str], resume: bool) -> RunDirectory:
     """The directory of a student's run. Raises UsageError if there is a run and it is not to be
     resumed, or the other way round."""
-    made_of = settings(config) | digests(splits)
+    made_of = settings(config) | inputs
     run = RunDirectory(Path(config.out) / run_name(config, config.method, made_of))
     if run.exists() and not resume:
         raise UsageError(
@@ -184,7 +195,7 @@ def student_run(config: Config, splits: Splits, resume: bool) -> RunDirectory:
             "--resume continues it, or shows its result; another --out starts anew",
         )
     if resume and not run.exists():
-        refuse_unknown(config)
+        refuse_unknown(config, inputs)
     return run
 
 
@@ -195,23 +206,22 @@ def run_name(config: Config, kind: str, made_of: Mapping[str, Any]) -> str:
 
 
 def digests(splits: Splits) -> dict[str, str]:
-    return {name: part.digest() for name, part in splits._asdict().items()}
+    return {f"{name}_images": part.digest() for name, part in splits._asdict().items()}
 
 
-def refuse_unknown(config: Config) -> None:
+def refuse_unknown(config: Config, inputs: dict[str, str]) -> None:
     """Raise UsageError: there is no such run to resume; and say how the nearest one differs."""
-    here = settings(config)
-    there = {
-        path.parent: compare(settings(resolve(from_toml(str(path)))), here)
-        for path in sorted(Path(config.out).glob("*/config.toml"))
-        if "-teacher-" not in path.parent.name
-    }
-    if not there:
+    differences = {}
+    for path in sorted(Path(config.out).glob("*/config.toml")):
+        if "-teacher-" not in path.parent.name:
+            there = settings(resolve(from_toml(str(path)))) | sessions(path.parent)[-1]["inputs"]
+            differences[path.parent] = compare(there, settings(config) | inputs)
+    if not differences:
         raise UsageError(f"nothing to resume in {config.out}", "leave out --resume to start a run")
-    nearest = min(there, key=lambda path: len(there[path]))
+    nearest = min(differences, key=lambda path: len(differences[path]))
     raise UsageError(
-        f"no run with these settings in {config.out}; "
-        f"in {nearest} {'; '.join(there[nearest]) or 'the images are others'}",
+        f"no run with these settings in {config.out}; in {nearest} "
+        f"{'; '.join(differences[nearest])}",
         "give the settings of that run, or leave out --resume to start a new one",
     )
 
@@ -221,14 +231,23 @@ def settings(config: Config) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in PLACES}
 
 
+def sessions(folder: Path) -> list[dict[str, Any]]:
+    """What environment.json says: one entry for each time that the run was taken up."""
+    path = folder / "environment.json"
+    found: list[dict[str, Any]] = []
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 class Record:
     """config.toml and environment.json of a run; one session more each time it is taken up."""
 
-    def __init__(self, run: RunDirectory, config: Config, splits: Splits) -> None:
+    def __init__(
+        self, run: RunDirectory, config: Config, device: torch.device, inputs: dict[str, str]
+    ) -> None:
         self.run = run
-        path = run.path / "environment.json"
-        self.sessions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        self.sessions.append(environment(splits.train.labels.device) | {"images": digests(splits)})
+        self.sessions = [*sessions(run.path), environment(device) | {"inputs": inputs}]
         run.write("config.toml", to_toml(config))
         self.write()
 
@@ -237,7 +256,7 @@ class Record:
 
     def taught_by(self, teacher: nn.Module) -> str:
         """Note the teacher's digest, and return it."""
-        sha: str = digest(teacher.state_dict())
+        sha = digest(teacher.state_dict())
         self.sessions[-1]["teacher_sha256"] = sha
         self.write()
         return sha

@@ -66,10 +66,12 @@ def from_factory(spec: str, num_classes: int, key: Key) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{spec}: {error}", "needed: package.module:factory") from error
-    takes_classes = bool(inspect.signature(factory).parameters)
-    model = seeded(lambda: factory(num_classes) if takes_classes else factory(), key)
+        takes_classes = bool(inspect.signature(factory).parameters)
+        model = seeded(lambda: factory(num_classes) if takes_classes else factory(), key)
+    except Exception as error:  # whatever somebody's code raises
+        raise UsageError(
+            f"{spec}: {type(error).__name__}: {error}", "needed: package.module:factory"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec} returned {type(model).__name__}", "needed: an nn.Module")
     return model
@@ -77,26 +79,35 @@ def from_factory(spec: str, num_classes: int, key: Key) -> nn.Module:
 
 def from_file(path: Path, num_classes: int, key: Key, architecture: str) -> Network:
     content = load(path)
-    state, notes = find_state_dict(content, path)
+    raw = find_state_dict(content, path)
+    state, notes = stripped(raw, path)
     stated = content.get("architecture") if isinstance(content, Mapping) else None
-    # A file may name a network, but not a factory: that would be code of its choice.
-    name = stated if stated in MODELS else recognise(state) or architecture
+    if architecture and architecture not in MODELS:
+        name = architecture  # a factory is asked for by name, and has its own idea of its tensors
+    elif isinstance(stated, str) and stated in MODELS:
+        name = stated  # a known network; a factory would be code of the file's choice
+    else:
+        name = recognise(state) or architecture
     if not name:
         raise CheckpointError(
             f"{path}: its network is {stated or 'unknown'}",
             f"known are {', '.join(MODELS)}; for others pass package.module:factory",
         )
     built = load_network(name, num_classes, key)
+    if built.model.state_dict().keys() == raw.keys():
+        state, notes = raw, ()
     load_state(built.model, state, path)
     return Network(built.model, name, notes)
 
 
-def find_state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The state dict in a file's content, without wrappers and prefixes, and notes on both."""
+def find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in a file's content, out of its wrappers. Raises CheckpointError."""
     stated = content.get("sha256") if isinstance(content, Mapping) else None
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    while isinstance(content, Mapping):
+        inner = [content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(
             f"{path}: holds {type(content).__name__}, not a state dict", "needed: state_dict()"
@@ -112,13 +123,17 @@ def find_state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[
             f"{path}: its tensors have changed since their SHA-256 was taken",
             "copy it again from where it came from",
         )
-    state = {
-        PREFIXES.sub("", name): tensor for name, tensor in content.items() if UNUSED not in name
-    }
-    for name, tensor in state.items():
+    for name, tensor in content.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity", "train it anew")
-    odd = sorted(content.keys() - state.keys())
+    return dict(content)
+
+
+def stripped(raw: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """A state dict without the prefixes of wrappers and without tensors that no network uses, and
+    a note on what was done."""
+    state = {PREFIXES.sub("", name): tensor for name, tensor in raw.items() if UNUSED not in name}
+    odd = sorted(raw.keys() - state.keys())
     note = f"{path}: {len(odd)} tensors renamed or left out, such as {odd[0]}" if odd else ""
     return state, (note,) if note else ()
 

@@ -4,12 +4,15 @@ Each network takes images (N,3,H,W) of any size and gives logits (N,C).
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from absld.errors import UsageError
 from absld.seeding import Key, global_generator
+
+T = TypeVar("T")
 
 
 def conv(width_in: int, width: int, stride: int = 1, size: int = 3) -> nn.Conv2d:
@@ -128,7 +131,7 @@ def build_model(name: str, num_classes: int, *key: int | str) -> nn.Module:
     return seeded(lambda: MODELS[name](num_classes), key)
 
 
-def seeded(build: Callable[[], nn.Module], key: Key) -> nn.Module:
+def seeded(build: Callable[[], T], key: Key) -> T:
     """What `build` makes, with initial weights from `key`."""
     with global_generator(*key):
         return build()

@@ -13,15 +13,25 @@ import torch
 Key = tuple[int | str, ...]
 
 
+def seed_of(*key: int | str) -> int:
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
+
+
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator on `device` whose state is a function of `key` alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 @contextmanager
-def global_generator(*key: int | str) -> Iterator[None]:
-    """Inside, torch's own initialisation draws from `key`; outside, its state is as before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.set_state(generator(*key).get_state())
+def global_generator(*key: int | str, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Inside, what draws from torch's global generators draws from `key`; outside, their state is
+    as before."""
+    device = torch.device(device)
+    used = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(used):
+        for generator in (
+            torch.default_generator,
+            *(torch.cuda.default_generators[i] for i in used),
+        ):
+            generator.manual_seed(seed_of(*key))
         yield

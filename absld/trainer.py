@@ -18,10 +18,11 @@ from absld.checkpoint import RunDirectory, digest, load, save
 from absld.config import TrainConfig
 from absld.data import Batch, ImageSet, Views, batches, steps_per_epoch
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError
-from absld.evaluation import ClassAccuracies, evaluate
+from absld.evaluation import ClassAccuracies, check_network, evaluate
 from absld.methods import Method, build_method
 from absld.metrics import Fairness, fairness
 from absld.runtime import arithmetic, in_precision
+from absld.seeding import global_generator
 from absld.teacher import freeze
 
 Role = Literal["student", "teacher"]
@@ -89,7 +90,7 @@ class EpochReport:
         }
 
 
-def plain(tensor: Tensor) -> list[float | None]:
+def plain(tensor: Tensor) -> list[float | int | None]:
     return [None if value != value else value for value in tensor.tolist()]
 
 
@@ -163,8 +164,9 @@ def fit(
     values) goes into its checkpoints. on_step hears of every batch and may raise Interrupted: the
     training so far is then saved, to the step. role: part of the keys of all random numbers.
 
-    Raises DataError if the images do not fill a batch, CheckpointError if `run` holds another
-    training, NonFiniteError if the loss becomes NaN or infinite.
+    Raises DataError if the images do not fill a batch, CheckpointError if a network does not fit
+    the images or `run` holds another training, NonFiniteError if the loss, or the student, becomes
+    NaN or infinite.
     """
     training = Training(student, teacher, train, validation, config, role, on_step)
     saved = Saved(training, run, dict(about or {})) if run is not None else None
@@ -206,9 +208,12 @@ class Training:
                 f"{len(train)} training images do not fill a batch of {config.batch_size}",
                 "needed: a smaller --batch-size, or more images",
             )
+        check_network(student, self.train, "student")
+        if teacher is not None:
+            check_network(teacher.to(device), self.train, "teacher")
         self.identity = identity(student, teacher, train, validation, config, role)
         if teacher is not None:
-            teacher = in_precision(freeze(teacher.to(device)), config.precision)
+            teacher = in_precision(freeze(teacher), config.precision)
         self.teacher, self.called = teacher, in_precision(student, config.precision)
         self.method = build_method(config, train.num_classes)
         self.optimizer = torch.optim.SGD(
@@ -263,21 +268,22 @@ class Training:
     def remaining_steps(self) -> None:
         """The steps of the epoch from `progress.step` on."""
         config, progress = self.config, self.progress
+        key, device = (config.seed, self.role, progress.epoch), self.train.labels.device
         start = time.perf_counter() - progress.seconds
         for batch in batches(
             self.views,
-            config.seed,
-            self.role,
-            progress.epoch,
+            *key,
             batch_size=config.batch_size,
             flip=config.flip,
             start_noise=config.start_noise,
             steps=self.steps,
             first_step=progress.step,
         ):
-            losses = train_step(
-                self.method, self.called, self.teacher, batch, self.attack, self.optimizer
-            )
+            # Nothing here draws from torch's global state, but a student with dropout does.
+            with global_generator(*key, progress.step, "student", device=device):
+                losses = train_step(
+                    self.method, self.called, self.teacher, batch, self.attack, self.optimizer
+                )
             for name, value in losses.items():
                 progress.losses[name] = progress.losses.get(name, 0.0) + value
             progress.step += 1

@@ -1,0 +1,429 @@
+"""Files of weights and run directories: whole or not there, unchanged or refused, never run."""
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import absld
+from absld import checkpoint
+from absld.checkpoint import RunDirectory, content_digest, digest, load, replacing, save
+from absld.errors import CheckpointError, Interrupted, NonFiniteError
+
+# A child is forked off a server, which has imported what it needs once, for all test files.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
+    ["absld.job", "absld.view", "torchvision.datasets", "sklearn.model_selection", "test_cli"]
+)
+
+SOURCE = str(Path(absld.__file__).parents[1])
+CONTENT = {
+    "model": {"weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(3)},
+    "empty": torch.zeros(0, 4),
+    "half": torch.ones(3, dtype=torch.bfloat16),
+    "flags": torch.tensor([True, False]),
+    "epoch": 3,
+    "score": 0.1 + 0.2,
+    "names": ["cat", "日本"],
+    "milestones": (0.5, None),
+    "settings": {"resume": True, "method": "absld"},
+}
+
+
+def same(a, b):
+    """Equal in type and value, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and (a.dtype, a.shape) == (b.dtype, b.shape)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def refused(path, *patterns):
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    for pattern in (str(path), *patterns):
+        assert pattern in str(caught.value)
+    assert caught.value.way_out and "\n" not in str(caught.value)
+
+
+# --- Whole or not there ---
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path = tmp_path / "spaces und Ümlaute.pt"
+    save(CONTENT, path)
+    assert same(load(path), CONTENT) and same(load(str(path)), CONTENT)
+    assert os.listdir(tmp_path) == [path.name]
+    assert checkpoint.SEAL not in CONTENT and torch.load(path, weights_only=True)["epoch"] == 3
+
+
+@contextlib.contextmanager
+def full_at(size):
+    """The system refuses what would make a file larger than `size`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+def test_a_disk_that_is_full_before_the_last_byte_keeps_the_old_file(share, tmp_path):
+    path = tmp_path / "last.pt"
+    save(CONTENT, path)
+    size = int(share * path.stat().st_size)
+    save({"epoch": 1}, path)
+    with pytest.raises(OSError), full_at(size):
+        save(CONTENT, path)
+    assert load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pt"]
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_end_keeps_the_old_file(name, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save({"epoch": 1}, path)
+
+    def fail(*given):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, fail)
+        with pytest.raises(OSError, match="Input/output"):
+            save({"epoch": 2}, path)
+    assert load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_new_file_that_fails_is_not_there(tmp_path):
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "STATUS") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    path, done = tmp_path / "last.pt", []
+    fsync, replace = os.fsync, os.replace
+
+    def heard(number):
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{number}") else path.exists())
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", heard)
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("name"), replace(a, b)))
+    save({"epoch": 1}, path)
+    assert done == [False, "name", "folder"]
+
+
+def save_and_die(path, moment):
+    """Save a second content, and be killed before `moment`: a name in os."""
+    setattr(os, moment, lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+    save({"epoch": 2, "padding": torch.zeros(10**5)}, path)
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace", "open"])
+def test_a_process_killed_while_saving_leaves_a_whole_file(moment, tmp_path):
+    """Before the content is on the disk, before it is renamed, and after (os.open: the folder)."""
+    path = tmp_path / "last.pt"
+    save({"epoch": 1}, path)
+    child = processes.Process(target=save_and_die, args=(path, moment))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert load(path)["epoch"] == (2 if moment == "open" else 1)
+    save({"epoch": 3}, path)  # over what the other left behind
+    assert os.listdir(tmp_path) == ["last.pt"] and load(path) == {"epoch": 3}
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        save({}, tmp_path / "nowhere" / "last.pt")
+
+
+# --- Unchanged ---
+
+
+@pytest.mark.parametrize("offset", [0, 5, 23])
+def test_a_flipped_byte_of_a_tensor_is_noticed(offset, tmp_path):
+    """The archive itself would load: torch does not compare its check sums."""
+    path = tmp_path / "last.pt"
+    save(CONTENT, path)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(CONTENT["model"]["weight"].numpy().tobytes()) + offset] ^= 1
+    path.write_bytes(raw)
+    torch.load(path, weights_only=True)
+    refused(path, "changed since its SHA-256 was taken")
+
+
+@pytest.mark.parametrize("name", sorted(CONTENT))
+def test_a_changed_value_is_noticed(name, tmp_path):
+    content = torch.load(saved(tmp_path), weights_only=True)
+    del content[name]
+    torch.save(content, tmp_path / "last.pt")
+    refused(tmp_path / "last.pt", "SHA-256")
+
+
+def saved(folder):
+    save(CONTENT, folder / "last.pt")
+    return folder / "last.pt"
+
+
+def test_a_file_of_others_has_no_seal_and_loads(tmp_path):
+    torch.save([1, 2], tmp_path / "other.pt")
+    assert load(tmp_path / "other.pt") == [1, 2]
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(values)
+def test_the_digest_of_plain_values_outlives_a_file(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    assert content_digest(torch.load(file, weights_only=True)) == content_digest(value)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (1, 1.0), (1, True), (1, "1"), (None, "None"), ([1], (1,)), ([], {}), ([[1], 2], [[1, 2]]),
+        ({"a": 1, "b": 2}, {"a": 2, "b": 1}), (0.0, -0.0), ([["a"], []], [["a", []]]),
+        (torch.zeros(2), torch.zeros(2, 1)), (torch.zeros(1), torch.zeros(1, dtype=torch.int32)),
+        (torch.zeros(1), -torch.zeros(1)),
+    ],
+)  # fmt: skip
+def test_other_values_have_other_digests(a, b):
+    assert content_digest(a) != content_digest(b)
+
+
+def test_the_digest_of_weights_is_as_defined():
+    """SHA-256 over the sorted names, each followed by dtype, shape and raw bytes."""
+    state = {"b": torch.tensor(3), "a": torch.tensor([[1.0, 2.0]])}
+    content = b"atorch.float32(1, 2)" + struct.pack("<2f", 1, 2)
+    content += b"btorch.int64()" + struct.pack("<q", 3)
+    assert digest(state) == hashlib.sha256(content).hexdigest()
+    assert digest({"x": torch.eye(3)[:, :2]}) == digest({"x": torch.eye(3)[:, :2].contiguous()})
+
+
+# --- What a file is instead ---
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html><html><body>quota exceeded</body></html>", "HTML page"),
+        (b"\n  <html><head></head></html>", "HTML page"),
+        (b"just a note\n", "it starts with b'just a note\\n'"),
+        (b"PK\3\4 truncated", "truncated or damaged"),
+        (b"\x80\x02.", "no checkpoint"),
+        (b"\0" * 1000, "no checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoints(content, said, tmp_path):
+    path = tmp_path / "teacher é.pt"
+    path.write_bytes(content)
+    refused(path, said)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_truncated_file(share, tmp_path):
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    refused(path, "truncated or damaged")
+
+
+def test_a_file_that_is_missing_and_a_folder(tmp_path):
+    refused(tmp_path / "none.pt", "no such file")
+    refused(tmp_path, "directory")
+
+
+def test_a_program_by_torch_jit_is_not_called_damaged(tmp_path):
+    """It is whole, and fetching it again does not help."""
+    path = tmp_path / "teacher.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells those who write such files to stop
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    assert "damaged" not in str(caught.value) and "again" not in caught.value.way_out
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_payload_never_runs(tmp_path, single_thread):
+    """Also where the environment asks torch to load without its guard."""
+    proof = tmp_path / "it ran"
+    content = {"model": Payload(proof)}
+    torch.save(content, tmp_path / "zip.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(content, protocol=2))
+    for name in ("zip.pt", "pickle.pt"):
+        refused(tmp_path / name, "refused", "mkdir")
+    code = (
+        "from absld.checkpoint import *\n"
+        "for name in ('zip.pt', 'pickle.pt'):\n"
+        "    try: load(name)\n"
+        "    except CheckpointError as error: print(error.exit_code, error)"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=single_thread | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "PYTHONPATH": SOURCE},
+        capture_output=True,
+        text=True,
+    )
+    lines = child.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["4 zip.pt", "4 pickle.pt"], child.stderr
+    assert not proof.exists()
+
+
+def test_a_whole_module_is_refused_by_type_and_told_how_to_export(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "teacher.pt")
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path / "teacher.pt")
+    assert "torch.nn.modules.linear.Linear" in str(caught.value)
+    assert "state_dict()" in caught.value.way_out
+
+
+# --- Run directories ---
+
+
+def test_status_says_how_a_run_ended(tmp_path):
+    run = RunDirectory(tmp_path / "a run")
+    assert not run.exists()
+    with run:
+        assert run.exists() and run.status() == "running"
+    assert run.status() == "finished"
+    with pytest.raises(NonFiniteError), run:
+        raise NonFiniteError("loss nan,\n {}", "")
+    assert run.status() == "failed: loss nan, {}"
+    for interruption in (Interrupted(15), KeyboardInterrupt(), SystemExit(143)):
+        with pytest.raises(type(interruption)), run:
+            raise interruption
+        assert run.status() == "interrupted"
+
+
+def test_a_status_that_cannot_be_written_does_not_hide_the_fault(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path)
+
+    def refuse(status):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(NonFiniteError), run:
+        monkeypatch.setattr(run, "set_status", refuse)
+        raise NonFiniteError("loss nan")
+    with RunDirectory(tmp_path) as again:  # the lock is free
+        assert again.status() == "running"
+
+
+def enter(path, entered, leave):
+    """Be at work in a run until told to leave."""
+    with RunDirectory(path):
+        entered.set()
+        leave.wait(60)
+
+
+def test_a_second_process_is_refused_and_the_first_goes_on(tmp_path):
+    entered, leave = processes.Event(), processes.Event()
+    child = processes.Process(target=enter, args=(tmp_path, entered, leave), daemon=True)
+    child.start()
+    assert entered.wait(60)
+    run = RunDirectory(tmp_path)
+    with pytest.raises(CheckpointError, match="another process is at work"), run:
+        pytest.fail("two at work")
+    assert run.status() == "running"
+    leave.set()
+    child.join(60)
+    assert child.exitcode == 0 and run.status() == "finished"
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    entered, leave = processes.Event(), processes.Event()
+    child = processes.Process(target=enter, args=(tmp_path, entered, leave), daemon=True)
+    child.start()
+    assert entered.wait(60)
+    child.kill()
+    child.join(60)
+    run = RunDirectory(tmp_path)
+    assert run.status() == "running"  # it had no time to say otherwise
+    with run:
+        pass
+    assert run.status() == "finished"
+
+
+def test_records(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert run.records() == []
+    for epoch in (1, 2, 3):
+        run.append({"epoch": epoch, "risk": [None, 0.1 + 0.2]})
+    lines = run.metrics.read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    assert run.records()[2] == {"epoch": 3, "risk": [None, 0.1 + 0.2]}
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.append({"epoch": 1})
+    run.append({"epoch": 2})
+    whole = run.metrics.read_bytes()
+    for end in range(len(whole) - 1, len(whole) // 2 - 1, -1):
+        run.metrics.write_bytes(whole[:end])
+        assert run.records() == [{"epoch": 1}]
+
+
+def test_what_is_recorded_after_a_torn_line_is_read_again(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.append({"epoch": 1})
+    with run.metrics.open("a") as file:
+        file.write('{"epoch": 2, "lo')
+    run.keep_records(2)
+    run.append({"epoch": 2})
+    assert run.records() == [{"epoch": 1}, {"epoch": 2}]
+
+
+def test_records_that_the_checkpoint_does_not_know_are_dropped(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.keep_records(0)
+    assert run.records() == []
+    for epoch in (1, 2, 3):
+        run.append({"epoch": epoch, "loss": 0.1 * epoch})
+    before = run.metrics.read_text().splitlines(keepends=True)
+    run.keep_records(2)
+    assert run.metrics.read_text().splitlines(keepends=True) == before[:2]
+
+
+def test_the_public_names_are_these():
+    assert absld.RunDirectory is RunDirectory and absld.digest is digest

@@ -1,0 +1,785 @@
+"""absld train and absld recipe show: flags, output, faults and their exit codes, interruption."""
+
+import fcntl
+import functools
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+from test_checkpoint import processes
+from test_data import make_folder
+
+import absld
+import absld.job
+import absld.trainer
+from absld import cli
+from absld.checkpoint import digest, load, save
+from absld.config import RECIPES, Config, resolve
+from absld.data import ImageSet, Splits, load_data
+from absld.errors import AbsldError
+from absld.models import build_model
+
+SOURCE = str(Path(absld.__file__).parents[1])
+QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--allow-weak-teacher"]
+QUICK += ["--device", "cpu", "--batch-size", "32"]
+
+
+@functools.cache
+def few_digits():
+    return Splits(
+        *(
+            ImageSet(part.images[:n], part.labels[:n], part.classes)
+            for part, n in zip(load_data("digits", ""), (64, 40, 40), strict=True)
+        )
+    )
+
+
+def load_few(dataset, folder):
+    """The data, but of the digits only a few: what is tested here is not how well they learn."""
+    return few_digits() if dataset == "digits" else load_data(dataset, folder)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder_with_few_digits(tmp_path, monkeypatch):
+    folder = tmp_path / "hier drin"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(absld.job, "load_data", load_few)
+
+
+def main(*flags):
+    """The program in this process: its exit code."""
+    argv, pipe = sys.argv, signal.getsignal(signal.SIGPIPE)
+    sys.argv = ["absld", *map(str, flags)]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGPIPE, pipe)
+
+
+def train(*flags):
+    return main("train", *QUICK, *flags)
+
+
+def refused(capfd, code, cause, way_out, *flags):
+    """Two lines on stderr and nothing else there, and no result."""
+    assert main(*flags) == code, capfd.readouterr().err
+    printed = capfd.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1], printed.err
+    assert cause in lines[0] and way_out in lines[1], printed.err
+    assert not digests(printed.out)
+    return printed.out
+
+
+def digests(text):
+    return dict(re.findall(r"^(teacher|student) sha256: ([0-9a-f]{64})\r?$", text, re.MULTILINE))
+
+
+def the_run(kind="absld", out="runs"):
+    (path,) = Path(out).glob(f"digits-{kind}-*")
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A file of weights, so that a run need not make them."""
+    path = tmp_path_factory.mktemp("a teacher") / "tëacher é.pt"
+    save({"model": build_model("convnet", 10, "taught").state_dict()}, path)
+    return str(path)
+
+
+# --- Help ---
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["train", "--help"], ["recipe", "show", "digits"]])
+def test_help_and_recipes_cost_no_torch_and_start_with_examples(flags):
+    code = (
+        f"import sys; sys.argv = ['absld', *{flags}]\n"
+        "from absld.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'sklearn', 'torchvision'} & set(sys.modules)))"
+    )
+    environment = os.environ | {"PYTHONPATH": SOURCE, "COLUMNS": "100"}
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0 and child.stdout.endswith("[]\n"), child.stderr
+    if "--help" in flags:
+        assert 0 < child.stdout.index("Examples") < child.stdout.index("Options")
+
+
+def test_every_setting_is_a_flag(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main("train", "--help") == 0
+    text = capfd.readouterr().out
+    for f in fields(Config):
+        assert f" --{f.name.replace('_', '-')} " in text
+    for flag in ("recipe", "resume", "json", "debug"):
+        assert f" --{flag} " in text
+
+
+@pytest.mark.parametrize("flags", [[], ["recipe"]])
+def test_without_a_command_there_is_help_and_no_error_without_a_text(flags, capfd):
+    main(*flags)
+    printed = capfd.readouterr()
+    assert "Usage" in printed.out + printed.err and "error: \n" not in printed.err
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_shown_with_sources(name, capfd):
+    assert main("recipe", "show", name) == 0
+    text = capfd.readouterr().out
+    config = resolve({"dataset": name})
+    for f in fields(Config):
+        (line,) = [line for line in text.splitlines() if line.split()[0] == f.name]
+        assert cli.shown(getattr(config, f.name)) in line and f.metadata["meaning"] in line
+    epsilon = next(line for line in text.splitlines() if line.startswith("epsilon "))
+    assert ("decided here" in epsilon) == (name == "digits")
+
+
+def test_an_unknown_recipe(capfd):
+    refused(capfd, 2, "'digit'", "digits, cifar10, cifar100, folder", "recipe", "show", "digit")
+
+
+# --- Flags ---
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """The settings that a command line gives."""
+
+    def parse(*flags):
+        seen = []
+
+        def stop(config, observer, *, resume):
+            seen.append((config, resume))
+            raise AbsldError("seen", "enough")
+
+        monkeypatch.setattr(absld.job, "train", stop)
+        assert main("train", *flags) == 1
+        return seen[0]
+
+    return parse
+
+
+FLAGS = {
+    "--epsilon 8/255": {"epsilon": 8 / 255},
+    "--epsilon 0.031": {"epsilon": 0.031},
+    "--epsilon 0": {"epsilon": 0},
+    "--epochs 7 --teacher-epochs 5": {"epochs": 7, "teacher_epochs": 5},
+    "--milestones 0.5,0.75": {"milestones": [0.5, 0.75]},
+    "--milestones 1/2,3/4": {"milestones": [0.5, 0.75]},
+    "--max-steps 9": {"max_steps": 9},
+    "--seed -3": {"seed": -3},
+    "--method rslad --fidelity released": {"method": "rslad", "fidelity": "released"},
+    "--allow-weak-teacher": {"allow_weak_teacher": True},
+    "--dataset cifar100 --data here": {"dataset": "cifar100", "data": "here"},
+    "--temperature-lower 0.9": {"temperature_lower": 0.9},
+    "--precision bf16 --device cpu": {"precision": "bf16", "device": "cpu"},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags_are_read_as_a_recipe_file_is(flags, parsed):
+    assert parsed(*flags.split()) == (resolve(FLAGS[flags]), False)
+
+
+def test_flags_go_before_a_recipe_file(parsed):
+    Path("meine Wahl.toml").write_text('epochs = 9\nepsilon = "8/255"\ndataset = "cifar10"\n')
+    config, resume = parsed("--recipe", "meine Wahl.toml", "--epochs", "3", "--resume")
+    assert config == resolve({"dataset": "cifar10", "epochs": 3, "epsilon": 8 / 255}) and resume
+
+
+USAGE = [
+    ["--epsilon", "2"], ["--epsilon", "nan"], ["--epsilon", "-1"], ["--epsilon", "8/0"],
+    ["--epsilon", "much"], ["--temperature-rate", "-0.1"], ["--learning-rate", "inf"],
+    ["--epochs", "0"], ["--teacher-epochs", "-1"], ["--batch-size", "0"], ["--epochs", "2.5"],
+    ["--epochs"], ["--dataset", "imagenet"], ["--student", "vgg"], ["--teacher-model", "vgg"],
+    ["--fidelity", "free"], ["--epoch", "3"], ["--no-such-flag"], ["more"], ["--max-steps", "0"],
+    ["--milestones", "2"], ["--milestones", "a,b"], ["--recipe", "none.toml"], ["--recipe", "."],
+    ["--device", "cuda:99"], ["--device", "toaster"], ["--device", "meta"], ["--resume"],
+    ["--student", "no.such:network"], ["--teacher-model", "no.such:network"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", USAGE, ids=" ".join)
+def test_usage(flags, capfd):
+    out = refused(capfd, 2, "", "", "train", *QUICK, *flags)
+    assert "by trades" not in out, "found out before hours were spent on a teacher"
+
+
+def test_a_mistyped_line_of_a_recipe_file(capfd):
+    Path("my.toml").write_text("epsilom = 0.1\n")
+    refused(capfd, 2, "'epsilom'", "did you mean 'epsilon'", "train", "--recipe", "my.toml")
+
+
+def test_no_cuda(capfd, monkeypatch):
+    def zeros(*args, **settings):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    refused(capfd, 2, "not compiled with CUDA", "--device cpu", "train", "--device", "cuda")
+
+
+def test_debug_shows_where(capfd):
+    assert main("train", "--debug", "--epochs", "0") == 2
+    text = capfd.readouterr().err
+    assert "Traceback" in text and text.splitlines()[-2].startswith("error: epochs must be")
+
+
+# --- Data and teachers ---
+
+
+def test_data_that_are_missing(capfd):
+    flags = ["train", *QUICK, "--dataset", "folder", "--data", "nowhere hier"]
+    refused(capfd, 3, "nowhere hier", "nowhere hier: train/CLASS/*", *flags)
+
+
+def test_no_data_and_no_network(capfd, monkeypatch):
+    def urlopen(*args, **settings):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    start = time.monotonic()
+    flags = ["train", *QUICK, "--dataset", "cifar10", "--data", "images here"]
+    refused(capfd, 3, "Name or service", "images here", *flags)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("fault", ["empty class", "unreadable", "one class", "differ"])
+def test_a_faulty_folder(fault, tmp_path, capfd):
+    classes = ["cat"] if fault == "one class" else ["cat", "dog"]
+    root = make_folder(tmp_path / "images", classes=classes)
+    if fault == "empty class":
+        (root / "test" / "eel").mkdir()
+    if fault == "unreadable":
+        (root / "test" / "cat" / "bad.jpg").write_text("no image")
+    if fault == "differ":
+        (root / "test" / "dog").rename(root / "test" / "wolf")
+    named = {"empty class": "eel", "unreadable": "bad.jpg", "one class": "cat", "differ": "wolf"}
+    refused(capfd, 3, named[fault], "", "train", *QUICK, "--dataset", "folder", "--data", root)
+
+
+def test_a_batch_larger_than_the_data(capfd):
+    refused(capfd, 3, "64 training images", "--batch-size", "train", *QUICK, "--batch-size", 65)
+
+
+def faulty(fault, path):
+    """A teacher's file with a fault; what is said of it."""
+    state = build_model("convnet", 10, "taught").state_dict()
+    if fault == "missing":
+        return "no such file"
+    if fault == "empty":
+        path.write_bytes(b"")
+        return "the file is empty"
+    if fault == "html":
+        path.write_text("<!DOCTYPE html><html>quota exceeded</html>")
+        return "HTML page"
+    if fault == "text":
+        path.write_text("just a note")
+        return "just a note"
+    if fault == "module":
+        torch.save(build_model("convnet", 10), path)
+        return "torch.nn.modules.container.Sequential"
+    if fault == "not finite":
+        state["3.weight"][0] = float("nan")
+    if fault == "classes":
+        state = build_model("convnet", 7).state_dict()
+    if fault == "network":
+        state["more"] = torch.zeros(1)
+    save({"model": state}, path)
+    raw = bytearray(path.read_bytes())
+    if fault == "truncated":
+        path.write_bytes(raw[:-1000])
+    if fault == "flipped":
+        raw[raw.index(state["0.weight"].numpy().tobytes()) + 5] ^= 1
+        path.write_bytes(raw)
+    return {
+        "not finite": "tensor 3.weight holds NaN",
+        "classes": "(7, 64), needed is (10, 64)",
+        "network": "has besides ['more']",
+        "truncated": "truncated or damaged",
+        "flipped": "SHA-256",
+    }[fault]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["missing", "empty", "html", "text", "module", "not finite", "classes", "network", "truncated",
+     "flipped"],
+)  # fmt: skip
+def test_teachers_files_with_faults(fault, capfd):
+    path = Path("tëacher hier.pt")
+    said = faulty(fault, path)
+    out = refused(capfd, 4, said, "", "train", *QUICK, "--teacher", path)
+    assert "epoch" not in out
+
+
+def test_a_teacher_near_chance(teacher, capfd):
+    flags = [flag for flag in QUICK if flag != "--allow-weak-teacher"]
+    flags = ["train", *flags, "--teacher", teacher]
+    refused(capfd, 4, "near chance", "--allow-weak-teacher", *flags)
+    assert main(*flags, "--allow-weak-teacher", "--resume") == 0
+
+
+NETWORKS = """
+from torch import nn
+def plain(classes): return nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+def narrow(): return nn.Sequential(nn.Flatten(), nn.Linear(192, 7))
+def grey(classes): return nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten(), nn.Linear(36, classes))
+class Tuple(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.linear = nn.Linear(192, classes)
+    def forward(self, x): return self.linear(x.flatten(1)), x
+"""
+
+
+@pytest.mark.parametrize("role", ["--teacher", "--student"])
+@pytest.mark.parametrize("name", ["narrow", "grey", "Tuple"])
+def test_a_network_that_does_not_fit_is_the_users_fault(role, name, teacher, capfd):
+    """Named, with a code of its own: not `a fault of ours`."""
+    module = module_of(NETWORKS)
+    given = {"--teacher": teacher} | {role: f"{module}:{name}"}
+    code = train(*[part for pair in given.items() for part in pair])
+    text = capfd.readouterr().err
+    assert code in (2, 4) and "fault of ours" not in text and f"{module}:{name}" in text
+
+
+def module_of(text):
+    name = f"nets_{time.monotonic_ns()}"
+    Path(f"{name}.py").write_text(text)
+    return name
+
+
+def test_networks_by_name_file_run_and_factory(teacher, capfd):
+    module = module_of(NETWORKS)
+    found = []
+
+    def trained(teacher, student):
+        assert train("--teacher", teacher, "--student", student) == 0
+        found.append(digests(capfd.readouterr().out))
+
+    trained(teacher, "convnet")
+    trained(the_run(), f"{module}:plain")
+    trained(f"{module}:plain", teacher)
+    assert found[0]["teacher"] == digest(load(teacher)["model"])
+    assert found[1]["teacher"] == found[0]["student"]
+    made = [load(run / "best.pt")["architecture"] for run in Path("runs").iterdir()]
+    assert sorted(made) == ["convnet", "convnet", f"{module}:plain"]
+
+
+def test_the_run_of_a_factory_teaches_with_that_factory(capfd):
+    module = module_of(NETWORKS)
+    assert train("--method", "trades", "--student", f"{module}:plain") == 0
+    first = digests(capfd.readouterr().out)["student"]
+    (run,) = Path("runs").iterdir()
+    assert train("--teacher", run, "--teacher-model", f"{module}:plain") == 0
+    assert digests(capfd.readouterr().out)["teacher"] == first
+    flags = ["train", *QUICK, "--seed", 2, "--student", run]
+    refused(capfd, 4, f"{module}:plain", "package.module:factory", *flags)
+
+
+# --- A run ---
+
+
+def test_output(capfd):
+    """A header, a table for each training, the classes, the digests."""
+    assert train("--seed", 3) == 0
+    text = capfd.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    assert text.startswith(f"seed 3, device cpu, torch {torch.__version__}\n")
+    assert "teacher by trades, 1 epochs, seed 3\n" in text
+    assert "student by absld, 1 epochs, seed 3\n" in text
+    head = "epoch     lr    loss  clean robust  worst    NSD temperatures seconds images/s\n"
+    assert text.count(head) == 2
+    assert [row[0] for row in rows if len(row) == 3 and row[0].isdigit()] == list("0123456789")
+    assert {"average", "worst", "NSD"} <= {row[0] for row in rows}
+    assert [str(the_run())] in rows and rows[-2][:2] == ["teacher", "sha256:"]
+    assert digests(text)["student"] == digest(load(the_run() / "best.pt")["model"])
+    assert digests(text)["teacher"] == digest(load(the_run("teacher") / "best.pt")["model"])
+
+
+def test_methods_share_a_teacher_and_keep_their_runs(capfd):
+    for method in ("absld", "rslad"):
+        assert train("--method", method) == 0
+    assert capfd.readouterr().out.count("teacher by trades") == 1
+    assert train("--method", "trades") == 0
+    text = capfd.readouterr().out
+    assert set(digests(text)) == {"student"}
+    kinds = sorted(path.name.split("-")[1] for path in Path("runs").iterdir())
+    assert kinds == ["absld", "rslad", "teacher", "trades"]
+
+
+def test_a_run_directory_has_all_of_a_run(teacher, capfd):
+    assert train("--teacher", teacher) == 0
+    text, run = capfd.readouterr().out, the_run()
+    assert (run / "STATUS").read_text() == "finished\n"
+    record = json.loads((run / "metrics.jsonl").read_text())
+    assert {"epoch", "loss", "clean", "robust", "temperature_adv", "is_best"} <= record.keys()
+    (session,) = json.loads((run / "environment.json").read_text())
+    assert session["teacher_sha256"] == digests(text)["teacher"]
+    assert {"command", "started", "commit", "python", "torch", "device", "inputs"} <= session.keys()
+    assert session["command"].startswith("absld train --epochs 1")
+    for name in ("best.pt", "last.pt"):
+        content = torch.load(run / name, weights_only=True)
+        assert content["architecture"] == "convnet" and content["classes"] == list("0123456789")
+    result = json.loads((run / "result.json").read_text())
+    assert result["student_sha256"] == digests(text)["student"]
+
+
+def test_the_settings_of_a_run_are_a_recipe(teacher, capfd):
+    assert train("--teacher", teacher, "--epsilon", "8/255") == 0
+    first = capfd.readouterr().out
+    assert main("train", "--recipe", the_run() / "config.toml", "--out", "again") == 0
+    assert digests(capfd.readouterr().out) == digests(first)
+    assert the_run().name == the_run(out="again").name
+
+
+def test_a_run_is_never_written_over(teacher, capfd):
+    assert train("--teacher", teacher) == 0
+    first = capfd.readouterr().out
+    before = {path.name: path.read_bytes() for path in the_run().iterdir()}
+    flags = ["train", *QUICK, "--teacher", teacher]
+    refused(capfd, 2, f"{the_run()} holds a run", "--resume", *flags)
+    assert {path.name: path.read_bytes() for path in the_run().iterdir()} == before
+    assert train("--teacher", teacher, "--resume") == 0
+    assert capfd.readouterr().out.split("runs/")[-1] == first.split("runs/")[-1]
+    assert len(json.loads((the_run() / "environment.json").read_text())) == 2
+
+
+def strict_json(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_json_is_one_document_with_the_epochs_on_stderr(teacher, capfd):
+    assert train("--teacher", teacher, "--json") == 0
+    printed = capfd.readouterr()
+    document = strict_json(printed.out)
+    assert document["config"] == json.loads(json.dumps(asdict(resolve({
+        "epochs": 1, "teacher_epochs": 1, "max_steps": 1, "allow_weak_teacher": True,
+        "device": "cpu", "batch_size": 32, "teacher": teacher,
+    }))))  # fmt: skip
+    assert document["run"] == str(the_run()) and document["classes"] == list("0123456789")
+    for name in ("clean", "robust"):
+        assert len(document[name]["class_accuracy"]) == 10
+        assert document[name]["average"] >= document[name]["worst"] >= 0
+    assert document["student_sha256"] == digest(load(the_run() / "best.pt")["model"])
+    assert document["warning"] is None
+    assert "epoch     lr" in printed.err and "student by absld" in printed.err
+    assert main("train", *QUICK, "--teacher", teacher, "--json") == 2
+    assert capfd.readouterr().out == ""
+
+
+def test_selection_on_test_images_is_warned_of_in_every_report(teacher, capfd):
+    assert train("--teacher", teacher, "--select-on", "test") == 0
+    assert capfd.readouterr().out.count("warning: the best epoch is chosen on the test") == 2
+    assert train("--teacher", teacher, "--select-on", "test", "--resume", "--json") == 0
+    assert strict_json(capfd.readouterr().out)["warning"].startswith("warning: the best epoch")
+
+
+def test_paths_with_spaces_and_letters_of_any_script(tmp_path, teacher, capfd):
+    root = make_folder(tmp_path / "ein Ordner für Bilder", classes=["cat", "日本"])
+    made = build_model("convnet", 2, "mine").state_dict()
+    torch.save({"model": made}, "teacher é.pt")
+    Path("meine Wahl.toml").write_text(
+        f'dataset = "folder"\ndata = "{root}"\nteacher = "teacher é.pt"\nout = "Läufe hier"\n'
+        'student = "convnet"\nbatch_size = 4\nepochs = 1\nmax_steps = 1\nallow_weak_teacher = true'
+    )
+    flags = ["train", "--recipe", "meine Wahl.toml", "--device", "cpu"]
+    assert main(*flags) == 0
+    text = capfd.readouterr().out
+    assert "\n日本 " in text and digests(text)["teacher"] == digest(made)
+    assert main(*flags, "--resume") == 0
+    assert digests(capfd.readouterr().out) == digests(text)
+    (run,) = Path("Läufe hier").iterdir()
+    assert main("train", "--recipe", run / "config.toml", "--resume") == 0
+
+
+# --- Faults on the way ---
+
+
+def test_a_loss_that_is_not_finite(teacher, capfd, monkeypatch):
+    loss = absld.absld_loss
+    monkeypatch.setattr(
+        "absld.methods.absld_loss", lambda *z, **settings: loss(*z, **settings) * float("nan")
+    )
+    flags = ["train", *QUICK, "--teacher", teacher]
+    refused(capfd, 5, "epoch 1, step 1: ", "last good", *flags)
+    assert (the_run() / "STATUS").read_text().startswith("failed: epoch 1, step 1: ")
+
+
+def test_a_student_that_its_last_step_broke_is_no_result(teacher, capfd):
+    flags = ["--learning-rate", "1e38", "--teacher", teacher]
+    assert train(*flags) == 5
+    assert not digests(capfd.readouterr().out)
+
+
+def failing(error):
+    def fail(*given, **settings):
+        raise error
+
+    return fail
+
+
+def test_out_of_memory(teacher, capfd, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n 20 GiB")
+    monkeypatch.setattr("absld.trainer.train_step", failing(error))
+    flags = ["train", *QUICK, "--teacher", teacher]
+    refused(capfd, 1, "out of memory. Tried to allocate 20 GiB", "--batch-size", *flags)
+
+
+def test_a_disk_that_is_full(teacher, capfd, monkeypatch):
+    monkeypatch.setattr("absld.trainer.save", failing(OSError(28, "No space left on device")))
+    flags = ["train", *QUICK, "--teacher", teacher]
+    refused(capfd, 1, "No space left", "is there room", *flags)
+    assert (the_run() / "STATUS").read_text().startswith("failed: ")
+
+
+def test_out_that_is_a_file(teacher, capfd):
+    Path("runs").write_text("here already")
+    refused(capfd, 1, "runs", "--out", "train", *QUICK, "--teacher", teacher)
+
+
+def test_a_fault_of_ours_says_so(teacher, capfd, monkeypatch):
+    monkeypatch.setattr("absld.trainer.train_step", failing(ZeroDivisionError("oops")))
+    flags = ["train", *QUICK, "--teacher", teacher]
+    refused(capfd, 1, "ZeroDivisionError: oops", "--debug", *flags)
+
+
+def test_ctrl_c_before_there_is_a_training(capfd, monkeypatch):
+    monkeypatch.setattr(cli, "resolve", failing(KeyboardInterrupt()))
+    assert main("train") == 130
+    assert "fault of ours" not in capfd.readouterr().err
+
+
+# --- Resuming ---
+
+
+def test_nothing_to_resume(capfd):
+    refused(capfd, 2, "nothing to resume in runs", "--resume", "train", *QUICK, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--epsilon", "0.2"], "epsilon is 0.1 there, 0.2 here"),
+        (["--seed", 1], "seed is 0 there, 1 here"),
+        (["--fidelity", "released"], "fidelity is 'paper' there, 'released' here"),
+        (["--epochs", 2], "epochs is 1 there, 2 here"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(flags, difference, teacher, capfd):
+    assert train("--teacher", teacher) == 0
+    capfd.readouterr()
+    flags = ["train", *QUICK, "--teacher", teacher, "--resume", *flags]
+    refused(capfd, 2, f"{the_run()} {difference}", "give the settings of that run", *flags)
+
+
+def test_resuming_with_other_images_or_another_teacher_is_refused(teacher, capfd, monkeypatch):
+    shutil.copy(teacher, "teacher.pt")
+    assert train("--teacher", "teacher.pt") == 0
+    capfd.readouterr()
+    flags = ["train", *QUICK, "--teacher", "teacher.pt", "--resume"]
+    save({"model": build_model("convnet", 10, "another").state_dict()}, Path("teacher.pt"))
+    refused(capfd, 2, "teacher is '", "give the settings of that run", *flags)
+    other = few_digits()._replace(train=few_digits().test)
+    monkeypatch.setattr(absld.job, "load_data", lambda *given: other)
+    refused(capfd, 2, "train_images is '", "give the settings of that run", *flags)
+
+
+# --- Processes of their own: signals, pipes, the terminal ---
+
+
+def child(flags, folder, out, err, environment, slow):
+    """The program, with the few digits; `slow`: no step ends in the second epoch."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    for number, path in ((1, out), (2, err)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY)
+        os.dup2(opened, number)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+    absld.job.load_data = load_few
+    if slow:
+        calls, step = [], absld.trainer.train_step
+
+        def wait(*given):
+            calls.append(1)
+            while len(calls) > 1:  # in short sleeps: the signal may wake another thread
+                time.sleep(0.01)
+            return step(*given)
+
+        absld.trainer.train_step = wait
+    sys.argv = ["absld", *map(str, flags)]
+    cli.main()
+
+
+@pytest.fixture
+def start():
+    """Start the program with its output in files; in the end it is gone."""
+    started = []
+
+    def start(*flags, out="out", err="err", slow=False, **environment):
+        given = (flags, os.getcwd(), out, err, environment, slow)
+        started.append(processes.Process(target=child, args=given))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def text_of(path):
+    return Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, text_of("err")
+        time.sleep(0.002)
+
+
+def ended(process, seconds=60):
+    process.join(seconds)
+    assert process.exitcode is not None, "it goes on and on"
+    return process.exitcode
+
+
+LONGER = ["train", *QUICK, "--epochs", "8", "--max-steps", "2"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_goes_on_to_the_same_digest(number, code, teacher, capfd, start):
+    flags = [*LONGER, "--teacher", teacher]
+    process = start(*flags)
+    until(lambda: "\n    2 " in text_of("out"))
+    os.kill(process.pid, number)
+    assert ended(process) == code
+    said = text_of("err").splitlines()
+    assert said[0] == "stopping after this step; a second signal stops at once"
+    assert said[1:] == [f"error: stopped by signal {int(number)}", "--resume continues this run"]
+    assert (the_run() / "STATUS").read_text() == "interrupted\n"
+    assert load(the_run() / "last.pt")["progress"]["epoch"] in range(3, 10)
+    assert main(*flags, "--resume") == 0
+    resumed = capfd.readouterr().out
+    assert "\n    2 " not in resumed and "\n    8 " in resumed
+    assert main(*flags, "--out", "whole") == 0
+    assert digests(capfd.readouterr().out) == digests(resumed)
+    assert records(the_run()) == records(the_run(out="whole"))
+    assert len(records(the_run())) == 8
+
+
+def records(run):
+    """What is recorded of each epoch, but for times."""
+    times = dict.fromkeys(("seconds", "images_per_second"))
+    return [json.loads(line) | times for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_interrupted_teacher_goes_on_too(capfd, start):
+    flags = ["train", *QUICK, "--teacher-epochs", "8"]
+    process = start(*flags)
+    until(lambda: "\n    2 " in text_of("out"))
+    os.kill(process.pid, signal.SIGTERM)
+    assert ended(process) == 143
+    assert (the_run("teacher") / "STATUS").read_text() == "interrupted\n"
+    assert main(*flags, "--resume") == 0
+    resumed = digests(capfd.readouterr().out)
+    assert main(*flags, "--out", "whole") == 0
+    assert digests(capfd.readouterr().out) == resumed and len(resumed) == 2
+
+
+def test_a_second_signal_ends_it_at_once_and_a_second_process_is_refused(teacher, capfd, start):
+    """In one test, for both need a process that hangs in a step."""
+    flags = [*LONGER, "--teacher", teacher]
+    process = start(*flags, slow=True)
+    until(lambda: "teacher: " in text_of("out"))
+    refused(capfd, 2, "holds a run with these settings (running)", "--resume", *flags)
+    refused(capfd, 4, "another process is at work", "--out", *flags, "--resume")
+    assert (the_run() / "STATUS").read_text() == "running\n"
+    time.sleep(0.3)  # into the step that hangs
+    os.kill(process.pid, signal.SIGINT)
+    until(lambda: "a second signal" in text_of("err"))
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    assert ended(process, 10) == 130
+    assert "Traceback" not in text_of("err")
+    assert main(*flags, "--resume") == 0
+
+
+def test_output_into_head(teacher, start):
+    os.mkfifo("pipe")
+    process = start(*LONGER, "--teacher", teacher, out="pipe")
+    with open("pipe") as pipe:
+        assert pipe.readline().startswith("seed 0")
+    assert ended(process) != 0 and text_of("err") == ""
+
+
+def test_piped_output_is_plain(teacher, start):
+    """No escape codes, and not a letter but what is said, in 40 columns, too."""
+    environment = {"NO_COLOR": "1", "COLUMNS": "40", "TERM": "xterm-256color"}
+    assert ended(start("train", *QUICK, "--teacher", teacher, **environment)) == 0
+    text = text_of("out")
+    assert text_of("err") == "" and "\x1b" not in text and "\r" not in text
+    assert len(digests(text)) == 2 and "━" not in text
+    lines = [line for line in text.splitlines() if not line.startswith("teacher: ")]
+    assert max(map(len, lines)) <= 80
+    flags = ["train", *QUICK, "--teacher", teacher, "--json", "--resume"]
+    assert ended(start(*flags, out="json", **environment)) == 0
+    assert strict_json(text_of("json"))["student_sha256"] == digests(text)["student"]
+
+
+def test_on_a_terminal_the_run_is_live(teacher, start):
+    """The lines stay; a bar and the temperatures of the classes move below them."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = start(
+        *LONGER, "--teacher", teacher, out=os.ttyname(slave), TERM="xterm-256color", NO_COLOR=""
+    )
+    text = b""
+    while process.is_alive() or select.select([master], [], [], 0)[0]:
+        if select.select([master], [], [], 0.05)[0]:
+            text += os.read(master, 65536)
+    os.close(master)
+    os.close(slave)
+    shown = text.decode()
+    assert ended(process) == 0, text_of("err")
+    assert "\x1b[" in shown and "student 2/8" in shown and " left" in shown
+    assert "T adv" in shown and "T nat" in shown and "━" in shown
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "\n")
+    assert re.search(r"^ *3 +[01]\.\d\d +━+ +[01]\.\d\d +\d+%", plain, re.MULTILINE)
+    for epoch in range(1, 9):
+        assert re.search(rf"^ *{epoch} 0\.\d{{4}} ", plain, re.MULTILINE), epoch
+    assert len(digests(plain)) == 2
+
+
+def test_the_program_by_its_module_on_all_the_digits(single_thread):
+    """Nothing in place of anything: as a person starts it."""
+    environment = single_thread | {"PYTHONPATH": SOURCE, "NO_COLOR": "1", "COLUMNS": "40"}
+    command = [sys.executable, "-m", "absld", "train", *QUICK]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert len(digests(run.stdout)) == 2 and "\x1b" not in run.stdout
+    assert {path.name.split("-")[1] for path in Path("runs").iterdir()} == {"teacher", "absld"}

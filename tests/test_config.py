@@ -1,0 +1,296 @@
+"""Settings: what they take, where their values come from, and the files that hold them."""
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from absld.config import RECIPES, Config, TrainConfig, from_toml, parse, resolve, source, to_toml
+from absld.errors import UsageError
+
+TYPES = get_type_hints(Config)
+
+
+def numbers(low, high):
+    return st.floats(low, high, allow_nan=False)
+
+
+# Lone surrogates are no text, for a file could not hold them.
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+VALUES = (
+    {k: st.sampled_from(get_args(kind)) for k, kind in TYPES.items() if get_origin(kind) is Literal}
+    | dict.fromkeys(("data", "student", "teacher", "teacher_model", "out", "device"), text)
+    | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))
+    | dict.fromkeys(("learning_rate", "weight_decay", "kl_scale"), numbers(0, 1e300))
+    | dict.fromkeys(("start_noise", "relative_step_size"), numbers(0, 1e300))
+    | dict.fromkeys(("epochs", "batch_size", "max_steps", "teacher_epochs"), st.integers(1, 10**20))
+    | dict.fromkeys(("attack_steps", "padding"), st.integers(0, 10**20))
+    | {
+        "seed": st.integers(),
+        "temperature_rate": numbers(0, 10),
+        "temperature_lower": numbers(1e-3, 1),
+        "temperature_upper": numbers(1, 1e3),
+        "milestones": st.lists(numbers(0, 1), max_size=3).map(tuple),
+        "allow_weak_teacher": st.booleans(),
+    }
+)
+settings = st.fixed_dictionaries({}, optional=VALUES)
+
+
+def refused(*patterns, of):
+    with pytest.raises(UsageError) as caught:
+        of()
+    for pattern in patterns:
+        assert pattern in f"{caught.value}\n{caught.value.way_out}"
+    return caught.value
+
+
+# --- Files and flags ---
+
+
+def test_the_strategy_knows_every_setting():
+    """Else the round trip below would pass over the ones that are added."""
+    assert VALUES.keys() == {f.name for f in fields(Config)} == TYPES.keys()
+
+
+@given(settings)
+@example({"data": "spaces and ümlauts \\ \" '", "out": "日本\n\t"})
+@example({"data": "\x7f", "milestones": (), "max_steps": None})
+@example({"epsilon": 5e-324, "learning_rate": 1e300, "seed": -(10**30)})
+def test_a_recipe_file_reads_back_as_the_same_settings(tmp_path_factory, settings):
+    path = tmp_path_factory.getbasetemp() / "spaces ünd.toml"
+    config = resolve(settings)
+    path.write_bytes(to_toml(config).encode())
+    assert resolve(from_toml(str(path))) == config
+
+
+@given(settings)
+def test_a_flag_is_read_as_a_line_of_a_file_is(settings):
+    """A flag is a text; the same value as a number in a file is the same setting."""
+    for name, value in resolve(settings).__dict__.items():
+        if isinstance(value, tuple) and value:
+            assert parse(name, ",".join(map(repr, value))) == value
+        elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            assert parse(name, str(value)) == value
+
+
+def test_what_a_file_does_not_say_comes_from_the_recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('dataset = "cifar10"\nepsilon = "8/255"\nmilestones = [0.5, 1]\n')
+    config = resolve(from_toml(str(path)))
+    assert config == replace(resolve({"dataset": "cifar10"}), milestones=(0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("epsilom = 0.1", "did you mean 'epsilon'"),
+        ("temperature-rate = 0.1", "did you mean 'temperature_rate'"),
+        ("zzzz = 1", "absld recipe show"),
+        ("epochs = 2.0", "epochs takes a whole number, not 2.0"),
+        ("epochs = true", "epochs takes a whole number, not True"),
+        ('epochs = "many"', "epochs takes a whole number, not 'many'"),
+        ("epsilon = true", "epsilon takes a number, not True"),
+        ("epsilon = [0.1]", "epsilon takes a number, not [0.1]"),
+        ('epsilon = "8/0"', "epsilon takes a number, not '8/0'"),
+        ("data = 3", "data takes a text, not 3"),
+        ("allow_weak_teacher = 1", "allow_weak_teacher takes true or false, not 1"),
+        ("milestones = 0.5", "milestones takes numbers, not 0.5"),
+        ('milestones = ["half"]', "milestones takes numbers"),
+        ("max_steps = 0", "max_steps must be 1 or more, not 0"),
+        ('method = "abslt"', "method takes one of absld, rslad, trades, not 'abslt'"),
+        ("method = 3", "method takes one of absld, rslad, trades, not 3"),
+        ("[data]\npath = 1", "data takes a text"),
+        ("epochs == 3", "needed: lines of name = value"),
+        ("epochs = 3\nepochs = 4", "needed: lines of name = value"),
+    ],
+)
+def test_a_line_that_is_not_a_setting(line, said, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(line)
+    refused(said, of=lambda: resolve(from_toml(str(path))))
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_file_that_is_no_recipe(content, tmp_path):
+    path = tmp_path / "mine.toml"
+    if content:
+        path.write_bytes(content)
+    refused("mine.toml", "lines of name = value", of=lambda: from_toml(str(path)))
+    refused(str(tmp_path), of=lambda: from_toml(str(tmp_path)))
+
+
+# --- Values ---
+
+
+@pytest.mark.parametrize(
+    ("given", "value"), [("8/255", 8 / 255), ("0.031", 0.031), (0, 0.0), ("1e-3", 0.001), (1, 1.0)]
+)
+def test_epsilon_as_a_fraction_or_a_number(given, value):
+    found = resolve({"epsilon": given}).epsilon
+    assert found == value and type(found) is float
+
+
+@pytest.mark.parametrize("value", ["2", 2, "nan", "-1", -1, "inf", "1e99999999", "1/0", "8/", ""])
+def test_epsilons_that_are_none(value):
+    refused("epsilon", of=lambda: resolve({"epsilon": value}))
+
+
+RANGES = {
+    "temperature_rate": (0, 10), "adv_weight": (0, 1), "epsilon": (0, 1), "flip": (0, 1),
+    "momentum": (0, 1), "temperature_lower": (1e-3, 1), "temperature_upper": (1, 1e3),
+}  # fmt: skip
+LEAST = {
+    "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 0, "padding": 0, "start_noise": 0,
+    "relative_step_size": 0, "learning_rate": 0, "weight_decay": 0, "kl_scale": 0,
+    "teacher_epochs": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges_hold_their_ends_and_nothing_beyond(name):
+    low, high = RANGES[name]
+    for end in (low, high):
+        assert getattr(resolve({name: end}), name) == end
+    said = f"{name} must be in [{low}, {high}], not "
+    for beyond in (low - 1e-6, high + 1e-6, float("nan"), float("inf"), float("-inf")):
+        refused(f"{said}{beyond}", of=lambda value=beyond: resolve({name: value}))
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_least_values(name):
+    assert getattr(resolve({name: LEAST[name]}), name) == LEAST[name]
+    said = f"{name} must be {LEAST[name]} or more, not {LEAST[name] - 1}"
+    error = refused(said, of=lambda: resolve({name: LEAST[name] - 1}))
+    assert error.way_out, "the second line of every error is the way out"
+    if TYPES[name] is float:
+        for value in (float("nan"), float("inf")):
+            refused(name, of=lambda value=value: resolve({name: value}))
+
+
+@pytest.mark.parametrize("milestones", [(1.5,), (-0.1,), (float("nan"),)])
+def test_milestones_are_parts_of_the_run(milestones):
+    refused("milestones are parts of the run", of=lambda: TrainConfig(milestones=milestones))
+
+
+def test_every_number_has_a_range():
+    """A setting that is added without one would be the first that takes NaN."""
+    numbers = {name for name, kind in TYPES.items() if kind in (int, float, int | None)}
+    assert numbers - {"seed"} == RANGES.keys() | LEAST.keys()
+
+
+def test_settings_do_not_change():
+    with pytest.raises(FrozenInstanceError):
+        resolve({}).epochs = 3
+
+
+def test_unknown_names_in_a_call():
+    said = "there is no setting 'epsilom'", "did you mean 'epsilon'?"
+    refused(*said, of=lambda: resolve({"epsilom": 0.1}))
+
+
+# --- Recipes and sources ---
+
+
+def test_the_released_settings_are_cifar10s():
+    config = resolve({"dataset": "cifar10"})
+    found = {name: getattr(config, name) for name in (
+        "epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "epsilon",
+        "relative_step_size", "attack_steps", "start_noise", "temperature_rate",
+        "temperature_lower", "temperature_upper", "adv_weight", "padding", "flip", "student",
+        "teacher_model", "select_on",
+    )}  # fmt: skip
+    assert found == {
+        "epochs": 300, "batch_size": 128, "learning_rate": 0.1, "momentum": 0.9,
+        "weight_decay": 2e-4, "epsilon": 8 / 255, "relative_step_size": 0.25, "attack_steps": 10,
+        "start_noise": 0.001, "temperature_rate": 0.1, "temperature_lower": 0.5,
+        "temperature_upper": 5.0, "adv_weight": 5 / 6, "padding": 4, "flip": 0.5,
+        "student": "resnet18", "teacher_model": "wrn-34-10", "select_on": "validation",
+    }  # fmt: skip
+    assert config.milestone_epochs() == [215, 260, 285]
+    assert config.epsilon * config.relative_step_size == 2 / 255
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_settings(name):
+    config = resolve({"dataset": name})
+    assert config.dataset == name
+    for setting, (value, _) in RECIPES[name].items():
+        assert getattr(config, setting) == value
+
+
+def test_a_recipe_gives_way_to_what_is_given():
+    assert resolve({"epochs": 7}).epochs == 7 and resolve({}).epochs == 40
+    assert resolve({"dataset": "cifar100"}).epochs == 300
+
+
+@pytest.mark.parametrize("dataset", RECIPES)
+def test_every_value_has_a_source(dataset):
+    config = resolve({"dataset": dataset})
+    for f in fields(Config):
+        assert source(config, f.name) not in ("", "given")
+        assert f.metadata["meaning"] and f.metadata["group"]
+
+
+def test_sources():
+    config = resolve({"learning_rate": 0.05, "dataset": "digits"})
+    assert source(config, "learning_rate") == "given"
+    assert source(config, "momentum") == "the authors' release"
+    assert source(config, "epochs") == "decided here, for digits"
+    assert source(config, "seed") == "decided here"
+    assert source(resolve({"dataset": "cifar10"}), "dataset") == "the paper"
+    assert source(resolve({"epochs": 3}), "epochs") == "given"
+
+
+# --- The parts of a configuration ---
+
+
+def test_the_training_has_the_settings_of_the_run():
+    config = resolve({"epochs": 3, "fidelity": "released", "seed": 5})
+    assert type(config.training()) is TrainConfig
+    assert asdict(config.training()).items() <= asdict(config).items()
+
+
+METHOD = [
+    {"method": "rslad"}, {"fidelity": "released"}, {"temperature_rate": 0.0}, {"kl_scale": 0.1},
+    {"adv_weight": 0.5}, {"temperature_lower": 0.9}, {"temperature_upper": 1.5}, {"epochs": 7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", METHOD, ids=str)
+def test_students_of_all_methods_share_a_teacher(given):
+    assert resolve(given).teacher_training() == resolve({}).teacher_training()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"seed": 1},
+        {"epsilon": 0.05},
+        {"batch_size": 3},
+        {"teacher_epochs": 2},
+        {"precision": "bf16"},
+        {"max_steps": 1},
+    ],
+    ids=str,
+)
+def test_a_teacher_has_what_is_not_the_methods(given):
+    config = resolve(given)
+    teacher = config.teacher_training()
+    assert teacher != resolve({}).teacher_training()
+    assert (teacher.method, teacher.epochs) == ("trades", config.teacher_epochs)
+    assert (teacher.seed, teacher.epsilon) == (config.seed, config.epsilon)
+
+
+def test_milestones_are_at_the_nearest_epoch():
+    assert TrainConfig(epochs=40).milestone_epochs() == [29, 35, 38]
+    assert TrainConfig(epochs=10, milestones=(0.5, 1.0)).milestone_epochs() == [5, 10]
+
+
+def test_settings_cost_no_torch():
+    code = "import sys, absld, absld.config, absld.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,306 @@
+"""Networks from names, files, runs and factories, and what is refused."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import absld
+import absld_min
+from absld.checkpoint import RunDirectory, digest, save
+from absld.errors import CheckpointError, UsageError
+from absld.loading import load_network
+from absld.models import MODELS, build_model
+
+KEY = (0, "test")
+C = 3
+
+
+def weights(seed=1, name="convnet", classes=C):
+    return build_model(name, classes, "other", seed).state_dict()
+
+
+def file_of(folder, content):
+    path = folder / "tëacher file.pt"
+    torch.save(content, path)
+    return str(path)
+
+
+def refused(spec, *patterns, kind=CheckpointError, architecture="", classes=C):
+    with pytest.raises(kind) as caught:
+        load_network(spec, classes, KEY, architecture)
+    said = f"{caught.value}\n{caught.value.way_out}"
+    assert said.count("\n") == 1 and caught.value.way_out
+    for pattern in patterns:
+        assert pattern in said
+
+
+def module_of(folder, monkeypatch, text):
+    """A module of the user's, in the current folder; its name."""
+    name = f"mine_{folder.name}".replace("-", "_")
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+# --- Names ---
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+def test_a_name_has_weights_from_the_key_alone(name):
+    before = torch.get_rng_state()
+    network = load_network(name, C, KEY)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert digest(network.model.state_dict()) == digest(build_model(name, C, *KEY).state_dict())
+    assert (network.architecture, network.notes) == (name, ())
+
+
+@pytest.mark.parametrize("spec", ["resnet19", "", "conv net", "mine.nets"])
+def test_a_name_that_is_none_is_told_what_there_is(spec):
+    refused(spec, repr(spec), *MODELS, "package.module:factory", kind=UsageError)
+
+
+# --- Files ---
+
+
+def test_a_file_of_this_package(tmp_path):
+    save({"model": weights(), "architecture": "convnet"}, tmp_path / "best.pt")
+    network = load_network(str(tmp_path / "best.pt"), C, KEY)
+    assert digest(network.model.state_dict()) == digest(weights())
+    assert (network.architecture, network.notes) == ("convnet", ())
+
+
+def test_a_run_directory(tmp_path):
+    run = RunDirectory(tmp_path / "a rün")
+    run.path.mkdir()
+    save({"model": weights(), "architecture": "convnet"}, run.best)
+    network = load_network(str(run.path), C, KEY)
+    assert digest(network.model.state_dict()) == digest(weights())
+    run.best.unlink()
+    refused(str(run.path), "best.pt", "no such file")
+
+
+def test_a_file_of_the_single_file_program(tmp_path):
+    state = absld_min.build_model("convnet", C, "min").state_dict()
+    content = {"model": state, "sha256": absld_min.digest(state), "history": [{"epoch": 1}]}
+    network = load_network(file_of(tmp_path, content), C, KEY)
+    assert digest(network.model.state_dict()) == absld_min.digest(state)
+    raw = bytearray((tmp_path / "tëacher file.pt").read_bytes())
+    raw[raw.index(state["0.weight"].numpy().tobytes()) + 5] ^= 1
+    (tmp_path / "tëacher file.pt").write_bytes(raw)
+    refused(str(tmp_path / "tëacher file.pt"), "SHA-256")
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+def test_a_bare_state_dict_is_recognised_by_names_and_shapes(name, tmp_path):
+    path = file_of(tmp_path, weights(name=name))
+    network = load_network(path, C, KEY)
+    assert network.architecture == name
+    assert digest(network.model.state_dict()) == digest(weights(name=name))
+
+
+WRAPPERS = [
+    lambda state: {"state_dict": state, "epoch": 3},
+    lambda state: {"model": state, "optimizer": {"lr": 0.1}, "epoch": 3},
+    lambda state: {"net": state},
+    lambda state: {"model_state_dict": state, "epoch": 3},
+    lambda state: {"ema": state},
+    lambda state: {"state_dict": {"net": state}},
+    # What others mean by these names is no matter of ours.
+    lambda state: {"model": state, "architecture": ["convnet", 3]},
+    lambda state: {"model": state, "architecture": {"name": "convnet"}},
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_state_dicts(wrap, tmp_path):
+    network = load_network(file_of(tmp_path, wrap(weights())), C, KEY)
+    assert digest(network.model.state_dict()) == digest(weights())
+    assert network.notes == ()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.model."])
+def test_prefixes_are_stripped_and_said(prefix, tmp_path):
+    state = {prefix + name: tensor for name, tensor in weights().items()}
+    path = file_of(tmp_path, state)
+    network = load_network(path, C, KEY)
+    assert digest(network.model.state_dict()) == digest(weights())
+    (note,) = network.notes
+    assert note == f"{path}: {len(state)} tensors renamed or left out, such as {min(state)}"
+
+
+def test_the_unused_group_of_the_published_teacher_is_left_out(tmp_path):
+    state = weights(name="resnet18")
+    extra = {f"sub_block1.{n}": torch.zeros(1) for n in range(3)}
+    network = load_network(file_of(tmp_path, state | extra), C, KEY)
+    assert digest(network.model.state_dict()) == digest(state)
+    assert "3 tensors renamed or left out, such as sub_block1.0" in network.notes[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value, tmp_path):
+    state = weights()
+    state["3.weight"][0, 0, 0, 0] = value
+    refused(file_of(tmp_path, state), "tensor 3.weight holds NaN or infinity")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        torch.zeros(3),
+        {},
+        {"epoch": 3},
+        {3: torch.zeros(1)},
+        {"model": [1]},
+        {"model": {"a": 1}},
+    ],
+)
+def test_content_that_is_no_state_dict(content, tmp_path):
+    refused(file_of(tmp_path, content), "state_dict()")
+
+
+def test_an_unknown_architecture(tmp_path):
+    path = file_of(tmp_path, {"fc.weight": torch.zeros(3, 3)})
+    refused(path, "its network is unknown", "package.module:factory")
+
+
+def test_another_architecture_is_told_what_differs_and_what_is_near(tmp_path):
+    state = weights(name="resnet18")
+    del state["conv1.weight"]
+    state["extra"] = torch.zeros(1)
+    lacks = sorted(weights().keys() - state.keys())[:5]
+    has = sorted(state.keys() - weights().keys())[:5]
+    refused(
+        file_of(tmp_path, state),
+        f"lacks {lacks}, has besides {has}",
+        "nearest known network: resnet18",
+        architecture="convnet",
+    )
+
+
+def test_another_number_of_classes(tmp_path):
+    path = file_of(tmp_path, weights(classes=7))
+    refused(path, "linear.weight is (7, 64), needed is (3, 64)", "number of classes")
+
+
+@pytest.mark.parametrize("spec", ["none.pt", "folder/none", "é ü.pth"])
+def test_a_file_that_is_missing(spec):
+    refused(spec, f"{spec}: no such file")
+
+
+# --- Factories ---
+
+FACTORIES = """
+from torch import nn
+def sized(classes): return nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+def fixed(): return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+class Net(nn.Sequential):
+    def __init__(self, num_classes=5): super().__init__(nn.Linear(4, num_classes))
+class Wrapped(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+    def forward(self, x): return self.model(2 * x - 1)
+class Normalised(nn.Sequential):
+    def forward(self, x): return super().forward(2 * x - 1)
+def normalised(classes):
+    from absld.models import convnet
+    network = convnet(classes)
+    network.__class__ = Normalised
+    return network
+def text(): return "no module"
+def greedy(a, b): return a
+def broken(classes): raise ValueError("not today")
+number = 3
+"""
+
+
+@pytest.mark.parametrize("name", ["sized", "fixed", "Net"])
+def test_a_factory_in_the_current_folder(name, tmp_path, monkeypatch):
+    """With and without an argument; its weights are drawn from the key."""
+    module = module_of(tmp_path, monkeypatch, FACTORIES)
+    before = torch.get_rng_state()
+    network = load_network(f"{module}:{name}", C, KEY)
+    again = load_network(f"{module}:{name}", C, KEY)
+    other = load_network(f"{module}:{name}", C, (1, "test"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert network.architecture == f"{module}:{name}"
+    assert next(iter(network.model.parameters())).shape[0] == C
+    one, two, three = (digest(n.model.state_dict()) for n in (network, again, other))
+    assert one == two != three
+
+
+def test_a_factory_of_a_package():
+    network = load_network("absld.models:convnet", C, KEY)
+    assert digest(network.model.state_dict()) == digest(
+        build_model("convnet", C, *KEY).state_dict()
+    )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "no.such.module:net",
+        "absld.models:no_such_net",
+        "absld_no:net",
+        ".models:convnet",
+        "absld.config:OWN",
+    ],
+)
+def test_a_factory_that_is_not_there(spec):
+    refused(spec, spec, "package.module:factory", kind=UsageError)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("text", "returned str"), ("number", "number"), ("greedy", "'b'"), ("broken", "not today")],
+)
+def test_a_factory_that_makes_no_network(name, said, tmp_path, monkeypatch):
+    """The user's fault, and said to be: never an error of another type."""
+    module = module_of(tmp_path, monkeypatch, FACTORIES)
+    refused(f"{module}:{name}", f"{module}:{name}", said, kind=UsageError)
+
+
+def test_a_file_for_a_factory(tmp_path, monkeypatch):
+    module = module_of(tmp_path, monkeypatch, FACTORIES)
+    state = load_network(f"{module}:sized", C, KEY).model.state_dict()
+    path = file_of(tmp_path, {"model": state, "architecture": f"{module}:sized"})
+    network = load_network(path, C, (1, "test"), f"{module}:sized")
+    assert digest(network.model.state_dict()) == digest(state)
+    assert network.architecture == f"{module}:sized"
+
+
+def test_a_file_for_a_factory_whose_own_names_begin_with_model(tmp_path, monkeypatch):
+    """A wrapper that normalises is the commonest of factories; `model.` is no prefix there."""
+    module = module_of(tmp_path, monkeypatch, FACTORIES)
+    state = load_network(f"{module}:Wrapped", C, KEY).model.state_dict()
+    network = load_network(file_of(tmp_path, state), C, (1, "test"), f"{module}:Wrapped")
+    assert digest(network.model.state_dict()) == digest(state)
+
+
+def test_a_factory_that_is_asked_for_is_not_replaced_by_a_known_network(tmp_path, monkeypatch):
+    """Names and shapes are the convnet's, the function is another."""
+    module = module_of(tmp_path, monkeypatch, FACTORIES)
+    network = load_network(file_of(tmp_path, weights()), C, KEY, f"{module}:normalised")
+    assert network.architecture == f"{module}:normalised"
+    assert type(network.model).__name__ == "Normalised"
+
+
+def test_a_file_does_not_choose_code(tmp_path, monkeypatch):
+    """A file that names a factory as its architecture does not have it imported."""
+    module = module_of(tmp_path, monkeypatch, "raise SystemExit('the file chose this code')")
+    content = {"model": {"weight": torch.zeros(3, 3)}, "architecture": f"{module}:net"}
+    refused(file_of(tmp_path, content), f"its network is {module}:net", "package.module:factory")
+    assert module not in sys.modules
+    content = {"model": weights(), "architecture": f"{module}:net"}
+    assert load_network(file_of(tmp_path, content), C, KEY).architecture == "convnet"
+
+
+def test_what_is_loaded_is_a_module_to_train():
+    network = load_network("convnet", C, KEY)
+    assert isinstance(network.model, nn.Module) and network.model.training
+    assert all(p.requires_grad for p in network.model.parameters())
+    assert absld.load_network is load_network

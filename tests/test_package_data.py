@@ -1,0 +1,329 @@
+"""The package's image sets, splits, views and batches, and where images come from."""
+
+import time
+
+import pytest
+import strategies as draw
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_data import make_cifar, make_folder, numbered
+
+import absld_min
+from absld.data import ImageSet, Views, batches, hold_out, load_data, pixels, steps_per_epoch
+from absld.errors import DataError
+from absld.seeding import generator
+
+LABELS = torch.tensor([0, 1, 2, 1])
+IMAGES = torch.zeros(4, 3, 8, 8)
+CLASSES = ("cat", "dog", "eel")
+
+
+def refused(*patterns, images=IMAGES, labels=LABELS, classes=CLASSES):
+    with pytest.raises(ValueError) as caught:
+        ImageSet(images, labels, classes)
+    assert isinstance(caught.value, DataError)
+    for pattern in patterns:
+        assert pattern in str(caught.value)
+
+
+# --- Sets ---
+
+
+@pytest.mark.parametrize("images", [IMAGES, IMAGES.to(torch.uint8), IMAGES.double(), IMAGES[:, :1]])
+def test_a_set(images):
+    data = ImageSet(images, LABELS, CLASSES)
+    assert (len(data), data.num_classes) == (4, 3)
+    assert data.to("cpu").digest() == data.digest()
+
+
+@pytest.mark.parametrize("label", [-1, 3, 2**40])
+def test_labels_outside_the_classes(label):
+    """-1 would be read as the last class by indexing."""
+    ends = f"{min(label, 0)}..{max(label, 2)}"
+    refused(f"0..2, not {ends}", labels=torch.tensor([0, 1, 2, label]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (LABELS.float(), "int64 of shape (4,), not torch.float32"),
+        (LABELS.int(), "not torch.int32"),
+        (LABELS.view(4, 1), "not torch.int64 of shape (4, 1)"),
+        (LABELS[:3], "of shape (3,)"),
+        (torch.tensor(1), "of shape ()"),
+    ],
+)
+def test_labels_of_another_type_or_shape(labels, said):
+    refused(said, labels=labels)
+
+
+@pytest.mark.parametrize("pixel", [-1e-6, 1.0001, 255.0, float("nan"), float("inf")])
+def test_pixels_outside_the_box(pixel):
+    images = IMAGES.clone()
+    images[2, 1, 3, 4] = pixel
+    refused("pixels must be in [0,1], not ", images=images)
+    if pixel == pixel:
+        refused(f"{pixel:g}", images=images)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_images_of_another_type(kind):
+    refused(f"uint8 or floating, not {kind}", images=IMAGES.to(kind))
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 3, 8, 8, 1), (4,), ()])
+def test_images_of_another_shape(shape):
+    refused(str(shape), images=torch.zeros(shape), labels=LABELS if shape else torch.tensor(0))
+
+
+def test_no_images():
+    refused("(0, 3, 8, 8)", images=IMAGES[:0], labels=LABELS[:0])
+
+
+def test_a_number_is_no_set_of_images():
+    refused("()", images=torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("classes", [(), ("cat",)])
+def test_less_than_two_classes(classes):
+    refused("two classes or more", str(classes), classes=classes)
+
+
+def test_a_digest_is_of_all_there_is():
+    sets = [
+        ImageSet(IMAGES, LABELS, CLASSES),
+        ImageSet(IMAGES.to(torch.uint8), LABELS, CLASSES),
+        ImageSet(IMAGES.view(4, 1, 24, 8), LABELS, CLASSES),
+        ImageSet(IMAGES, LABELS.flip(0), CLASSES),
+        ImageSet(IMAGES, LABELS, ("cat", "dog", "elk")),
+        ImageSet(IMAGES + 1, LABELS, CLASSES),
+    ]
+    assert len({data.digest() for data in sets}) == len(sets)
+    assert sets[0].digest() == ImageSet(IMAGES.clone(), LABELS.clone(), CLASSES).digest()
+
+
+def test_a_set_that_lies_otherwise_in_memory_has_the_same_digest():
+    images = draw.images(0).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    data = ImageSet(images, LABELS, CLASSES)
+    assert data.digest() == ImageSet(images.contiguous(), LABELS, CLASSES).digest()
+
+
+def test_pixels_are_bytes_over_255():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(pixels(images).flatten(), torch.arange(256) / 255)
+    assert pixels(IMAGES) is IMAGES
+
+
+# --- Sources ---
+
+
+def unfit(root, *patterns, dataset="folder"):
+    with pytest.raises(DataError) as caught:
+        load_data(dataset, str(root))
+    for pattern in patterns:
+        assert pattern in f"{caught.value}\n{caught.value.way_out}"
+    assert caught.value.way_out
+
+
+def test_digits_are_those_of_the_single_file():
+    splits = load_data("digits", "nowhere")
+    theirs, classes = absld_min.load_data(absld_min.Config(device="cpu"))
+    assert [len(part) for part in splits] == [1018, 180, 599]
+    for part, (images, labels) in zip(splits, theirs, strict=True):
+        assert torch.equal(part.images, images) and torch.equal(part.labels, labels)
+        assert part.classes == tuple(classes) == tuple("0123456789")
+        assert part.images.dtype == torch.uint8 and part.images.shape[1:] == (3, 8, 8)
+
+
+def test_a_folder_with_spaces_and_umlauts(tmp_path):
+    root = make_folder(tmp_path / "ein Ordner für Bilder", classes=["cat", "日本"])
+    splits = load_data("folder", str(root))
+    assert [len(part) for part in splits] == [22, 2, 8]
+    for part in splits:
+        assert part.classes == ("cat", "日本") and part.images.shape[1:] == (3, 32, 32)
+        red = part.images[:, 0].float().mean((1, 2))
+        assert torch.equal(red > 100, part.labels.bool())  # make_folder's red tells the class
+
+
+def test_a_folder_that_is_missing(tmp_path):
+    unfit(tmp_path / "nothing", "nothing", "train/CLASS/*", "archive of CIFAR")
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_empty_class(part, tmp_path):
+    root = make_folder(tmp_path)
+    (root / part / "eel").mkdir()
+    unfit(root, "eel")
+
+
+@pytest.mark.parametrize("content", [b"no image", b"", "half"])
+def test_an_unreadable_file_is_named(content, tmp_path):
+    root = make_folder(tmp_path)
+    whole = (root / "train" / "cat" / "00.png").read_bytes()
+    bad = root / "test" / "cat" / "bad.png"
+    bad.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    unfit(root, f"cannot read {bad}")
+
+
+def test_one_class(tmp_path):
+    unfit(make_folder(tmp_path, classes=["cat"]), "cat")
+
+
+def test_classes_of_train_and_test_that_differ(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+    unfit(root, "dog", "wolf", "both need the same folders")
+
+
+def test_a_class_with_one_image(tmp_path):
+    root = make_folder(tmp_path)
+    for path in sorted((root / "train" / "dog").iterdir())[1:]:
+        path.unlink()
+    unfit(root, "1 member")
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_cifar_in_the_published_format(dataset, tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    family = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    ten = dataset == "cifar10"
+    classes = 10 if ten else 100
+    parts = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if ten else ["train", "test"]
+    names = make_cifar(
+        tmp_path, family.base_folder, parts, "labels" if ten else "fine_labels",
+        dict(family.meta), monkeypatch, family, classes,
+    )  # fmt: skip
+    splits = load_data(dataset, str(tmp_path))
+    assert len(splits.train) + len(splits.validation) == 4 * classes * (len(parts) - 1)
+    assert len(splits.test) == 4 * classes
+    for part in splits:
+        assert part.classes == tuple(names) and part.images.dtype == torch.uint8
+        assert part.images.shape[1:] == (3, 32, 32) and part.images.is_contiguous()
+        assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
+        assert part.labels.bincount(minlength=classes).min() > 0
+    assert (splits.test.images[:, 1] == len(parts) - 1).all()  # green tells the file
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_no_data_and_no_network(dataset, tmp_path, monkeypatch):
+    """The real loader of torchvision, with a network that is not there."""
+
+    def urlopen(*args, **settings):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    start = time.monotonic()
+    root = tmp_path / "images here"
+    unfit(root, "Name or service not known", str(root), "tar.gz", dataset=dataset)
+    assert time.monotonic() - start < 5
+
+
+@given(st.lists(st.integers(2, 200), min_size=2, max_size=5))
+def test_every_class_has_validation_images(counts):
+    """Also the rarest of an imbalance of 100:1; and training images are left of it."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    images = torch.arange(len(labels)).view(-1, 1, 1, 1).float() / len(labels)
+    data = ImageSet(images, labels, tuple(map(str, range(len(counts)))))
+    train, validation, test = hold_out(data, data, 0.05)
+    for part in (train, validation):
+        assert part.labels.bincount(minlength=len(counts)).min() >= 1
+    kept = torch.cat([train.images, validation.images]).flatten().sort().values
+    assert torch.equal(kept, images.flatten()) and test is data
+
+
+# --- Views and batches ---
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_views_are_all_crops_and_their_mirrors(padding, kind):
+    """Each offset is its own window of the padded image; the zeros are where they should be."""
+    images = numbered(2, side=5)
+    data = ImageSet(images if kind == torch.uint8 else images / 255, torch.tensor([0, 1]), CLASSES)
+    views = Views(data, padding)
+    padded = torch.zeros(2, 3, 5 + 2 * padding, 5 + 2 * padding)
+    padded[:, :, padding : padding + 5, padding : padding + 5] = images / 255
+    for dy in range(2 * padding + 1):
+        for dx in range(2 * padding + 1):
+            offsets = torch.tensor([dy, dy]), torch.tensor([dx, dx])
+            plain = views(torch.tensor([1, 0]), *offsets, torch.tensor([False, False]))
+            window = padded[[1, 0], :, dy : dy + 5, dx : dx + 5]
+            assert torch.equal(plain, window) and plain.dtype == torch.float32
+            mixed = views(torch.tensor([1, 0]), *offsets, torch.tensor([False, True]))
+            assert torch.equal(mixed, torch.stack([window[0], window[1].flip(2)]))
+
+
+def epoch(key=(0, "student", 1), n=11, padding=1, side=8, **settings):
+    data = ImageSet(numbered(n, side), torch.arange(n), tuple(map(str, range(n))))
+    given = {"batch_size": 4, "flip": 0.5, "start_noise": 0.001, "steps": n // 4} | settings
+    return list(batches(Views(data, padding), *key, **given))
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        all(map(torch.equal, one, two)) for one, two in zip(a, b, strict=True)
+    )
+
+
+def test_an_epoch_takes_every_image_once_but_a_short_last_batch():
+    found = epoch()
+    assert [len(batch.labels) for batch in found] == [4, 4]
+    assert len(torch.cat([batch.labels for batch in found]).unique()) == 8
+    for x_nat, labels, _ in found:  # red tells the number
+        assert torch.equal((x_nat[:, 0].amax((1, 2)) * 255).round().long() - 1, labels)
+
+
+@given(draw.seeds, st.integers(0, 5))
+def test_batches_from_a_step_on_are_the_tail_of_the_whole(seed, first):
+    """So a run that goes on in mid-epoch sees what it would have seen."""
+    key = (seed, "student", 1)
+    assert same(epoch(key, n=20, first_step=first), epoch(key, n=20)[first:])
+
+
+@given(draw.seeds)
+def test_batches_come_from_their_key_alone(seed):
+    state = torch.get_rng_state()
+    first = epoch((seed, "student", 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(first, epoch((seed, "student", 1)))
+    for other in ((seed, "student", 2), (seed, "teacher", 1), (seed + 1, "student", 1)):
+        assert not same(first, epoch(other))
+
+
+def test_batches_are_those_of_the_single_file():
+    config = absld_min.Config(dataset="cifar10", batch_size=4)  # padding 4, flips
+    images, labels = numbered(11), torch.arange(11)
+    theirs = list(absld_min.batches(config, images, labels, 0, "student", 1))
+    assert same(epoch(padding=4), theirs)
+
+
+def test_noise_is_normal_and_of_the_deviation_that_was_asked_for():
+    ((x_nat, _, noise),) = epoch(n=400, side=16, batch_size=400, steps=1, start_noise=0.01)
+    assert noise.shape == x_nat.shape and noise.dtype == x_nat.dtype
+    assert 0.0099 < noise.std() < 0.0101 and noise.mean().abs() < 1e-4
+    assert not epoch(start_noise=0.0)[0].noise.any()
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_flips_never_and_always(flip):
+    """Blue tells the column: it rises to the right, unless mirrored."""
+    for x_nat, _, _ in epoch(flip=flip, padding=0):
+        slope = x_nat[:, 2].diff(dim=2)
+        assert ((slope < 0) if flip else (slope > 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "most", "steps"),
+    [(11, 4, None, 2), (12, 4, None, 3), (3, 4, None, 0), (12, 4, 2, 2), (12, 4, 9, 3)],
+)
+def test_steps_of_an_epoch(images, size, most, steps):
+    assert steps_per_epoch(images, size, most) == steps
+
+
+def test_a_generator_knows_its_whole_key():
+    keys = [(0, "student", 1), (0, "student", 2), (1, "student", 1), (0, "teacher", 1), (0,)]
+    keys += [("0",)]
+    drawn = {torch.rand(1, generator=generator(*key)).item() for key in keys}
+    assert len(drawn) == len(keys)

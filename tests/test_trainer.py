@@ -1,0 +1,685 @@
+"""fit: what it reports, what it leaves alone, and that a run goes on as if never interrupted."""
+
+import json
+import os
+import random
+import time
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import strategies as draw
+import torch
+from test_checkpoint import processes, same
+from torch import nn
+
+import absld
+from absld import trainer
+from absld.attack import TrainingAttack
+from absld.checkpoint import RunDirectory, digest, load
+from absld.config import TrainConfig
+from absld.data import ImageSet, Views, batches
+from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
+from absld.evaluation import ClassAccuracies
+from absld.methods import build_method
+from absld.runtime import arithmetic, in_precision
+from absld.seeding import global_generator
+from absld.trainer import StepReport, fit
+
+C = 3
+CONFIG = TrainConfig(
+    epochs=3, batch_size=4, attack_steps=2, padding=1, epsilon=0.1, milestones=(0.34, 0.67)
+)
+
+
+def network(*key, channels=3, classes=C, side=4):
+    """With batch norm, whose buffers are part of what a run has to carry on."""
+    with global_generator("test", *key):
+        return nn.Sequential(
+            nn.Conv2d(channels, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(4 * side * side, classes),
+        )
+
+
+def image_set(n=12, classes=C, seed=0, channels=3, dtype=torch.float32):
+    """Images whose class tells in their brightness, so that something can be learned."""
+    labels = torch.arange(n) % classes
+    images = draw.images(seed, n, side=4, dtype=dtype)[:, :channels]
+    images = (images + labels.view(-1, 1, 1, 1) / classes) / 2
+    return ImageSet(images, labels, tuple(map(str, range(classes))))
+
+
+def bytes_of(data):
+    return ImageSet((data.images * 255).to(torch.uint8), data.labels, data.classes)
+
+
+TRAIN, VALIDATION = bytes_of(image_set()), bytes_of(image_set(9, seed=1))
+
+
+def train(config=CONFIG, student=None, teacher=None, data=(TRAIN, VALIDATION), **settings):
+    """A whole training: the student, and the reports."""
+    student = network("student") if student is None else student
+    if teacher is None and config.method != "trades":
+        teacher = network("teacher")
+    return student, list(fit(student, teacher, *data, config, **settings))
+
+
+# --- What it reports ---
+
+
+@pytest.mark.parametrize("method", ["absld", "rslad", "trades"])
+def test_an_epoch_is_its_steps_and_their_means(method):
+    """Each field of the report again, from the parts of the package, in a plain loop."""
+    config = replace(CONFIG, method=method, epochs=2)
+    start = time.perf_counter()
+    student, reports = train(config)
+    elapsed = time.perf_counter() - start
+
+    by_hand, teacher = network("student"), network("teacher").eval()
+    own = build_method(config, C)
+    sgd = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
+    attack = TrainingAttack(0.1, 0.1 * 0.25, 2)
+    scores, states = [], []
+    for epoch, report in enumerate(reports, 1):
+        lr = 0.1 if epoch == 1 else 0.001  # both milestones, 0.34 * 2 and 0.67 * 2, are at 1
+        sgd.param_groups[0]["lr"] = lr
+        losses, parts = [], {}
+        for batch in batches(
+            Views(TRAIN, 1), 0, "student", epoch, batch_size=4, flip=0.5, start_noise=0.001, steps=3
+        ):
+            step = own.step(by_hand, teacher, batch, attack)
+            sgd.zero_grad()
+            step.loss.backward()
+            sgd.step()
+            losses.append(step.loss.item())
+            for name, part in step.parts.items():
+                parts.setdefault(name, []).append(part.item())
+        rate = 0.1 * 0.1**2
+        accuracies = absld.evaluate(by_hand, VALIDATION, epsilon=0.1)
+        assert report.epoch == epoch
+        assert report.learning_rate == pytest.approx(lr, rel=1e-12)
+        assert report.temperature_rate == pytest.approx(rate, rel=1e-12)
+        assert report.loss == pytest.approx(sum(losses) / 3, rel=1e-12)
+        assert report.parts == pytest.approx({k: sum(v) / 3 for k, v in parts.items()}, rel=1e-12)
+        assert same(tuple(report.accuracies), tuple(accuracies))
+        assert same(report.per_class, own.end_epoch(report.temperature_rate))
+        clean, robust = absld.fairness(accuracies.clean), absld.fairness(accuracies.robust)
+        assert (report.clean, report.robust) == (clean, robust)
+        assert report.score == robust.average + robust.worst
+        assert report.is_best == (report.score > max(scores, default=-1))
+        scores.append(report.score)
+        states.append(digest(by_hand.state_dict()))
+        assert report.images_per_second * report.seconds == pytest.approx(12)
+    assert 0 < sum(report.seconds for report in reports) < elapsed
+    assert digest(student.state_dict()) == states[scores.index(max(scores))]
+
+
+def test_a_record_is_json_with_a_name_for_each_number(tmp_path):
+    report = train()[1][0]
+    record = json.loads(json.dumps(report.record(), allow_nan=False))
+    assert list(record) == [
+        "epoch", "learning_rate", "temperature_rate", "loss", "adv_kl", "nat_kl", "clean", "robust",
+        "temperature_adv", "temperature_nat", "class_risk_adv", "class_risk_nat", "score",
+        "is_best", "seconds", "images_per_second",
+    ]  # fmt: skip
+    assert record["robust"] == report.accuracies.robust.tolist()
+    assert record["temperature_adv"] == report.per_class["temperature_adv"].tolist()
+
+
+def test_progress_is_heard_of_batch_by_batch():
+    heard = []
+    train(replace(CONFIG, epochs=2), on_step=heard.append)
+    assert heard == [
+        StepReport(epoch, phase, done, total)
+        for epoch in (1, 2)
+        for phase, total in (("training", 3), ("validation", 1))
+        for done in range(1, total + 1)
+    ]
+
+
+def test_the_loss_falls():
+    reports = train(replace(CONFIG, epochs=15), teacher=taught())[1]
+    assert reports[-1].loss < 0.5 * reports[0].loss
+
+
+def taught():
+    """A teacher that knows something."""
+    return train(replace(CONFIG, method="trades", epochs=15), network("teacher"))[0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [([1, 3, 2], 2), ([2, 2, 1], 1), ([0, 0, 0], 1), ([1, 2, 3], 3)]
+)
+def test_the_best_epoch_is_kept(scores, best, monkeypatch, tmp_path):
+    """Of equal ones the first. Average + worst decides: a worse class outweighs a better mean."""
+    given = iter(scores)
+
+    def evaluated(*_, **settings):
+        robust = torch.full((C,), next(given) / 10)
+        return ClassAccuracies(1 - robust, robust)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    student, states, marks, run = network("student"), [], [], RunDirectory(tmp_path)
+    for report in fit(student, network("teacher"), TRAIN, VALIDATION, CONFIG, run=run):
+        states.append(digest(student.state_dict()))
+        marks.append(report.is_best)
+    assert len(set(states)) == 3
+    assert digest(student.state_dict()) == states[best - 1]
+    assert [i for i, mark in enumerate(marks, 1) if mark][-1] == best
+    assert digest(load(run.best)["model"]) == states[best - 1]
+    assert load(run.best)["record"]["epoch"] == best
+
+
+def test_average_and_worst_class_decide_together(monkeypatch):
+    given = iter([[0.5, 0.5, 0.5], [0.9, 0.9, 0.1], [0.4, 0.6, 0.55]])
+
+    def evaluated(*_, **settings):
+        robust = torch.tensor(next(given))
+        return ClassAccuracies(robust, robust)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    assert [report.is_best for report in train()[1]] == [True, False, False]
+
+
+# --- D7 ---
+
+
+def test_the_schedule_is_lr_after_and_rate_before_the_milestone(tmp_path):
+    config = replace(CONFIG, epochs=10, milestones=(0.3, 0.6), max_steps=1)
+    student, teacher, run = network("student"), network("teacher"), RunDirectory(tmp_path)
+    before, reports = torch.ones(C), []
+    for report in fit(student, teacher, TRAIN, VALIDATION, config, run=run):
+        reports.append(report)
+        used = load(run.last)["optimizer"]["param_groups"][0]
+        assert used["lr"] == report.learning_rate
+        assert (used["momentum"], used["weight_decay"]) == (0.9, 2e-4)
+        moved = (report.per_class["temperature_adv"] - before).abs().max().item()
+        assert moved == pytest.approx(report.temperature_rate, abs=1e-6)  # the law of D6
+        before = report.per_class["temperature_adv"]
+    rates = [round(report.learning_rate, 12) for report in reports]
+    assert rates == [0.1] * 3 + [0.01] * 3 + [0.001] * 4
+    rates = [round(report.temperature_rate, 12) for report in reports]
+    assert rates == [0.1] * 2 + [0.01] * 3 + [0.001] * 5
+
+
+# --- Whose networks and images ---
+
+
+class Odd(nn.Module):
+    """A network with nothing in common with ours: one matrix, no batch norm."""
+
+    def __init__(self, features, classes):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(features, classes))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.matrix
+
+
+@pytest.mark.parametrize("method", ["absld", "rslad", "trades"])
+@pytest.mark.parametrize("data", [image_set, lambda n, **kw: bytes_of(image_set(n, **kw))])
+@pytest.mark.parametrize("classes", [2, 100])
+def test_foreign_networks_on_grey_images(method, data, classes):
+    student = nn.Sequential(nn.Flatten(), nn.Linear(16, classes))
+    before = deepcopy(student.state_dict())
+    sets = data(104, classes=classes, channels=1), data(100, classes=classes, channels=1, seed=1)
+    config = replace(CONFIG, method=method, epochs=1, batch_size=26)
+    student, (report,) = train(config, student, Odd(16, classes), sets)
+    assert report.accuracies.robust.shape == (classes,)
+    assert not same(dict(student.state_dict()), dict(before))
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
+def test_a_student_of_one_parameter_and_a_batch_of_one():
+    _, reports = train(replace(CONFIG, batch_size=1, epochs=1), Odd(48, C))
+    assert np.isfinite(reports[0].loss)
+
+
+def test_a_batch_of_one_with_batch_norm():
+    _, reports = train(replace(CONFIG, batch_size=1, epochs=1))
+    assert np.isfinite(reports[0].loss)
+
+
+def test_networks_and_images_in_double_precision():
+    sets = image_set(dtype=torch.float64), image_set(9, seed=1, dtype=torch.float64)
+    student, reports = train(CONFIG, network("student").double(), network("teacher").double(), sets)
+    assert all(p.dtype == torch.float64 for p in student.parameters())
+    assert np.isfinite(reports[-1].loss)
+
+
+def test_a_class_without_images_stays_as_it_is(tmp_path):
+    """In training and validation: its temperature stays 1, and a record says null, not NaN."""
+    some = [ImageSet(data.images, data.labels % 2, data.classes) for data in (TRAIN, VALIDATION)]
+    run = RunDirectory(tmp_path)
+    _, reports = train(data=some, run=run)
+    for report, record in zip(reports, run.records(), strict=True):
+        assert report.per_class["temperature_adv"][2] == 1
+        assert report.per_class["temperature_adv"][0] != 1
+        assert record["class_risk_adv"][2] is record["robust"][2] is None
+        assert record["score"] == report.score == report.score
+
+
+def test_the_student_may_be_frozen_in_part():
+    student = network("student")
+    student[0].requires_grad_(False)
+    before = digest(student[0].state_dict())
+    train(student=student)
+    assert digest(student[0].state_dict()) == before and student[4].weight.requires_grad
+
+
+@pytest.mark.parametrize("wrong", ["student", "teacher"])
+def test_networks_of_another_width_are_refused(wrong):
+    nets = {"student": network("student"), "teacher": network("teacher")}
+    nets[wrong] = network(classes=C + 2)
+    with pytest.raises(ValueError, match=r"\(2, 5\) for 2 images, needed are logits \(2, 3\)"):
+        train(**nets)
+
+
+def test_networks_of_another_number_of_channels_are_refused():
+    with pytest.raises(ValueError, match="channels"):
+        train(student=network(channels=1))
+
+
+def test_images_that_do_not_fill_a_batch_are_refused():
+    with pytest.raises(DataError, match="12 training images do not fill a batch of 13"):
+        train(replace(CONFIG, batch_size=13))
+
+
+def test_a_method_that_needs_a_teacher_says_so():
+    with pytest.raises(UsageError, match="needs a teacher"):
+        list(fit(network("student"), None, TRAIN, VALIDATION, CONFIG))
+
+
+# --- What it leaves alone ---
+
+
+def test_the_teacher_is_frozen_even_if_handed_over_otherwise():
+    teacher = network("teacher").train().requires_grad_(True)
+    before = digest(teacher.state_dict())
+    student, _ = train(teacher=teacher)
+    assert digest(teacher.state_dict()) == before
+    assert not any(module.training for module in teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert digest(student.state_dict()) != digest(network("student").state_dict())
+
+
+def all_random_states():
+    """But for Python's own: the checks of types in these tests draw from it."""
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+
+
+def test_it_neither_draws_from_nor_changes_global_random_state():
+    results = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = all_random_states()
+        results.add(digest(train()[0].state_dict()))
+        assert all_random_states() == before
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"start_noise": 0.1}, {"flip": 1.0}])
+def test_what_it_draws_comes_from_the_seed(settings):
+    other = train(replace(CONFIG, **settings))[0]
+    assert digest(other.state_dict()) != digest(train()[0].state_dict())
+    again = train(replace(CONFIG, **settings))[0]
+    assert digest(other.state_dict()) == digest(again.state_dict())
+
+
+def test_teachers_and_students_draw_other_numbers():
+    first, second = (train(role=role)[0] for role in ("student", "teacher"))
+    assert digest(first.state_dict()) != digest(second.state_dict())
+
+
+# --- Precision ---
+
+KNOBS = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+
+
+@pytest.fixture
+def own_settings():
+    """The user's settings: neither fp32 nor tf32 would find both as they are."""
+    matmul, conv = KNOBS
+    before = matmul.fp32_precision, conv.fp32_precision
+    matmul.fp32_precision, conv.fp32_precision = "tf32", "ieee"
+    yield
+    matmul.fp32_precision, conv.fp32_precision = before
+
+
+def found_settings():
+    return [knob.fp32_precision for knob in KNOBS] + [torch.backends.cudnn.deterministic]
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside"), [("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")]
+)
+def test_arithmetic_is_set_inside_and_as_before_outside(precision, inside, own_settings):
+    before = found_settings()
+    with pytest.raises(KeyError), arithmetic(precision):
+        assert found_settings() == [inside, inside, True]
+        raise KeyError
+    assert found_settings() == before
+
+
+def test_between_two_epochs_torch_is_as_the_user_set_it(own_settings):
+    before, inside = found_settings(), []
+    for _ in fit(
+        network("student"),
+        network("teacher"),
+        TRAIN,
+        VALIDATION,
+        CONFIG,
+        on_step=lambda step: inside.append(found_settings()),
+    ):
+        assert found_settings() == before
+    assert inside.count(["ieee", "ieee", True]) == len(inside) == 12
+
+
+def test_bf16_runs_and_gives_finite_float32_logits():
+    student, reports = train(replace(CONFIG, precision="bf16"))
+    assert all(np.isfinite(report.loss) for report in reports)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in student.parameters())
+    seen = []
+    student[4].register_forward_hook(lambda module, x, logits: seen.append(logits.dtype))
+    logits = in_precision(student, "bf16")(TRAIN.images / 255)
+    assert logits.dtype == torch.float32 and logits.isfinite().all() and seen == [torch.bfloat16]
+    assert digest(student.state_dict()) != digest(train()[0].state_dict())
+    assert in_precision(student, "fp32") is in_precision(student, "tf32") is student
+
+
+# --- A loss that is not finite ---
+
+
+class Poisoned(nn.Module):
+    """Gives NaN from its nth training forward on."""
+
+    def __init__(self, model, n):
+        super().__init__()
+        self.model, self.left = model, n
+
+    def forward(self, x):
+        self.left -= self.training
+        return self.model(x) * (float("nan") if self.left <= 0 else 1)
+
+
+def test_nan_stops_before_the_optimisers_step(tmp_path):
+    """Two forwards a step and three steps an epoch: the tenth is in the second step of epoch 2."""
+    student, seen, run = Poisoned(network("student"), 10), [], RunDirectory(tmp_path)
+    with pytest.raises(NonFiniteError) as caught:
+        train(
+            student=student,
+            run=run,
+            on_step=lambda step: seen.append(digest(student.state_dict())),
+        )
+    said = str(caught.value)
+    assert said.startswith("epoch 2, step 2: ") and "\n" not in said
+    assert "'loss': nan" in said and "'adv_kl': " in said and "'nat_kl': nan" in said
+    temperatures = run.records()[0]["temperature_adv"]
+    assert f"'adv': {temperatures}" in said and "'nat': [" in said
+    assert caught.value.exit_code == 5 and caught.value.way_out
+    assert len(seen) == 3 + 1 + 1 and all(p.isfinite().all() for p in student.parameters())
+    good = load(run.last)
+    assert good["progress"]["epoch"] == 2 and good["progress"]["step"] == 0
+    assert digest(good["model"]) == seen[3]
+
+
+def test_a_student_that_its_last_step_broke_is_no_result(tmp_path):
+    """The loss of the step was finite; the logits of the student that it made are not."""
+    run = RunDirectory(tmp_path)
+    with pytest.raises(NonFiniteError):
+        train(replace(CONFIG, learning_rate=1e38, epochs=1, max_steps=1), run=run)
+    assert not run.best.exists() and not run.records()
+
+
+# --- Going on after an interruption ---
+
+
+def without_times(records):
+    times = {"seconds", "images_per_second"}
+    return [{k: v for k, v in record.items() if k not in times} for record in records]
+
+
+def outcome(student, run):
+    """All that a run leaves, but for times."""
+    best = load(run.best)
+    best["record"] = without_times([best["record"]])
+    return {
+        "student": dict(student.state_dict()),
+        "last": load(run.last),
+        "best": best,
+        "records": without_times(run.records()),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a training leaves that nothing interrupts."""
+    run = RunDirectory(tmp_path_factory.mktemp("whole"))
+    student, reports = train(run=run, about=ABOUT)
+    assert len(reports) == CONFIG.epochs
+    return outcome(student, run)
+
+
+ABOUT = {"architecture": "tiny", "classes": ["a", "b", "c"]}
+STEPS = CONFIG.epochs * 4  # three batches of training, one of validation
+
+
+def stopping(at):
+    """An on_step that asks to stop at its nth call."""
+    left = iter(range(at - 1, -1, -1))
+
+    def on_step(report):
+        if next(left) == 0:
+            raise Interrupted(15)
+
+    return on_step
+
+
+@pytest.mark.parametrize("at", range(1, STEPS + 1))
+def test_a_training_interrupted_at_any_step_ends_as_if_it_were_not(at, whole, tmp_path):
+    run = RunDirectory(tmp_path)
+    with pytest.raises(Interrupted):
+        train(run=run, about=ABOUT, on_step=stopping(at))
+    heard = []
+    student, reports = train(run=run, about=ABOUT, on_step=heard.append)
+    assert len(heard) == STEPS - (at if at % 4 else at - 1)  # a validation is done again
+    assert same(outcome(student, run), whole)
+    assert [report.epoch for report in reports] == list(range((at - 1) // 4 + 1, 4))
+
+
+def test_a_training_interrupted_after_each_of_its_steps(whole, tmp_path):
+    run, sessions = RunDirectory(tmp_path), 0
+
+    def on_step(report):
+        if report.phase == "training":
+            raise Interrupted(2)
+
+    while True:
+        try:
+            student, _ = train(run=run, about=ABOUT, on_step=on_step)
+            break
+        except Interrupted:
+            sessions += 1
+    assert sessions == 9 and same(outcome(student, run), whole)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_a_training_abandoned_after_an_epoch(epochs, whole, tmp_path):
+    run = RunDirectory(tmp_path)
+    reports = fit(
+        network("student"), network("teacher"), TRAIN, VALIDATION, CONFIG, run=run, about=ABOUT
+    )
+    for _ in range(epochs):
+        next(reports)
+    reports.close()
+    student, rest = train(run=run, about=ABOUT)
+    assert len(rest) == 3 - epochs and same(outcome(student, run), whole)
+
+
+def test_a_finished_training_has_its_best_weights_again(whole, tmp_path):
+    run = RunDirectory(tmp_path)
+    train(run=run, about=ABOUT)
+    student, reports = train(run=run, about=ABOUT)
+    assert reports == [] and same(outcome(student, run), whole)
+
+
+class Crash(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_crash_at_any_write_is_made_good(name, whole, tmp_path, monkeypatch):
+    """Before each of the operations that put a file on the disk, best, metrics and last."""
+    write, crashes = getattr(os, name), 0
+    for at in range(1, 100):
+        run, left = RunDirectory(tmp_path / str(at)), iter(range(at - 1, -100, -1))
+        run.path.mkdir()
+
+        def crash(*given, left=left):
+            if next(left) == 0:
+                raise Crash
+            return write(*given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, name, crash)
+            try:
+                train(run=run, about=ABOUT)
+                break
+            except Crash:
+                crashes += 1
+        student, _ = train(run=run, about=ABOUT)
+        assert same(outcome(student, run), whole), at
+    best = sum(record["is_best"] for record in whole["records"])
+    names = 1 + CONFIG.epochs + best  # the first metrics.jsonl, then last.pt and best.pt
+    assert crashes == (names if name == "replace" else 2 * names + CONFIG.epochs)
+
+
+def train_in(path, begun):
+    """A training in a process of its own, which says when it has begun."""
+    torch.set_num_threads(1)
+    train(LONG, run=RunDirectory(path), about=ABOUT, on_step=lambda step: begun.set())
+
+
+LONG = replace(CONFIG, epochs=12)
+
+
+def test_a_training_killed_at_random_moments(tmp_path):
+    delays, kills = random.Random(7), 0
+    run, other = RunDirectory(tmp_path / "killed"), RunDirectory(tmp_path / "whole")
+    for path in (run.path, other.path):
+        path.mkdir()
+    for _ in range(5):
+        begun = processes.Event()
+        child = processes.Process(target=train_in, args=(run.path, begun))
+        child.start()
+        assert begun.wait(60)
+        child.join(delays.uniform(0, 0.15))
+        child.kill()
+        child.join()
+        kills += child.exitcode == -9
+    student, _ = train(LONG, run=run, about=ABOUT)
+    expected, _ = train(LONG, run=other, about=ABOUT)
+    assert same(outcome(student, run), outcome(expected, other))
+    assert kills >= 2
+
+
+class Forgetful(nn.Module):
+    """With dropout, which draws random numbers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.drop = network("student"), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.network(self.drop(x))
+
+
+def test_a_student_with_dropout_goes_on_with_the_numbers_it_would_have_had(tmp_path):
+    results = []
+    for name, stop in (("whole", None), ("interrupted", 5)):
+        run = RunDirectory(tmp_path / name)
+        run.path.mkdir()
+        if stop:
+            with pytest.raises(Interrupted):
+                train(student=Forgetful(), run=run, on_step=stopping(stop))
+        results.append(outcome(train(student=Forgetful(), run=run)[0], run))
+    assert same(*results)
+
+
+def changed_pixel():
+    images = TRAIN.images.clone()
+    images[3, 0, 1, 1] ^= 1
+    return ImageSet(images, TRAIN.labels, TRAIN.classes)
+
+
+OTHERS = {
+    "epsilon is 0.1 there, 0.2 here": {"config": replace(CONFIG, epsilon=0.2)},
+    "seed is 0 there, 1 here": {"config": replace(CONFIG, seed=1)},
+    "fidelity is 'paper' there, 'released' here": {"config": replace(CONFIG, fidelity="released")},
+    "method is 'absld' there, 'rslad' here": {"config": replace(CONFIG, method="rslad")},
+    "epochs is 3 there, 4 here": {"config": replace(CONFIG, epochs=4)},
+    "role is 'student' there, 'teacher' here": {"role": "teacher"},
+    "training_images is": {"data": (changed_pixel(), VALIDATION)},
+    "validation_images is": {"data": (TRAIN, TRAIN)},
+    "teacher is": {"teacher": network("another teacher")},
+    "initial_weights is": {"student": network("another student")},
+}
+RENAMED = [ImageSet(d.images, d.labels, ("0", "1", "eel")) for d in (TRAIN, VALIDATION)]
+OTHERS["training_images is '"] = {"data": RENAMED}
+
+
+@pytest.mark.parametrize("difference", OTHERS)
+def test_another_training_in_the_same_run_is_refused(difference, tmp_path):
+    run = RunDirectory(tmp_path)
+    with pytest.raises(Interrupted):
+        train(run=run, on_step=stopping(6))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError) as caught:
+        train(**{"run": run, **OTHERS[difference]})
+    assert difference in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert "another --out" in caught.value.way_out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_checkpoint_that_changed_is_refused(tmp_path):
+    run = RunDirectory(tmp_path)
+    train(run=run)
+    raw = bytearray(run.last.read_bytes())
+    raw[raw.index(load(run.last)["model"]["0.weight"].numpy().tobytes()) + 3] ^= 1
+    run.last.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        train(run=run)
+
+
+def test_checkpoints_are_tensors_and_plain_values_for_anyone(tmp_path):
+    run = RunDirectory(tmp_path)
+    train(run=run, about=ABOUT)
+    best = torch.load(run.best, weights_only=True)
+    assert best["architecture"] == "tiny" and best["classes"] == ["a", "b", "c"]
+    network("another").load_state_dict(best["model"])
+    assert best["record"] == run.records()[best["record"]["epoch"] - 1]
+    last = torch.load(run.last, weights_only=True)
+    assert {"identity", "progress", "model", "optimizer", "method"} <= last.keys()
+
+
+def test_a_disk_that_is_full_surfaces_at_once_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path)
+    reports = fit(network("student"), network("teacher"), TRAIN, VALIDATION, CONFIG, run=run)
+    next(reports)
+    before = run.last.read_bytes()
+
+    def fail(*given):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="No space"):
+            next(reports)
+    assert run.last.read_bytes() == before
+    student, rest = train(run=run)
+    assert len(rest) == 2
+    assert digest(student.state_dict()) == digest(train()[0].state_dict())
