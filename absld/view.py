@@ -129,6 +129,7 @@ class LiveView(View):
         super().epoch(report)
         if "temperature_adv" in report.per_class:
             self.temperatures = temperature_table(report, self.classes, self.config)
+        self.live.refresh()
 
     def end(self) -> None:
         self.live.update("")

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,7 +170,7 @@ def outcome(folder, edits, tests):
         assert before.count(text) == 1, f"{file} has {text!r} {before.count(text)} times"
         (folder / file).write_text(before.replace(text, instead), encoding="utf-8")
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=no", *tests],
+        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--tb=no", *tests],
         cwd=folder,  # which is searched for modules before the installed ones
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -183,23 +182,12 @@ def outcome(folder, edits, tests):
     return tuple(int(count[1]) if count else 0 for count in (passed, failed))
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Of all mutants at once, two at a time: starting a process is what takes the time."""
-    jobs = {name: ([m.single, m.package], m.killers) for name, m in MUTANTS.items()}
-    jobs["none"] = ([], KILLERS)
-    with ThreadPoolExecutor(2) as pool:
-        runs = {
-            name: pool.submit(outcome, tmp_path_factory.mktemp("mutant"), *job)
-            for name, job in jobs.items()
-        }
-        return {name: run.result() for name, run in runs.items()}
-
-
-def test_without_a_fault_they_pass(outcomes):
-    assert outcomes["none"] == (len(KILLERS), 0)
+def test_without_a_fault_they_pass(tmp_path):
+    assert outcome(tmp_path, [], KILLERS) == (len(KILLERS), 0)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_fault_is_found_in_both(outcomes, name):
-    assert outcomes[name] == (0, len(MUTANTS[name].killers))
+def test_a_fault_is_found_in_both(name, tmp_path):
+    mutant = MUTANTS[name]
+    edits = [mutant.single, mutant.package]
+    assert outcome(tmp_path, edits, mutant.killers) == (0, len(mutant.killers))
