@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from absld.attack import TrainingAttack as TrainingAttack
     from absld.attack import frozen_eval as frozen_eval
+    from absld.attack import kl as kl
     from absld.attack import pgd as pgd
     from absld.attack import project_linf as project_linf
     from absld.checkpoint import RunDirectory as RunDirectory
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from absld.data import ImageSet as ImageSet
     from absld.data import load_data as load_data
     from absld.errors import AbsldError as AbsldError
+    from absld.errors import CheckpointError as CheckpointError
+    from absld.errors import DataError as DataError
+    from absld.errors import Interrupted as Interrupted
+    from absld.errors import NonFiniteError as NonFiniteError
+    from absld.errors import UsageError as UsageError
     from absld.evaluation import evaluate as evaluate
     from absld.loading import load_network as load_network
     from absld.loss import absld_loss as absld_loss
@@ -34,11 +40,18 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
-    "attack": ["TrainingAttack", "frozen_eval", "pgd", "project_linf"],
+    "attack": ["TrainingAttack", "frozen_eval", "kl", "pgd", "project_linf"],
     "checkpoint": ["RunDirectory", "digest"],
     "config": ["Config", "TrainConfig"],
     "data": ["ImageSet", "load_data"],
-    "errors": ["AbsldError"],
+    "errors": [
+        "AbsldError",
+        "CheckpointError",
+        "DataError",
+        "Interrupted",
+        "NonFiniteError",
+        "UsageError",
+    ],
     "evaluation": ["evaluate"],
     "loading": ["load_network"],
     "loss": ["absld_loss", "soft_label_kl"],
@@ -50,6 +63,10 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted([*_HOME, "__version__"])
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

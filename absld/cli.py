@@ -90,7 +90,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every setting as an option, in place of its `**settings`."""
     own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
     options = [option(f) for f in fields(Config)]
-    command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]  # inspect reads it
     del command.__annotations__["settings"]
     command.__annotations__ |= {p.name: p.annotation for p in options}
     return command

@@ -23,9 +23,18 @@ RELEASE = "the authors' release"
 OWN = "decided here"
 
 
-def setting(default: T, group: str, meaning: str, source: str) -> T:
-    """A field of a settings class; its metadata is what help and recipes show."""
-    about = {"group": group, "meaning": meaning, "source": source}
+def setting(
+    default: T,
+    group: str,
+    meaning: str,
+    source: str,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+) -> T:
+    """A field of a settings class; its metadata is what help and recipes show. A number is finite,
+    and in [low, high]."""
+    about = {"group": group, "meaning": meaning, "source": source, "range": (low, high)}
     value: T = field(default=default, metadata=about)
     return value
 
@@ -44,73 +53,68 @@ class TrainConfig:
         "paper", "Method", "two soft labels, or the release's product of both temperatures", OWN
     )
     temperature_rate: float = setting(
-        0.1, "Method", "how far the farthest class moves in an epoch; 0 is RSLAD", RELEASE
+        0.1,
+        "Method",
+        "how far the farthest class moves in an epoch; 0 is RSLAD",
+        RELEASE,
+        high=10.0,
     )
-    temperature_lower: float = setting(0.5, "Method", "least class temperature", RELEASE)
-    temperature_upper: float = setting(5.0, "Method", "greatest class temperature", RELEASE)
-    adv_weight: float = setting(5 / 6, "Method", "share of the adversarial KL", RELEASE)
+    temperature_lower: float = setting(
+        0.5, "Method", "least class temperature", RELEASE, low=1e-3, high=1.0
+    )
+    temperature_upper: float = setting(
+        5.0, "Method", "greatest class temperature", RELEASE, low=1.0, high=1e3
+    )
+    adv_weight: float = setting(5 / 6, "Method", "share of the adversarial KL", RELEASE, high=1.0)
     kl_scale: float = setting(
         1.0, "Method", "factor of the loss; 0.1 is the release's mean over classes", OWN
     )
 
-    seed: int = setting(0, "Training", "of every random number but the split of the data", OWN)
-    epochs: int = setting(300, "Training", "passes over the training images", RELEASE)
-    batch_size: int = setting(128, "Training", "images a step; a short last batch drops", RELEASE)
+    seed: int = setting(
+        0, "Training", "of every random number but the split of the data", OWN, low=-math.inf
+    )
+    epochs: int = setting(300, "Training", "passes over the training images", RELEASE, low=1.0)
+    batch_size: int = setting(
+        128, "Training", "images a step; a short last batch drops", RELEASE, low=1.0
+    )
     learning_rate: float = setting(0.1, "Training", "of SGD", RELEASE)
-    momentum: float = setting(0.9, "Training", "of SGD", RELEASE)
+    momentum: float = setting(0.9, "Training", "of SGD", RELEASE, high=1.0)
     weight_decay: float = setting(2e-4, "Training", "of SGD", RELEASE)
     milestones: tuple[float, ...] = setting(
         (215 / 300, 260 / 300, 285 / 300),
         "Training",
         "parts of the run after which learning and temperature rate fall to a tenth",
         RELEASE,
+        high=1.0,
     )
     max_steps: int | None = setting(
-        None, "Training", "for a trial: at most so many steps an epoch", OWN
+        None, "Training", "for a trial: at most so many steps an epoch", OWN, low=1.0
     )
     precision: Literal["fp32", "tf32", "bf16"] = setting(
         "fp32", "Training", "of the networks' arithmetic; weights and losses stay fp32", OWN
     )
 
-    epsilon: float = setting(8 / 255, "Attack", "L-infinity budget, pixels in [0,1]", RELEASE)
+    epsilon: float = setting(
+        8 / 255, "Attack", "L-infinity budget, pixels in [0,1]", RELEASE, high=1.0
+    )
     relative_step_size: float = setting(0.25, "Attack", "step size, in epsilons", RELEASE)
-    attack_steps: int = setting(10, "Attack", "steps of the training attack", RELEASE)
+    attack_steps: int = setting(10, "Attack", "steps of the training attack", RELEASE, low=1.0)
     start_noise: float = setting(0.001, "Attack", "deviation of the normal start", RELEASE)
 
     padding: int = setting(4, "Data", "zero pixels around an image before the crop", RELEASE)
-    flip: float = setting(0.5, "Data", "probability of a mirror image", RELEASE)
+    flip: float = setting(0.5, "Data", "probability of a mirror image", RELEASE, high=1.0)
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature_rate", 0, 10),
-            ("adv_weight", 0, 1),
-            ("epsilon", 0, 1),
-            ("flip", 0, 1),
-            ("momentum", 0, 1),
-            ("temperature_lower", 1e-3, 1),
-            ("temperature_upper", 1, 1e3),
-        ):
-            if not low <= getattr(self, name) <= high:  # NaN is in no range
-                raise UsageError(
-                    f"{name} must be in [{low}, {high}], not {getattr(self, name)}", SEE_RECIPE
-                )
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("max_steps", 1),
-            ("attack_steps", 0),
-            ("padding", 0),
-            ("start_noise", 0),
-            ("relative_step_size", 0),
-            ("learning_rate", 0),
-            ("weight_decay", 0),
-            ("kl_scale", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and not (least <= value < math.inf):
-                raise UsageError(f"{name} must be {least} or more, not {value}", SEE_RECIPE)
-        if not all(0 <= part <= 1 for part in self.milestones):
-            raise UsageError(f"milestones are parts of the run, not {self.milestones}", SEE_RECIPE)
+        for f in fields(self):
+            value = parse(f.name, getattr(self, f.name))
+            low, high = f.metadata["range"]
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, (int, float)) and not (
+                    low <= number <= high and number < math.inf  # NaN is in no range
+                ):
+                    allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
+                    raise UsageError(f"{f.name} must be {allowed}, not {number}", SEE_RECIPE)
+            object.__setattr__(self, f.name, value)  # 1 where a float is meant is 1.0
 
     def milestone_epochs(self) -> list[int]:
         """The epochs after which the rates fall, at the nearest whole epoch. Source: D7."""
@@ -137,19 +141,14 @@ class Config(TrainConfig):
     teacher_model: str = setting(
         "wrn-34-10", "Networks", "the teacher's network: a name or package.module:factory", RELEASE
     )
-    teacher_epochs: int = setting(76, "Networks", "of a teacher that is made here", "TRADES")
+    teacher_epochs: int = setting(
+        76, "Networks", "of a teacher that is made here", "TRADES", low=1.0
+    )
     allow_weak_teacher: bool = setting(
         False, "Networks", "go on with a teacher that is near chance", OWN
     )
     out: str = setting("runs", "Run", "folder of the runs and their teachers", OWN)
     device: str = setting("auto", "Run", "auto is cuda where there is one, else cpu", OWN)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher_epochs < 1:
-            raise UsageError(
-                f"teacher_epochs must be 1 or more, not {self.teacher_epochs}", SEE_RECIPE
-            )
 
     def training(self) -> TrainConfig:
         """The settings that the student's training computes with, alone."""

@@ -71,6 +71,8 @@ class ImageSet:
 
 
 class Splits(NamedTuple):
+    """Three sets of the same classes; no image is in two of them."""
+
     train: ImageSet
     validation: ImageSet
     test: ImageSet
@@ -155,7 +157,8 @@ def batches(
 def load_data(dataset: str, folder: str) -> Splits:
     """Training, validation and test set of a data set, on the CPU.
 
-    Validation is split off the training images by class, alike for all seeds: 5 % (digits 15 %),
+    dataset: digits, cifar10, cifar100 or folder. folder: where its files are; CIFAR's archive is
+    downloaded to it if it is not there. Validation is split off the training images by class, alike for all seeds: 5 % (digits 15 %),
     and so many that each class has one. Raises DataError, with the file or class at fault.
     """
     try:
@@ -163,11 +166,13 @@ def load_data(dataset: str, folder: str) -> Splits:
             return digits()
         if dataset == "folder":
             return from_folder(folder)
-        return cifar(dataset, folder)
+        if dataset in ("cifar10", "cifar100"):
+            return cifar(dataset, folder)
     except DataError:
         raise
     except (OSError, RuntimeError, ValueError, ImportError, EOFError) as error:
         raise DataError(str(error), WAY_OUT.format(folder=folder)) from error
+    raise DataError(f"there is no data set {dataset!r}", "digits, cifar10, cifar100 or folder")
 
 
 WAY_OUT = "needed in {folder}: train/CLASS/* and test/CLASS/*, or the tar.gz archive of CIFAR"

@@ -43,7 +43,13 @@ def commit() -> str | None:
     """The commit of this package's own checkout, "+" where it was changed since; None without."""
     folder = Path(absld.__file__).parent
     answers = []
-    for question in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."]):
+    questions = (
+        # A package that is installed inside somebody else's repository is not in it.
+        ["ls-files", "--error-unmatch", "__init__.py"],
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "--", "."],
+    )
+    for question in questions:
         try:
             answer = subprocess.run(
                 ["git", "-C", str(folder), *question], capture_output=True, text=True, timeout=10
@@ -53,4 +59,5 @@ def commit() -> str | None:
         if answer.returncode:
             return None
         answers.append(answer.stdout.strip())
-    return answers[0] + ("+" if answers[1] else "")
+    _, head, changes = answers
+    return head + ("+" if changes else "")

@@ -26,12 +26,13 @@ def evaluate(
     data: ImageSet,
     *,
     epsilon: float,
+    steps: int = 20,
     batch_size: int = 500,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> ClassAccuracies:
     """Class accuracies, clean and under PGD-20 in the TRADES style.
 
-    The attack: 20 steps of 0.003 (for epsilon 8/255; in proportion otherwise) on the
+    The attack: `steps` steps of 0.003 (for epsilon 8/255; in proportion otherwise) on the
     cross-entropy, from a uniform start in the ball, drawn from a fixed key. `model` is as before
     afterwards. `on_batch` hears of every batch done. Raises NonFiniteError if the network's logits
     of a clean image are not finite. Source: spec, Evaluation.
@@ -62,7 +63,7 @@ def evaluate(
                 noise,
                 epsilon=epsilon,
                 step_size=0.003 * epsilon / (8 / 255),
-                steps=20,
+                steps=steps,
             )
             for row, logits in zip(hits, (nat_logits, model(x_adv)), strict=True):
                 row += class_hits(logits.argmax(1), labels, data.num_classes)

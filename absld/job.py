@@ -43,7 +43,7 @@ class Observer(Protocol):
         """The training that began last has ended."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """A finished run: accuracies (C,) on the test images, digests of the networks' weights."""
 
@@ -88,9 +88,11 @@ def train(config: Config, observer: Observer, *, resume: bool = False) -> Result
     given = given_teacher(config, splits) if needs_teacher and config.teacher else None
     inputs = digests(splits) | {"initial_weights": digest(student.model.state_dict())}
     if given:
-        inputs["teacher"] = digest(given.model.state_dict())
+        inputs["teacher_weights"] = digest(given.model.state_dict())
     run = student_run(config, inputs, resume)
     observer.note(f"seed {config.seed}, device {device}, torch {torch.__version__}")
+    for note in [*student.notes, *(given.notes if given else ())]:
+        observer.note(note)
     splits = splits.to(device)
     with run:
         record = Record(run, config, device, inputs)
@@ -102,11 +104,10 @@ def train(config: Config, observer: Observer, *, resume: bool = False) -> Result
                 (given.model, config.teacher) if given else made_teacher(config, splits, observer)
             )
             observer.note(f"teacher: {name}")
-            check_teacher(teacher.to(device), splits.validation, name, config.allow_weak_teacher)
+            with arithmetic(config.precision):
+                teacher.to(device)
+                check_teacher(teacher, splits.validation, name, config.allow_weak_teacher)
             teacher_sha = record.taught_by(teacher)
-        for network in (given, student):
-            for note in network.notes if network else ():
-                observer.note(note)
         student.model.to(device)
         observer.begin("student", config, classes)
         for report in fit(
@@ -180,8 +181,8 @@ def made_teacher(config: Config, splits: Splits, observer: Observer) -> tuple[nn
 
 # --- The record of a run ---
 
-# Settings that change where things are and how fast, not what is computed.
-PLACES = {"out", "data", "device", "allow_weak_teacher"}
+# Settings that say where things are, not what is computed; a given teacher counts by its weights.
+PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher"}
 
 
 def student_run(config: Config, inputs: dict[str, str], resume: bool) -> RunDirectory:
@@ -213,7 +214,7 @@ def refuse_unknown(config: Config, inputs: dict[str, str]) -> None:
     """Raise UsageError: there is no such run to resume; and say how the nearest one differs."""
     differences = {}
     for path in sorted(Path(config.out).glob("*/config.toml")):
-        if "-teacher-" not in path.parent.name:
+        if "-teacher-" not in path.parent.name and sessions(path.parent):
             there = settings(resolve(from_toml(str(path)))) | sessions(path.parent)[-1]["inputs"]
             differences[path.parent] = compare(there, settings(config) | inputs)
     if not differences:
@@ -248,8 +249,8 @@ class Record:
     ) -> None:
         self.run = run
         self.sessions = [*sessions(run.path), environment(device) | {"inputs": inputs}]
-        run.write("config.toml", to_toml(config))
         self.write()
+        run.write("config.toml", to_toml(config))  # last: a folder that has it has both
 
     def write(self) -> None:
         self.run.write("environment.json", json.dumps(self.sessions, indent=1) + "\n")

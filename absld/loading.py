@@ -36,9 +36,10 @@ class Network(NamedTuple):
 def load_network(spec: str, num_classes: int, key: Key, architecture: str = "") -> Network:
     """The network that `spec` means, with initial weights from `key` where it brings none.
 
-    spec: a name of `absld.models.MODELS`; `package.module:factory`; a run directory; or a file
-    of weights, whose network is `architecture` or, without one, is recognised by names and
-    shapes. Raises UsageError or CheckpointError.
+    spec: a name of `absld.models.MODELS`; `package.module:factory`, which is looked for in the
+    current folder, too; a run directory; or a file of weights. The network of a file or a run is
+    `architecture` if that is a factory; else the known one that the file states, or that its names
+    and shapes tell; else `architecture`. Raises UsageError or CheckpointError.
     """
     if spec in MODELS:
         return Network(build_model(spec, num_classes, *key), spec)

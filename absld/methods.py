@@ -142,7 +142,7 @@ class Trades:
         pass
 
 
-METHODS: dict[str, type[Absld] | type[Rslad] | type[Trades]] = {
+METHODS: dict[str, type[Absld] | type[Trades]] = {
     "absld": Absld,
     "rslad": Rslad,
     "trades": Trades,
@@ -150,6 +150,7 @@ METHODS: dict[str, type[Absld] | type[Rslad] | type[Trades]] = {
 
 
 def build_method(config: TrainConfig, num_classes: int) -> Method:
+    """The method that `config` names, at its start."""
     return METHODS[config.method](config, num_classes)
 
 

@@ -29,13 +29,13 @@ def arithmetic(precision: str) -> Iterator[None]:
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     conv = cudnn.conv  # type: ignore[attr-defined]  # set at run time
-    before = matmul.fp32_precision, conv.fp32_precision, cudnn.deterministic
+    before = matmul.fp32_precision, conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
     try:
         matmul.fp32_precision = conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        cudnn.deterministic = True
+        cudnn.deterministic, cudnn.benchmark = True, False
         yield
     finally:
-        matmul.fp32_precision, conv.fp32_precision, cudnn.deterministic = before
+        matmul.fp32_precision, conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
 
 
 class Autocast(nn.Module):

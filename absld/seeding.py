@@ -29,9 +29,6 @@ def global_generator(*key: int | str, device: torch.device | str = "cpu") -> Ite
     device = torch.device(device)
     used = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(used):
-        for generator in (
-            torch.default_generator,
-            *(torch.cuda.default_generators[i] for i in used),
-        ):
-            generator.manual_seed(seed_of(*key))
+        for each in (torch.default_generator, *(torch.cuda.default_generators[i] for i in used)):
+            each.manual_seed(seed_of(*key))
         yield

@@ -80,13 +80,17 @@ class ClassRisk:
 
     def observe(self, logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> None:
         """Add a batch; the state follows the logits to their device."""
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()  # an epoch's sum needs more than their 8 or 11 bits
         sums, counts = class_risk_sums(logits, labels, len(self.sums))
         self.sums = self.sums.to(sums.device) + sums.to(self.sums.dtype)
         self.counts = self.counts.to(counts.device) + counts
 
     def mean(self) -> Float[Tensor, " c"]:
         """The mean risk of each class in nats; NaN for a class that was not seen."""
-        return self.sums / self.counts
+        mean = self.sums / self.counts
+        # A NaN that was observed is no absence: infinite, so that nothing moves (D6).
+        return mean.masked_fill((self.counts > 0) & mean.isnan(), torch.inf)
 
     def reset(self) -> None:
         """Start the next epoch."""
@@ -125,8 +129,7 @@ class ClassTemperature:
             raise ValueError(f"num_classes must be 2 or more, not {num_classes}")
         if not 0 < lower <= 1 <= upper:
             raise ValueError(f"temperatures start at 1, which is not in [{lower}, {upper}]")
-        if not 0 <= rate < math.inf:
-            raise ValueError(f"rate must be 0 or more, not {rate}")
+        check_rate(rate)
         if fidelity not in get_args(Fidelity):
             raise ValueError(f"fidelity must be one of {get_args(Fidelity)}, not {fidelity!r}")
         self.rate, self.lower, self.upper, self.fidelity = rate, lower, upper, fidelity
@@ -169,8 +172,10 @@ class ClassTemperature:
         """End an epoch: move the temperatures by its class risks and start to gather anew.
 
         `rate` overrides the rate given at the start, for a schedule. Returns the class risks.
-        Source: D6.
+        Raises ValueError for a negative rate, NaN or infinity. Source: D6.
         """
+        if rate is not None:
+            check_rate(rate)
         risk = EpochRisk(self.adv_risk.mean(), self.nat_risk.mean())
         rate = self.rate if rate is None else rate
         self.adv, self.nat = (
@@ -206,6 +211,12 @@ class ClassTemperature:
         for risk, name in ((self.adv_risk, "adv_risk"), (self.nat_risk, "nat_risk")):
             risk.sums = state[f"{name}_sums"].clone()
             risk.counts = state[f"{name}_counts"].clone()
+
+
+def check_rate(rate: float) -> None:
+    """Raise ValueError unless a temperature rate is 0 or more, and finite."""
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"rate must be 0 or more, not {rate}")
 
 
 def check_batch(logits: Tensor, labels: Tensor, num_classes: int) -> None:

@@ -17,7 +17,7 @@ from absld.attack import TrainingAttack
 from absld.checkpoint import RunDirectory, digest, load, save
 from absld.config import TrainConfig
 from absld.data import Batch, ImageSet, Views, batches, steps_per_epoch
-from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError
+from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
 from absld.evaluation import ClassAccuracies, check_network, evaluate
 from absld.methods import Method, build_method
 from absld.metrics import Fairness, fairness
@@ -41,7 +41,7 @@ class StepReport:
 OnStep = Callable[[StepReport], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpochReport:
     """An epoch: losses in nats, accuracies (C,) on the validation images in [0,1].
 
@@ -134,7 +134,7 @@ def train_step(
     if not math.isfinite(losses["loss"]):
         state = {name: plain(tensor) for name, tensor in method.state_dict().items()}
         raise NonFiniteError(
-            f"{losses}, {state}", "the last good checkpoint stays; a lower learning_rate may help"
+            f"{losses}, {state}", "a lower learning_rate may help; what was saved before stays"
         )
     optimizer.zero_grad()
     step.loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
@@ -157,20 +157,23 @@ def fit(
     """Train `student` in place, with a report an epoch; in the end it has its best weights.
 
     Best is the epoch of the highest average + worst-class accuracy under PGD-20 on `validation`.
-    The teacher is set to eval mode and frozen. All is moved to the student's device.
+    The teacher is set to eval mode and frozen; the student ends in train mode. All is moved to the
+    student's device.
 
-    run: with a run directory, each epoch is recorded and saved there before it is reported, and
+    run: with a run directory (locked by `with RunDirectory(...) as run`), each epoch is recorded and saved there before it is reported, and
     a training that was interrupted continues, with bit-equal results on the CPU. `about` (plain
     values) goes into its checkpoints. on_step hears of every batch and may raise Interrupted: the
     training so far is then saved, to the step. role: part of the keys of all random numbers.
 
-    Raises DataError if the images do not fill a batch, CheckpointError if a network does not fit
+    Raises UsageError if the method needs a teacher and there is none, DataError if the images do not fill a batch, CheckpointError if a network does not fit
     the images or `run` holds another training, NonFiniteError if the loss, or the student, becomes
     NaN or infinite.
     """
+    saved = None
     training = Training(student, teacher, train, validation, config, role, on_step)
-    saved = Saved(training, run, dict(about or {})) if run is not None else None
-    if saved:
+    if run is not None:
+        same = identity(student, teacher, train, validation, config, role)
+        saved = Saved(training, run, dict(about or {}), same)
         saved.resume()
     while training.progress.epoch <= config.epochs:
         try:
@@ -211,11 +214,12 @@ class Training:
         check_network(student, self.train, "student")
         if teacher is not None:
             check_network(teacher.to(device), self.train, "teacher")
-        self.identity = identity(student, teacher, train, validation, config, role)
         if teacher is not None:
             teacher = in_precision(freeze(teacher), config.precision)
         self.teacher, self.called = teacher, in_precision(student, config.precision)
         self.method = build_method(config, train.num_classes)
+        if self.method.needs_teacher and teacher is None:
+            raise UsageError(f"{config.method} needs a teacher", "pass one, or method='trades'")
         self.optimizer = torch.optim.SGD(
             student.parameters(),
             lr=config.learning_rate,
@@ -243,8 +247,8 @@ class Training:
                     on_batch=lambda *done: self.on_step(StepReport(number, "validation", *done)),
                 )
         except NonFiniteError as error:
-            where = f"epoch {number}, step {progress.step + 1}: {error}"
-            raise NonFiniteError(where, error.way_out) from error
+            step = f"step {progress.step + 1}" if progress.step < self.steps else "validation"
+            raise NonFiniteError(f"epoch {number}, {step}: {error}", error.way_out) from error
         decayed = temperature_rate(config, number)
         losses = {name: total / self.steps for name, total in progress.losses.items()}
         report = EpochReport(
@@ -293,7 +297,6 @@ class Training:
     def state(self) -> dict[str, Any]:
         """All that the rest of the training depends on, as tensors and plain values."""
         return {
-            "identity": self.identity,
             "progress": asdict(self.progress),
             "model": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -315,6 +318,7 @@ class Saved:
     training: Training
     run: RunDirectory
     about: dict[str, Any]
+    identity: dict[str, Any]
 
     def record(self, report: EpochReport) -> None:
         """Put an epoch on the disk. The checkpoint comes last: what it does not know of is
@@ -326,15 +330,17 @@ class Saved:
         self.save_last()
 
     def save_last(self) -> None:
-        save(self.about | self.training.state(), self.run.last)
+        rest = {"identity": self.identity, **self.training.state()}
+        save(self.about | rest, self.run.last)
 
     def resume(self) -> None:
         """Take up what is on the disk, if anything is. Raises CheckpointError if that is another
         training."""
         training = self.training
+        self.run.path.mkdir(parents=True, exist_ok=True)
         if self.run.last.exists():
             state = load(self.run.last)
-            differences = compare(state["identity"], training.identity)
+            differences = compare(state["identity"], self.identity)
             if differences:
                 raise CheckpointError(
                     f"{self.run.path} holds another training: {'; '.join(differences)}",

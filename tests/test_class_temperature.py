@@ -290,6 +290,35 @@ def test_a_rate_that_is_none_is_refused(rate):
         ClassTemperature(C, rate=rate)
 
 
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
+def test_a_step_at_a_rate_that_is_none_is_refused(rate):
+    temperature = ClassTemperature(C)
+    temperature.observe(*batch())
+    with pytest.raises(ValueError, match=f"rate must be 0 or more, not {rate}"):
+        temperature.step(rate)
+    assert torch.equal(temperature.adv, torch.ones(C)) and temperature.adv_risk.counts.any()
+
+
+def test_a_nan_that_was_observed_is_no_absent_class():
+    """As an infinite risk: nothing moves. Automatic mixed precision skips such steps."""
+    temperature = ClassTemperature(C)
+    temperature.observe(*batch())
+    logits = torch.zeros(1, C)
+    logits[0, 0] = float("nan")
+    temperature.observe(logits, logits, torch.tensor([0]))
+    assert temperature.step().adv[0] == float("inf")
+    assert torch.equal(temperature.adv, torch.ones(C))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_summed_in_float32(dtype):
+    logits, labels = torch.tensor([[0.5, 0.0, 0.0]]).repeat(3000, 1), torch.zeros(3000).long()
+    half, full = ClassRisk(C), ClassRisk(C)
+    half.observe(logits.to(dtype), labels)
+    full.observe(logits, labels)
+    torch.testing.assert_close(half.mean()[0], full.mean()[0])
+
+
 def test_another_reading_is_refused():
     """The tests' type checks would refuse it, too, but users have none."""
     unchecked = inspect.unwrap(ClassTemperature.__init__)

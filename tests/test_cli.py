@@ -600,7 +600,7 @@ def test_resuming_with_other_images_or_another_teacher_is_refused(teacher, capfd
     capfd.readouterr()
     flags = ["train", *QUICK, "--teacher", "teacher.pt", "--resume"]
     save({"model": build_model("convnet", 10, "another").state_dict()}, Path("teacher.pt"))
-    refused(capfd, 2, "teacher is '", "give the settings of that run", *flags)
+    refused(capfd, 2, "teacher_weights is '", "give the settings of that run", *flags)
     other = few_digits()._replace(train=few_digits().test)
     monkeypatch.setattr(absld.job, "load_data", lambda *given: other)
     refused(capfd, 2, "train_images is '", "give the settings of that run", *flags)

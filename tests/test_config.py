@@ -1,5 +1,6 @@
 """Settings: what they take, where their values come from, and the files that hold them."""
 
+import inspect
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, fields, replace
@@ -28,7 +29,7 @@ VALUES = (
     | dict.fromkeys(("learning_rate", "weight_decay", "kl_scale"), numbers(0, 1e300))
     | dict.fromkeys(("start_noise", "relative_step_size"), numbers(0, 1e300))
     | dict.fromkeys(("epochs", "batch_size", "max_steps", "teacher_epochs"), st.integers(1, 10**20))
-    | dict.fromkeys(("attack_steps", "padding"), st.integers(0, 10**20))
+    | {"attack_steps": st.integers(1, 10**20), "padding": st.integers(0, 10**20)}
     | {
         "seed": st.integers(),
         "temperature_rate": numbers(0, 10),
@@ -145,7 +146,7 @@ RANGES = {
     "momentum": (0, 1), "temperature_lower": (1e-3, 1), "temperature_upper": (1, 1e3),
 }  # fmt: skip
 LEAST = {
-    "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 0, "padding": 0, "start_noise": 0,
+    "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 1, "padding": 0, "start_noise": 0,
     "relative_step_size": 0, "learning_rate": 0, "weight_decay": 0, "kl_scale": 0,
     "teacher_epochs": 1,
 }  # fmt: skip
@@ -156,7 +157,7 @@ def test_ranges_hold_their_ends_and_nothing_beyond(name):
     low, high = RANGES[name]
     for end in (low, high):
         assert getattr(resolve({name: end}), name) == end
-    said = f"{name} must be in [{low}, {high}], not "
+    said = f"{name} must be in [{low:g}, {high:g}], not "
     for beyond in (low - 1e-6, high + 1e-6, float("nan"), float("inf"), float("-inf")):
         refused(f"{said}{beyond}", of=lambda value=beyond: resolve({name: value}))
 
@@ -172,9 +173,19 @@ def test_least_values(name):
             refused(name, of=lambda value=value: resolve({name: value}))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("precision", "float16"), ("method", "nope"), ("epochs", 2.5), ("seed", "one")],
+)
+def test_a_configuration_made_in_python_is_checked_alike(name, value):
+    """Without the tests' type checks, which users have not."""
+    unchecked = inspect.unwrap(TrainConfig.__init__)
+    refused(f"{name} takes ", of=lambda: unchecked(TrainConfig(), **{name: value}))
+
+
 @pytest.mark.parametrize("milestones", [(1.5,), (-0.1,), (float("nan"),)])
 def test_milestones_are_parts_of_the_run(milestones):
-    refused("milestones are parts of the run", of=lambda: TrainConfig(milestones=milestones))
+    refused("milestones must be in [0, 1], not ", of=lambda: TrainConfig(milestones=milestones))
 
 
 def test_every_number_has_a_range():

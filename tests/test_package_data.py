@@ -327,3 +327,8 @@ def test_a_generator_knows_its_whole_key():
     keys += [("0",)]
     drawn = {torch.rand(1, generator=generator(*key)).item() for key in keys}
     assert len(drawn) == len(keys)
+
+
+def test_a_data_set_that_there_is_not():
+    with pytest.raises(DataError, match="no data set 'svhn'"):
+        load_data("svhn", "data")

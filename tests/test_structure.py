@@ -36,7 +36,10 @@ def imported(module):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            yield node.module
+            if node.module == "absld":
+                yield from (f"absld.{name.name}" for name in node.names)
+            else:
+                yield node.module
 
 
 def test_every_module_has_its_layer():

@@ -289,6 +289,12 @@ def test_images_that_do_not_fill_a_batch_are_refused():
         train(replace(CONFIG, batch_size=13))
 
 
+def test_a_run_directory_is_made_where_there_is_none(tmp_path):
+    run = RunDirectory(tmp_path / "new" / "run")
+    train(run=run)
+    assert run.best.exists() and len(run.records()) == CONFIG.epochs
+
+
 def test_a_method_that_needs_a_teacher_says_so():
     with pytest.raises(UsageError, match="needs a teacher"):
         list(fit(network("student"), None, TRAIN, VALIDATION, CONFIG))
