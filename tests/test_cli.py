@@ -523,7 +523,7 @@ def test_a_loss_that_is_not_finite(teacher, capfd, monkeypatch):
         "absld.methods.absld_loss", lambda *z, **settings: loss(*z, **settings) * float("nan")
     )
     flags = ["train", *QUICK, "--teacher", teacher]
-    refused(capfd, 5, "epoch 1, step 1: ", "last good", *flags)
+    refused(capfd, 5, "epoch 1, step 1: ", "what was saved before stays", *flags)
     assert (the_run() / "STATUS").read_text().startswith("failed: epoch 1, step 1: ")
 
 
