@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from absld.errors import Interrupted as Interrupted
     from absld.errors import NonFiniteError as NonFiniteError
     from absld.errors import UsageError as UsageError
+    from absld.evaluation import Evaluation as Evaluation
     from absld.evaluation import evaluate as evaluate
+    from absld.evaluation import paired as paired
     from absld.loading import load_network as load_network
     from absld.loss import absld_loss as absld_loss
     from absld.loss import soft_label_kl as soft_label_kl
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from absld.temperature import update_temperature as update_temperature
     from absld.trainer import EpochReport as EpochReport
     from absld.trainer import fit as fit
+    from absld.validation import validate as validate
 
 __version__ = "0.2.0"
 
@@ -52,13 +55,14 @@ _HOMES = {
         "NonFiniteError",
         "UsageError",
     ],
-    "evaluation": ["evaluate"],
+    "evaluation": ["Evaluation", "evaluate", "paired"],
     "loading": ["load_network"],
     "loss": ["absld_loss", "soft_label_kl"],
     "metrics": ["fairness"],
     "models": ["build_model"],
     "temperature": ["ClassTemperature", "class_risk_sums", "soften", "update_temperature"],
     "trainer": ["EpochReport", "fit"],
+    "validation": ["validate"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -97,17 +97,21 @@ def cross_entropy(labels: Int[Tensor, " n"]) -> Objective:
     return objective
 
 
+def margins(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Per image, the best wrong logit minus the true one: above 0, the image is misclassified."""
+    true = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    is_true = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(is_true, -torch.inf).amax(1) - true
+
+
 def margin(labels: Int[Tensor, " n"], confidence: float = 50.0) -> Objective:
-    """Objective: the best wrong logit minus the true one, in logits, capped at `confidence`.
+    """Objective: the margins, in logits, capped at `confidence`, summed over the batch.
 
     Source: spec, the loss of CW-inf.
     """
 
     def objective(logits: Tensor) -> Tensor:
-        true = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-        is_true = F.one_hot(labels, logits.shape[1]).bool()
-        wrong = logits.masked_fill(is_true, -torch.inf).amax(1)
-        return (wrong - true).clamp(max=confidence).sum()
+        return margins(logits, labels).clamp(max=confidence).sum()
 
     return objective
 

@@ -5,6 +5,7 @@ a file is executed. Their content carries a SHA-256. A run directory keeps all f
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -129,7 +130,8 @@ EXPORT = "where you trust it, export torch.save(model.state_dict(), FILE) from i
 def diagnosis(path: Path, error: Exception) -> tuple[str, str]:
     """What is wrong with a file that does not load, and what to do."""
     again = "fetch or copy it again"
-    if isinstance(error, OSError):
+    # EINVAL is no fault of the disk: a damaged archive had the reader seek before its start.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return f"{path}: {error.strerror or error}", "needed: a file of weights, or a run"
     if "TorchScript" in str(error):
         return f"{path}: a TorchScript program, not weights", EXPORT

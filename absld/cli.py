@@ -7,12 +7,24 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import Field, asdict, fields
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from absld.config import RECIPES, Config, from_toml, group, resolve, source
-from absld.errors import AbsldError, Interrupted, UsageError
+from absld.config import (
+    RECIPES,
+    Config,
+    EvaluationConfig,
+    Settings,
+    bare,
+    from_toml,
+    group,
+    is_choice,
+    parse,
+    resolve,
+    source,
+)
+from absld.errors import AbsldError, Interrupted, UnreliableError, UsageError
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -37,6 +49,10 @@ def about() -> None:
     [cyan]absld train --method rslad[/]   the same with all temperatures 1
 
     [cyan]absld train --resume[/]   go on with a run that was interrupted
+
+    [cyan]absld evaluate RUN[/]   how robust is every class, and can the figure be trusted?
+
+    [cyan]absld report RUN[/]   the result as a page to show
 
     [cyan]absld recipe show cifar10[/]   every setting with its source
     """
@@ -83,36 +99,43 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
 
 
-# --- absld train ---
+# --- Settings as options ---
+
+ALIASES = {"epsilon": ["--eps"]}
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every setting as an option, in place of its `**settings`."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
-    options = [option(f) for f in fields(Config)]
-    command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]  # inspect reads it
-    del command.__annotations__["settings"]
-    command.__annotations__ |= {p.name: p.annotation for p in options}
-    return command
+def with_settings(
+    of: type[Settings],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every setting of a class as an option, in place of its `**settings`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
+        kinds = get_type_hints(of)
+        options = [option(f, kinds[f.name]) for f in fields(of)]
+        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]  # inspect reads it
+        del command.__annotations__["settings"]
+        command.__annotations__ |= {p.name: p.annotation for p in options}
+        return command
+
+    return decorate
 
 
-def option(f: "Field[Any]") -> inspect.Parameter:
+def option(f: "Field[Any]", kind: Any) -> inspect.Parameter:
     """A setting as a command line option: its name, its meaning and its defaults."""
-    kind = get_type_hints(Config)[f.name]
     defaults = [shown(f.default)] + [
         f"{name}: {shown(recipe[f.name][0])}"
         for name, recipe in RECIPES.items()
         if f.name in recipe and f.name != "dataset"
     ]
-    if get_origin(kind) is Literal:
-        metavar = "|".join(get_args(kind))
-    else:
-        metavar = {str: "TEXT", float: "X"}.get(kind, "N")
+    kind = bare(kind)
+    metavar = "|".join(get_args(kind)) if is_choice(kind) else {str: "TEXT", float: "X"}.get(kind)
     flag = "--" + f.name.replace("_", "-")
     about = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        *ALIASES.get(f.name, []),
         help=f"{f.metadata['meaning']} [dim]({'; '.join(defaults)})[/]",
-        metavar=None if kind is bool else metavar,
+        metavar=None if kind is bool else metavar or "N",
         rich_help_panel=group(f),
         show_default=False,
     )
@@ -126,18 +149,29 @@ def option(f: "Field[Any]") -> inspect.Parameter:
     )
 
 
+def given(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given as flags."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+# --- Commands ---
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="one JSON document on stdout, the progress on stderr")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
 @app.command()
-@with_settings
+@with_settings(Config)
 def train(
     *,
     recipe: Annotated[
         str | None, typer.Option(metavar="FILE.toml", help="settings, as lines name = value")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="one JSON document on stdout, the epochs on stderr")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
     **settings: Any,
 ) -> None:
     """Train a student whose classes are about equally robust, and test it.
@@ -157,8 +191,7 @@ def train(
     Each run has a directory of its own in --out: its settings, environment and metrics, and the
     checkpoints best.pt and last.pt. A teacher made on the way is kept there and used again.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
-    config = resolve((from_toml(recipe) if recipe else {}) | given)
+    config = resolve((from_toml(recipe) if recipe else {}) | given(settings))
 
     import absld.job
     from absld.view import view_of
@@ -169,6 +202,86 @@ def train(
         typer.echo(json.dumps(result.document() | {"config": asdict(config)}, indent=1))
     else:
         view.result(result)
+
+
+@app.command()
+@with_settings(EvaluationConfig)
+def evaluate(
+    target: Annotated[str, typer.Argument(help="a run, a file, or package.module:factory")],
+    *,
+    against: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="a network to compare with, by the same")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="exit 6 if a check warns")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+    **settings: Any,
+) -> None:
+    """How robust is every class of a classifier, and can the figure be trusted?
+
+    [bold]Examples[/]
+
+    [cyan]absld evaluate runs/digits-absld-seed0-1a2b3c4d[/]   a run, on its own test images
+
+    [cyan]absld evaluate net.pt --dataset cifar10 --eps 8/255[/]   anybody's ResNet-18
+
+    [cyan]absld evaluate mine.nets:small --dataset folder --data DIR[/]   any network
+
+    [cyan]absld evaluate RUN --attacks clean,autoattack --examples 1000[/]   the strongest, on some
+
+    [cyan]absld evaluate RUN --against OTHER[/]   the difference, and how sure it is
+
+    An image counts as robust if it withstands all attacks. The same command goes on after an
+    interruption, and shows a finished result again. `absld report` makes a page of it.
+    """
+    if strict and settings.get("checks") is False:
+        raise UsageError("--strict has nothing to judge with --no-checks", "leave out one of them")
+    typed = {name: parse(name, v, EvaluationConfig) for name, v in given(settings).items()}
+    config = EvaluationConfig(**typed)
+
+    from absld import assessment, document
+    from absld.evaluation_view import EvaluationView
+
+    stream = sys.stderr if as_json else sys.stdout
+    with Stop(), EvaluationView(stream) as view:
+        if against:
+            result = assessment.assess_against(target, against, config, view)
+        else:
+            result = assessment.assess(target, config, view)
+    if as_json:
+        typer.echo(document.to_json(result.document), nl=False)
+    else:
+        view.result(result)
+    if strict and result.warnings:
+        raise UnreliableError(
+            f"{len(result.warnings)} checks warn: {'; '.join(result.warnings)}",
+            "docs/evaluation.md says what each means",
+        )
+
+
+@app.command()
+def report(
+    source: Annotated[str, typer.Argument(help="a run, or an evaluation.json")],
+    *,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="to write: .html, .png or .pdf")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """The result of an evaluation as a page to show, or as a picture.
+
+    [bold]Examples[/]
+
+    [cyan]absld report runs/digits-absld-seed0-1a2b3c4d[/]   report.html beside its evaluation
+
+    [cyan]absld report evaluation.json --out card.pdf[/]   for a paper (needs matplotlib)
+    """
+    from absld.report import make
+
+    typer.echo(make(source, out))
+
+
+# --- Signals, errors, exit codes ---
 
 
 class Stop:
@@ -227,7 +340,7 @@ def explained(error: Exception) -> tuple[int, str, str]:
     if isinstance(error, AbsldError):
         return error.exit_code, cause, error.way_out
     if "out of memory" in cause.lower() or "can't allocate memory" in cause.lower():
-        return 1, cause, "a smaller --batch-size needs less; --resume continues from the last epoch"
+        return 1, cause, "a smaller --batch-size needs less; what was saved before is kept"
     if isinstance(error, OSError):
-        return 1, cause, "is there room, and is --out writable? --resume continues the run"
+        return 1, cause, "is there room, and is --out writable? what was saved before is kept"
     return 1, f"{type(error).__name__}: {cause}", "a fault of ours; --debug shows where"

@@ -1,8 +1,8 @@
 """Every setting, once: its default, its meaning and its source. Imports no torch.
 
 `TrainConfig` is what training computes with; `Config` adds what a run from the command line
-needs. Flags, recipe files, `absld recipe show` and the record of a run are all made of the fields
-below. `RECIPES` holds what a data set changes.
+needs; `EvaluationConfig` is what an evaluation needs. Flags, recipe files, `absld recipe show` and
+the records of runs are all made of the fields below. `RECIPES` holds what a data set changes.
 """
 
 import difflib
@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 RELEASE = "the authors' release"
 OWN = "decided here"
+SEE_HELP = "--help, or `absld recipe show digits`, lists every setting"
 
 
 def setting(
@@ -40,11 +41,25 @@ def setting(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What a training computes with. Defaults are CIFAR-10's.
+class Settings:
+    """Fields made by `setting`. Raises UsageError for a value of another type, or out of range."""
 
-    Raises UsageError for a value outside its range.
-    """
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = parse(f.name, getattr(self, f.name), type(self))
+            low, high = f.metadata["range"]
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, (int, float)) and not (
+                    low <= number <= high and number < math.inf  # NaN is in no range
+                ):
+                    allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
+                    raise UsageError(f"{f.name} must be {allowed}, not {number}", SEE_HELP)
+            object.__setattr__(self, f.name, value)  # 1 where a float is meant is 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """What a training computes with. Defaults are CIFAR-10's."""
 
     method: Literal["absld", "rslad", "trades"] = setting(
         "absld", "Method", "how the student is trained", OWN
@@ -104,18 +119,6 @@ class TrainConfig:
     padding: int = setting(4, "Data", "zero pixels around an image before the crop", RELEASE)
     flip: float = setting(0.5, "Data", "probability of a mirror image", RELEASE, high=1.0)
 
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = parse(f.name, getattr(self, f.name))
-            low, high = f.metadata["range"]
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, (int, float)) and not (
-                    low <= number <= high and number < math.inf  # NaN is in no range
-                ):
-                    allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
-                    raise UsageError(f"{f.name} must be {allowed}, not {number}", SEE_RECIPE)
-            object.__setattr__(self, f.name, value)  # 1 where a float is meant is 1.0
-
     def milestone_epochs(self) -> list[int]:
         """The epochs after which the rates fall, at the nearest whole epoch. Source: D7."""
         return [round(part * self.epochs) for part in self.milestones]
@@ -162,7 +165,48 @@ class Config(TrainConfig):
         return replace(self.training(), **given)
 
 
-SEE_RECIPE = "`absld recipe show digits` lists every setting"
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Settings):
+    """What to evaluate, on what images, by what attacks."""
+
+    attacks: str = setting(
+        "clean,fgsm,pgd20,cw30",
+        "Attacks",
+        "any of clean, fgsm, pgd20, pgd20-sat, cw30 (other numbers of steps, too), autoattack",
+        OWN,
+    )
+    epsilon: float | None = setting(
+        None, "Attacks", "L-infinity budget; the run's, or the data set's", RELEASE, high=1.0
+    )
+    restarts: int = setting(1, "Attacks", "tries of each PGD and CW", OWN, low=1.0)
+    each: bool = setting(
+        False, "Attacks", "a figure for each attack alone: broken images are attacked again", OWN
+    )
+    seed: int = setting(0, "Attacks", "of starts, subset and intervals", OWN, low=-math.inf)
+
+    dataset: Literal["digits", "cifar10", "cifar100", "folder"] | None = setting(
+        None, "Data", "the run's, where a run is evaluated", OWN
+    )
+    data: str = setting("", "Data", "where the images are; the run's, or ./data", OWN)
+    split: Literal["test", "validation", "train"] = setting("test", "Data", "which images", OWN)
+    examples: int | None = setting(
+        None, "Data", "so many images only, in proportion to the classes", OWN, low=1.0
+    )
+
+    model: str = setting(
+        "", "Network", "of a file that does not tell: a name or package.module:factory", OWN
+    )
+    precision: Literal["fp32", "tf32", "bf16"] = setting(
+        "fp32", "Network", "of the network's arithmetic", OWN
+    )
+
+    checks: bool = setting(True, "Run", "look for what would make the figures worth less", OWN)
+    batch_size: int = setting(
+        250, "Run", "images at a time; an interruption loses those at hand", OWN, low=1.0
+    )
+    out: str = setting("", "Run", "folder of the results; RUN/evaluations, or evaluations", OWN)
+    device: str = setting("auto", "Run", "auto is cuda where there is one, else cpu", OWN)
+
 
 DIGITS_SOURCE = "decided here, for digits"
 RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
@@ -230,12 +274,12 @@ def from_toml(path: str) -> dict[str, Any]:
     return {name: parse(name, value) for name, value in values.items()}
 
 
-def parse(name: str, value: Any) -> Any:
+def parse(name: str, value: Any, of: type[Settings] = Config) -> Any:
     """The value of a setting from a flag or a recipe file, both of which may write 8/255.
 
     Raises UsageError with the nearest known name, or with what the setting takes.
     """
-    types_of = get_type_hints(Config)
+    types_of = get_type_hints(of)
     if name not in types_of:
         raise UsageError(f"there is no setting {name!r}", did_you_mean(name, types_of))
     kind = types_of[name]
@@ -244,23 +288,33 @@ def parse(name: str, value: Any) -> Any:
     except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise UsageError(
             f"{name} takes {described(kind)}, not {value!r}",
-            did_you_mean(str(value), get_args(kind) if get_origin(kind) is Literal else ()),
+            did_you_mean(str(value), get_args(bare(kind)) if is_choice(kind) else ()),
         ) from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else SEE_RECIPE
+    return f"did you mean {near[0]!r}?" if near else SEE_HELP
+
+
+def bare(kind: Any) -> Any:
+    """A type without its `| None`."""
+    return get_args(kind)[0] if get_origin(kind) in (types.UnionType, Union) else kind
+
+
+def is_choice(kind: Any) -> bool:
+    """Does a setting of this type take one of a few words?"""
+    return get_origin(bare(kind)) is Literal
 
 
 def convert(kind: Any, value: Any) -> Any:
     """`value` as a `kind`, or ValueError."""
-    if get_origin(kind) is Literal:
+    if bare(kind) is not kind:
+        return None if value is None else convert(bare(kind), value)
+    if is_choice(kind):
         if value not in get_args(kind):
             raise ValueError(value)
         return value
-    if get_origin(kind) in (types.UnionType, Union):
-        return None if value is None else convert(get_args(kind)[0], value)
     if get_origin(kind) is tuple:
         parts = [part for part in value.split(",") if part] if isinstance(value, str) else value
         return tuple(convert(float, part) for part in parts)
@@ -277,10 +331,9 @@ def convert(kind: Any, value: Any) -> Any:
 
 def described(kind: Any) -> str:
     """What a setting takes, in words."""
-    if get_origin(kind) is Literal:
+    kind = bare(kind)
+    if is_choice(kind):
         return "one of " + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) in (types.UnionType, Union):
-        return described(get_args(kind)[0])
     if get_origin(kind) is tuple:
         return "numbers"
     return {float: "a number", int: "a whole number", bool: "true or false"}.get(kind, "a text")

@@ -61,6 +61,11 @@ class ImageSet:
     def to(self, device: torch.device | str) -> "ImageSet":
         return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
 
+    def subset(self, index: Int[Tensor, " m"]) -> "ImageSet":
+        """The images of these numbers, in this order."""
+        index = index.to(self.labels.device)
+        return ImageSet(self.images[index], self.labels[index], self.classes)
+
     def digest(self) -> str:
         """SHA-256 over type, shape and bytes of images and labels, and the names of the classes."""
         sha = hashlib.sha256(repr(self.classes).encode())
@@ -190,6 +195,24 @@ def split(data: ImageSet, size: int) -> tuple[ImageSet, ImageSet]:
         ImageSet(first, first_labels, data.classes),
         ImageSet(second, second_labels, data.classes),
     )
+
+
+def stratified(
+    labels: Int[Tensor, " n"], num_classes: int, size: int | None, *key: int | str
+) -> Int[Tensor, " m"]:
+    """The numbers of `size` images, ascending, in proportion to the classes, and one of each class
+    as far as there is room; all of them if size is None or as large as that. Drawn from `key`."""
+    labels = labels.cpu()
+    if size is None or size >= len(labels):
+        return torch.arange(len(labels))
+    # Each class lays its images out evenly over [0,1], in random order, the first one at 0; taken
+    # are those that come first.
+    place = torch.zeros(len(labels), dtype=torch.float64)
+    drawn = torch.randperm(len(labels), generator=generator(*key))
+    for k in range(num_classes):
+        of_class = drawn[labels[drawn] == k]
+        place[of_class[1:]] = (torch.arange(1, len(of_class)).double() + 0.5) / len(of_class)
+    return place.argsort(stable=True)[:size].sort().values
 
 
 def hold_out(train: ImageSet, test: ImageSet, share: float) -> Splits:

@@ -44,3 +44,9 @@ class Interrupted(AbsldError):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}", "--resume continues this run")
         self.exit_code = 128 + signal_number
+
+
+class UnreliableError(AbsldError):
+    """An evaluation whose checks warn, where they are to be strict."""
+
+    exit_code = 6

@@ -1,24 +1,168 @@
-"""Accuracy of every class, clean and under attack."""
+"""How robust every class of a classifier is: any attacks, the worst case of every image, and how
+sure the figures are.
 
-from collections.abc import Callable
+The minimum over the attacks is taken for each image, then the mean: an image counts as robust if
+it withstood all of them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from absld.attack import cross_entropy, frozen_eval, pgd
-from absld.data import ImageSet, pixels
-from absld.errors import CheckpointError, NonFiniteError
-from absld.metrics import class_hits
+from absld.attack import frozen_eval, project_linf
+from absld.data import ImageSet, pixels, stratified
+from absld.errors import NonFiniteError, UsageError
+from absld.metrics import METRICS, Interval, bootstrap, present, relative_gains, resampled, wilson
 from absld.seeding import generator
+from absld.suite import STANDARD, Attack, parse_attacks
+from absld.validation import check_network
+
+PENDING = -1
 
 
-class ClassAccuracies(NamedTuple):
-    """Accuracy of each class (C,) in [0,1]; NaN for a class without images."""
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a network said of n images, clean (row 0) and under each attack.
 
-    clean: Float[Tensor, " c"]
-    robust: Float[Tensor, " c"]
+    index: the images' numbers in their set. attacks: the names of the rows, from "clean" on. An
+    image that an attack passed over, since it was misclassified before, keeps what was said then;
+    PENDING is where the evaluation has not come to. each: has every attack tried all images that
+    are right when clean, or only those that were left by the attacks before it?
+    """
+
+    classes: tuple[str, ...]
+    epsilon: float
+    seed: int
+    each: bool
+    attacks: tuple[str, ...]
+    index: Int[Tensor, " n"]
+    labels: Int[Tensor, " n"]
+    predictions: Int[Tensor, "a n"]
+
+    @property
+    def right(self) -> Bool[Tensor, "a n"]:
+        """Is the image classified right, in each row?"""
+        return self.predictions == self.labels
+
+    @property
+    def withstood(self) -> Bool[Tensor, " n"]:
+        """Is the image right in every row? The clean image counts: it is in the ball, too."""
+        return self.right.all(0)
+
+    @property
+    def clean(self) -> Float[Tensor, " c"]:
+        """Accuracy of each class on clean images; NaN for a class without images."""
+        return self.class_accuracy(self.right[0])
+
+    @property
+    def robust(self) -> Float[Tensor, " c"]:
+        """Accuracy of each class in the worst case of every image; NaN without images."""
+        return self.class_accuracy(self.withstood)
+
+    def counts(self, chosen: Bool[Tensor, " n"]) -> Int[Tensor, " c"]:
+        """How many images of each class are chosen."""
+        return self.labels[chosen].bincount(minlength=len(self.classes))
+
+    def class_accuracy(self, right: Bool[Tensor, " n"]) -> Float[Tensor, " c"]:
+        """The share of `right` images in each class; NaN for a class without images."""
+        return self.counts(right).double() / self.counts(torch.ones_like(right))
+
+    def class_intervals(self, right: Bool[Tensor, " n"]) -> list[Interval]:
+        """The share of `right` images in each class, with Wilson's intervals."""
+        images = self.counts(torch.ones_like(right))
+        return [
+            wilson(*pair) for pair in zip(self.counts(right).tolist(), images.tolist(), strict=True)
+        ]
+
+    def metrics(self, right: Bool[Tensor, " n"]) -> dict[str, Interval]:
+        """Each of `absld.metrics.METRICS`, by name, with its bootstrap interval."""
+        accuracy = present(self.class_accuracy(right))
+        replicates = resampled(right[None], self.labels, generator("bootstrap", self.seed))[:, 0]
+        return {
+            name: bootstrap(
+                metric(accuracy).item(),
+                metric(replicates),
+                lowest=0.0,
+                highest=math.inf if name == "normalized_std" else 1.0,
+            )
+            for name, metric in METRICS.items()
+        }
+
+    def confusion(self) -> Int[Tensor, "c c"]:
+        """True classes (rows) by what was said of them in the worst case: of a broken image, the
+        first wrong class."""
+        wrong = ~self.right
+        first = wrong.int().argmax(0)  # 0, which is right, where nothing is wrong
+        said = self.predictions.gather(0, first[None])[0]
+        count = len(self.classes)
+        return (self.labels * count + said).bincount(minlength=count * count).view(count, count)
+
+
+class Differences(NamedTuple):
+    """The differences in each metric, ours minus theirs, clean and robust, and rho, with paired
+    bootstrap intervals."""
+
+    clean: dict[str, Interval]
+    robust: dict[str, Interval]
+    rho: Interval
+
+
+def paired(ours: Evaluation, theirs: Evaluation) -> Differences:
+    """Two networks on the same images. Raises UsageError if they are not the same.
+
+    Source: spec, peers (rho).
+    """
+    if not torch.equal(ours.index, theirs.index) or not torch.equal(ours.labels, theirs.labels):
+        raise UsageError("the two networks were not evaluated on the same images", SAME_IMAGES)
+
+    def pair(rights: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Accuracies (2,p) of the classes, and (r,2,p) of resampled images."""
+        right = torch.stack(rights)
+        accuracy = torch.stack([present(ours.class_accuracy(row)) for row in right])
+        return accuracy, resampled(right, ours.labels, generator("bootstrap", ours.seed))
+
+    def differences(rights: list[Tensor]) -> dict[str, Interval]:
+        accuracy, replicates = pair(rights)
+        result = {}
+        for name, metric in METRICS.items():
+            value, values = metric(accuracy), metric(replicates)
+            result[name] = bootstrap((value[0] - value[1]).item(), values[:, 0] - values[:, 1])
+        return result
+
+    def score(accuracy: Tensor) -> Tensor:
+        both = torch.stack([METRICS["worst"](accuracy), METRICS["average"](accuracy)], -1)
+        return relative_gains(both[..., 0, :], both[..., 1, :])
+
+    accuracy, replicates = pair([ours.withstood, theirs.withstood])
+    return Differences(
+        clean=differences([ours.right[0], theirs.right[0]]),
+        robust=differences([ours.withstood, theirs.withstood]),
+        rho=bootstrap(score(accuracy).item(), score(replicates)),
+    )
+
+
+SAME_IMAGES = "give both the same --dataset, --data, --split and --examples"
+
+
+# --- Running the attacks ---
+
+
+class Progress(NamedTuple):
+    """`done` of `total` images of an attack; `cost`: of the evaluation so far, and of all of it, in
+    forwards with their backwards, if no more images break."""
+
+    attack: str
+    done: int
+    total: int
+    cost: tuple[float, float]
+
+
+OnBatch = Callable[[Progress, Evaluation], None]
 
 
 def evaluate(
@@ -26,67 +170,133 @@ def evaluate(
     data: ImageSet,
     *,
     epsilon: float,
-    steps: int = 20,
+    attacks: str | Sequence[Attack] = STANDARD,
+    restarts: int = 1,
+    each: bool = False,
+    examples: int | None = None,
+    seed: int = 0,
     batch_size: int = 500,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> ClassAccuracies:
-    """Class accuracies, clean and under PGD-20 in the TRADES style.
+    before: Int[Tensor, "a n"] | None = None,
+    on_batch: OnBatch = lambda progress, evaluation: None,
+) -> Evaluation:
+    """Attack a classifier of images in [0,1] with a budget of `epsilon` in the L-infinity norm.
 
-    The attack: `steps` steps of 0.003 (for epsilon 8/255; in proportion otherwise) on the
-    cross-entropy, from a uniform start in the ball, drawn from a fixed key. `model` is as before
-    afterwards. `on_batch` hears of every batch done. Raises NonFiniteError if the network's logits
-    of a clean image are not finite. Source: spec, Evaluation.
+    attacks: names, as in "fgsm,pgd20,cw30,autoattack", or `absld.suite` attacks; restarts are those
+    of the named PGD and CW. An image that is misclassified already is not attacked again, unless
+    `each` asks every attack for a figure of its own. examples: so many images, in proportion to
+    the classes. `on_batch` hears of every batch and may raise; `before`, the predictions so far,
+    then goes on from there, to the same result.
+
+    The network is attacked in eval mode and is as before afterwards. Raises CheckpointError if it
+    does not take the images or gives no logits (N,C), NonFiniteError for logits of NaN or
+    infinity. Source: spec, Evaluation.
     """
-    random = generator("evaluate", device=data.labels.device)
-    hits = torch.zeros(2, data.num_classes, dtype=torch.long, device=data.labels.device)
-    total = -(-len(data) // batch_size)
+    check_network(model, data, "the network")
+    if isinstance(attacks, str):
+        attacks = parse_attacks(attacks, data.num_classes, restarts)
+    index = stratified(data.labels, data.num_classes, examples, "examples", seed)
+    rows = 1 + len(attacks)
+    started = torch.full((rows, len(index)), PENDING) if before is None else before.clone()
+    evaluation = Evaluation(
+        classes=data.classes,
+        epsilon=epsilon,
+        seed=seed,
+        each=each,
+        attacks=("clean", *(attack.name for attack in attacks)),
+        index=index,
+        labels=data.labels.cpu()[index],
+        predictions=started,
+    )
     with frozen_eval(model), torch.no_grad():
-        for done, (images, labels) in enumerate(
-            zip(
-                torch.split(data.images, batch_size),
-                torch.split(data.labels, batch_size),
-                strict=True,
-            ),
-            1,
-        ):
-            x_nat = pixels(images)
-            nat_logits = model(x_nat)
-            if not nat_logits.isfinite().all():
-                raise NonFiniteError(
-                    "the network gives NaN or infinity", "a lower learning_rate may help"
-                )
-            noise = torch.empty_like(x_nat).uniform_(-epsilon, epsilon, generator=random)
-            x_adv = pgd(
-                model,
-                cross_entropy(labels),
-                x_nat,
-                noise,
-                epsilon=epsilon,
-                step_size=0.003 * epsilon / (8 / 255),
-                steps=steps,
-            )
-            for row, logits in zip(hits, (nat_logits, model(x_adv)), strict=True):
-                row += class_hits(logits.argmax(1), labels, data.num_classes)
-            on_batch(done, total)
-    # Integer counts over the whole set, never an average of averages.
-    clean, robust = hits / data.labels.bincount(minlength=data.num_classes)
-    return ClassAccuracies(clean, robust)
+        for row, attack in enumerate([None, *attacks]):
+            attack_row(model, data, evaluation, row, attack, attacks, batch_size, on_batch)
+    return evaluation
 
 
-def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
-    """Raise CheckpointError unless `model` takes the images of `data` and gives logits (N,C)."""
-    some = pixels(data.images[:2])
-    needed = (len(some), data.num_classes)
-    try:
-        with frozen_eval(model), torch.no_grad():
-            logits = model(some)
-    except Exception as error:  # whatever somebody's network raises
-        raise CheckpointError(
-            f"{name} does not take images {tuple(some.shape)}: {error}", "needed: another network"
-        ) from error
-    given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if given != needed:
-        raise CheckpointError(
-            f"{name} gives {given} for {len(some)} images, needed are logits {needed}",
-            "needed: a network of these classes",
+def attack_row(
+    model: nn.Module,
+    data: ImageSet,
+    evaluation: Evaluation,
+    row: int,
+    attack: Attack | None,
+    attacks: Sequence[Attack],
+    batch_size: int,
+    on_batch: OnBatch,
+) -> None:
+    """Fill a row of the predictions: with what was said before where that was wrong, else with
+    what is said under this attack (None: of the clean images)."""
+    said = evaluation.predictions[row]
+    if row:
+        earlier = evaluation.predictions[0 if evaluation.each else row - 1]
+        passed_over = earlier != evaluation.labels
+        said[passed_over] = earlier[passed_over]
+    pending = (said == PENDING).nonzero().squeeze(1)
+    for start in range(0, len(pending), batch_size):
+        batch = pending[start : start + batch_size]
+        images = data.images[evaluation.index[batch].to(data.images.device)]
+        x_nat, labels = pixels(images), evaluation.labels[batch].to(images.device)
+        if attack is None:
+            said[batch] = predicted(model, x_nat, "of clean images").cpu()
+        else:
+            said[batch] = worst_of_restarts(model, x_nat, labels, evaluation, batch, attack).cpu()
+        on_batch(progress(evaluation, row, attacks), evaluation)
+
+
+def worst_of_restarts(
+    model: nn.Module,
+    x_nat: Tensor,
+    labels: Tensor,
+    evaluation: Evaluation,
+    batch: Tensor,
+    attack: Attack,
+) -> Tensor:
+    """What the network says of a batch under an attack that is tried `attack.restarts` times, each
+    time on the images that are still right."""
+    said = labels.clone()
+    for restart in range(attack.restarts):
+        left = (said == labels).nonzero().squeeze(1)
+        if not len(left):
+            break
+        x_adv = attack.perturb(
+            model,
+            x_nat[left],
+            labels[left],
+            evaluation.index[batch[left.cpu()]],
+            restart=restart,
+            epsilon=evaluation.epsilon,
+            seed=evaluation.seed,
         )
+        # Whatever an attack returns, what is judged is in the ball; NaN is no image.
+        x_adv = torch.where(x_adv.isfinite(), x_adv, x_nat[left])
+        x_adv = project_linf(x_adv, x_nat[left], evaluation.epsilon)
+        said[left] = predicted(model, x_adv, f"under {attack.name}")
+    return said
+
+
+def predicted(model: nn.Module, x: Tensor, of_what: str) -> Tensor:
+    """The classes (n,) that the network says. Raises NonFiniteError."""
+    logits = model(x)
+    if not logits.isfinite().all():
+        raise NonFiniteError(
+            f"the network gives NaN or infinity {of_what}", "needed: a network with finite logits"
+        )
+    classes: Tensor = logits.argmax(1)
+    return classes
+
+
+def progress(evaluation: Evaluation, row: int, attacks: Sequence[Attack]) -> Progress:
+    """Where an evaluation stands, in this row."""
+    costs = [1 / 3] + [attack.cost * attack.restarts for attack in attacks]
+    right, pending = evaluation.right, evaluation.predictions == PENDING
+    done, rest = 0.0, 0.0
+    tried = torch.ones(len(evaluation.labels), dtype=torch.bool)
+    for k, cost in enumerate(costs):
+        if k:
+            earlier = 0 if evaluation.each else k - 1
+            # Where the earlier row is pending, too, nothing is known to be broken.
+            tried = right[earlier] | pending[earlier]
+        done += cost * int((tried & ~pending[k]).sum())
+        rest += cost * int((tried & pending[k]).sum())
+    now = pending[row]
+    total = int(right[0 if evaluation.each else row - 1].sum()) if row else len(now)
+    return Progress(evaluation.attacks[row], total - int(now.sum()), total, (done, done + rest))

@@ -15,13 +15,13 @@ from absld.config import Config, TrainConfig, from_toml, resolve, to_toml
 from absld.data import Splits, load_data
 from absld.environment import environment
 from absld.errors import UsageError
-from absld.evaluation import ClassAccuracies, check_network, evaluate
 from absld.loading import Network, load_network, load_state
 from absld.methods import METHODS
 from absld.metrics import fairness
 from absld.runtime import arithmetic, in_precision, resolve_device
 from absld.teacher import check_teacher
 from absld.trainer import EpochReport, Role, StepReport, compare, fit, plain
+from absld.validation import ClassAccuracies, check_network, validate
 
 
 class Observer(Protocol):
@@ -124,7 +124,7 @@ def train(config: Config, observer: Observer, *, resume: bool = False) -> Result
         observer.end()
         with arithmetic(config.precision):
             tested = in_precision(student.model, config.precision)
-            clean, robust = evaluate(tested, splits.test, epsilon=config.epsilon)
+            clean, robust = validate(tested, splits.test, epsilon=config.epsilon)
         result = Result(
             run=run.path,
             classes=classes,

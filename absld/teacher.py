@@ -4,8 +4,8 @@ from torch import nn
 
 from absld.data import ImageSet
 from absld.errors import CheckpointError, NonFiniteError
-from absld.evaluation import check_network, evaluate
 from absld.metrics import fairness
+from absld.validation import check_network, validate
 
 MARGIN = 0.05
 
@@ -23,7 +23,7 @@ def check_teacher(teacher: nn.Module, validation: ImageSet, name: str, allow_wea
     """
     check_network(teacher, validation, name)
     try:
-        accuracy = fairness(evaluate(teacher, validation, epsilon=0.0, steps=0).clean).average
+        accuracy = fairness(validate(teacher, validation, epsilon=0.0, steps=0).clean).average
     except NonFiniteError as error:
         raise CheckpointError(f"{name}: {error}", "needed: a sound teacher") from error
     if accuracy < 1 / validation.num_classes + MARGIN and not allow_weak:

@@ -18,12 +18,12 @@ from absld.checkpoint import RunDirectory, digest, load, save
 from absld.config import TrainConfig
 from absld.data import Batch, ImageSet, Views, batches, steps_per_epoch
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
-from absld.evaluation import ClassAccuracies, check_network, evaluate
 from absld.methods import Method, build_method
 from absld.metrics import Fairness, fairness
 from absld.runtime import arithmetic, in_precision
 from absld.seeding import global_generator
 from absld.teacher import freeze
+from absld.validation import ClassAccuracies, check_network, validate
 
 Role = Literal["student", "teacher"]
 
@@ -240,7 +240,7 @@ class Training:
         try:
             with arithmetic(config.precision):
                 self.remaining_steps()
-                accuracies = evaluate(
+                accuracies = validate(
                     self.called,
                     self.validation,
                     epsilon=config.epsilon,

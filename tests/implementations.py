@@ -40,4 +40,4 @@ def evaluate(impl, model, images, labels, epsilon):
     """(clean, robust) class accuracies."""
     if impl is absld_min:
         return absld_min.evaluate(model, images, labels, epsilon)
-    return absld.evaluate(model, image_set(images, labels), epsilon=epsilon)
+    return absld.validate(model, image_set(images, labels), epsilon=epsilon)

@@ -17,16 +17,17 @@ LAYERS = [
     {"errors"},
     {"config", "seeding"},
     {"attack", "temperature", "loss", "metrics", "models", "data", "checkpoint", "runtime"},
-    {"evaluation", "methods", "loading"},
-    {"teacher"},
-    {"trainer"},
-    {"environment"},
-    {"job"},
+    {"autoattack", "validation", "methods", "loading"},
+    {"suite", "teacher"},
+    {"evaluation", "trainer"},
+    {"sanity", "document", "environment"},
+    {"assessment", "job"},
     {"view"},
+    {"evaluation_view"},
     {"cli"},
     {"__main__"},
 ]
-TERMINAL = {"typer": {"cli"}, "rich": {"view"}}
+TERMINAL = {"typer": {"cli"}, "rich": {"view", "evaluation_view"}}
 
 
 def imported(module):

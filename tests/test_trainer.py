@@ -21,7 +21,7 @@ from absld.checkpoint import RunDirectory, digest, load
 from absld.config import TrainConfig
 from absld.data import ImageSet, Views, batches
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
-from absld.evaluation import ClassAccuracies
+from absld.validation import ClassAccuracies
 from absld.methods import build_method
 from absld.runtime import arithmetic, in_precision
 from absld.seeding import global_generator
@@ -99,7 +99,7 @@ def test_an_epoch_is_its_steps_and_their_means(method):
             for name, part in step.parts.items():
                 parts.setdefault(name, []).append(part.item())
         rate = 0.1 * 0.1**2
-        accuracies = absld.evaluate(by_hand, VALIDATION, epsilon=0.1)
+        accuracies = absld.validate(by_hand, VALIDATION, epsilon=0.1)
         assert report.epoch == epoch
         assert report.learning_rate == pytest.approx(lr, rel=1e-12)
         assert report.temperature_rate == pytest.approx(rate, rel=1e-12)
@@ -162,7 +162,7 @@ def test_the_best_epoch_is_kept(scores, best, monkeypatch, tmp_path):
         robust = torch.full((C,), next(given) / 10)
         return ClassAccuracies(1 - robust, robust)
 
-    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    monkeypatch.setattr(trainer, "validate", evaluated)
     student, states, marks, run = network("student"), [], [], RunDirectory(tmp_path)
     for report in fit(student, network("teacher"), TRAIN, VALIDATION, CONFIG, run=run):
         states.append(digest(student.state_dict()))
@@ -181,7 +181,7 @@ def test_average_and_worst_class_decide_together(monkeypatch):
         robust = torch.tensor(next(given))
         return ClassAccuracies(robust, robust)
 
-    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    monkeypatch.setattr(trainer, "validate", evaluated)
     assert [report.is_best for report in train()[1]] == [True, False, False]
 
 

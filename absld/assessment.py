@@ -1,0 +1,251 @@
+"""A whole evaluation: network, images, attacks, checks, and the files of the result.
+
+Its directory is named by all that decides what is computed, so the same command goes on where it
+was interrupted, and a finished one is read instead of done again.
+"""
+
+import hashlib
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from absld import document
+from absld.checkpoint import RunDirectory, digest, load, save, write_text
+from absld.config import Config, EvaluationConfig, from_toml, resolve
+from absld.data import ImageSet, load_data
+from absld.environment import environment
+from absld.errors import CheckpointError, NonFiniteError, UsageError
+from absld.evaluation import Evaluation, Progress, evaluate, paired
+from absld.loading import load_network
+from absld.models import MODELS
+from absld.runtime import arithmetic, in_precision, resolve_device
+from absld.sanity import Check, checks
+from absld.suite import Attack, parse_attacks
+
+SAVE_EVERY = 10.0  # seconds
+# Settings that decide what is computed, and say nothing of where things are.
+DECIDING = ("epsilon", "restarts", "each", "examples", "seed", "precision")
+
+
+class Observer(Protocol):
+    """Hears what an evaluation does."""
+
+    def note(self, text: str) -> None:
+        """A line worth knowing."""
+
+    def batch(self, progress: Progress) -> None:
+        """A batch is done."""
+
+    def check(self, check: Check) -> None:
+        """A check is done."""
+
+
+@dataclass(frozen=True, eq=False)
+class Assessment:
+    """A finished evaluation: what was said of every image, and the result as plain values
+    (docs/evaluation.md), which are in the file `path`."""
+
+    path: Path
+    evaluation: Evaluation
+    document: dict[str, Any]
+
+    @property
+    def warnings(self) -> list[str]:
+        """The checks that did not pass."""
+        return [c["name"] for c in self.document["checks"] or () if not c["passed"]]
+
+
+def assess(target: str, config: EvaluationConfig, observer: Observer) -> Assessment:
+    """Evaluate the network that `target` means, and keep the result in a directory of its own.
+
+    target: a run directory, a file of weights, or package.module:factory. Raises AbsldError.
+    """
+    check_target(target)
+    run = run_config(target)
+    config = completed(config, run)
+    device = resolve_device(config.device)
+    data = images(config)
+    attacks = parse_attacks(config.attacks, data.num_classes, config.restarts)
+    architecture = config.model or (run.student if run and run.student not in MODELS else "")
+    network = load_network(target, data.num_classes, ("evaluate",), architecture)
+    for note in network.notes:
+        observer.note(note)
+    settings = {name: getattr(config, name) for name in DECIDING}
+    settings["attacks"] = [attack.name for attack in attacks]
+    identity = settings | {
+        "weights_sha256": digest(network.model.state_dict()),
+        "images_sha256": data.digest(),
+    }
+    directory = RunDirectory(folder(target, config, run is not None) / name_of(target, identity))
+    result = directory.path / "evaluation.json"
+    with directory, arithmetic(config.precision):
+        record, started = environment(device), time.perf_counter()
+        model = in_precision(network.model.to(device), config.precision)
+        data = data.to(device)
+        evaluation = attacked(model, data, config, attacks, directory, identity, observer)
+        if result.exists():
+            found = document.read(result)
+            if found["checks"] is not None or not config.checks:
+                observer.note(f"evaluated before, {found['environment']['started']}: {result}")
+                return Assessment(result, evaluation, found)
+        done = []
+        for check in checks(model, data, evaluation) if config.checks else ():
+            observer.check(check)
+            done.append(check)
+        made = {
+            "schema": document.SCHEMA,
+            "environment": record,
+            "seconds": time.perf_counter() - started,
+            "network": {
+                "target": target,
+                "architecture": network.architecture,
+                "parameters": sum(p.numel() for p in network.model.parameters()),
+                "weights_sha256": identity["weights_sha256"],
+                "notes": list(network.notes),
+            },
+            "data": {
+                "dataset": config.dataset,
+                "split": config.split,
+                "images": len(evaluation.labels),
+                "of": len(data),
+                "images_sha256": identity["images_sha256"],
+                "classes": list(data.classes),
+            },
+            "settings": settings,
+            **document.results(evaluation, attacks),
+            "checks": [asdict(check) for check in done] if config.checks else None,
+            "against": None,
+        }
+        directory.write(result.name, document.to_json(made))
+    return Assessment(result, evaluation, made)
+
+
+def assess_against(
+    target: str, base: str, config: EvaluationConfig, observer: Observer
+) -> Assessment:
+    """Evaluate two networks on the same images by the same attacks; the first one's assessment,
+    with the paired differences to the second."""
+    for each in (target, base):
+        check_target(each)
+    config = completed(config, run_config(target))  # the budget and images are the first one's
+    ours = assess(target, config, observer)
+    theirs = assess(base, replace(config, checks=False), observer)
+    against = {
+        "network": theirs.document["network"],
+        **document.differences(paired(ours.evaluation, theirs.evaluation)),
+    }
+    both = ours.document | {"against": against}
+    path = ours.path.with_name(f"against-{theirs.path.parent.name}.json")
+    write_text(path, document.to_json(both))
+    return replace(ours, path=path, document=both)
+
+
+def check_target(target: str) -> None:
+    """Raise an error for what brings no weights, before anything is asked about images."""
+    if target in MODELS:
+        raise UsageError(f"{target} is a network without weights", "needed: a file or a run of it")
+    if not Path(target).exists() and ":" not in target:
+        raise CheckpointError(f"{target}: no such run or file", "check the path")
+
+
+def run_config(target: str) -> Config | None:
+    """The settings of a run, if `target` is one."""
+    path = Path(target) / "config.toml"
+    return resolve(from_toml(str(path))) if path.is_file() else None
+
+
+def completed(config: EvaluationConfig, run: Config | None) -> EvaluationConfig:
+    """The configuration with the data and the budget of the run, or of the data set's recipe.
+    Raises UsageError without either."""
+    if config.dataset is None and run is None:
+        raise UsageError(
+            "which images? a network that is no run does not say", "--dataset NAME, and --data DIR"
+        )
+    of_run = run if run and config.dataset in (None, run.dataset) else None
+    standard = of_run or resolve({"dataset": config.dataset})
+    return replace(
+        config,
+        dataset=standard.dataset,
+        data=config.data or standard.data,
+        epsilon=standard.epsilon if config.epsilon is None else config.epsilon,
+    )
+
+
+def images(config: EvaluationConfig) -> ImageSet:
+    """The images to evaluate on."""
+    part: ImageSet = getattr(load_data(str(config.dataset), config.data), config.split)
+    return part
+
+
+def folder(target: str, config: EvaluationConfig, is_run: bool) -> Path:
+    """Where the results of evaluations of `target` are."""
+    if config.out:
+        return Path(config.out)
+    return Path(target) / "evaluations" if is_run else Path("evaluations")
+
+
+def name_of(target: str, identity: dict[str, Any]) -> str:
+    """A directory's name: what a person looks for, and a digest of all that makes the result."""
+    key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:8]
+    short = re.sub(r"[^\w.-]+", "-", Path(target).stem)
+    return f"{short}-{key}"
+
+
+def attacked(
+    model: nn.Module,
+    data: ImageSet,
+    config: EvaluationConfig,
+    attacks: Sequence[Attack],
+    directory: RunDirectory,
+    identity: dict[str, Any],
+    observer: Observer,
+) -> Evaluation:
+    """The evaluation, taken up where predictions.pt says it was left. What is done is saved every
+    few seconds, and when the observer or a fault ends it."""
+    path = directory.path / "predictions.pt"
+    before = None
+    if path.exists():
+        try:
+            before = load(path)["predictions"]
+        except CheckpointError as error:
+            raise CheckpointError(str(error), "remove it to evaluate anew") from error
+    latest: list[Evaluation] = []
+    last = time.perf_counter()
+
+    def keep(evaluation: Evaluation) -> None:
+        nonlocal last
+        record = {"identity": identity, "attacks": list(evaluation.attacks)}
+        tensors = {"index": evaluation.index, "labels": evaluation.labels}
+        save(record | tensors | {"predictions": evaluation.predictions}, path)
+        last = time.perf_counter()
+
+    def on_batch(progress: Progress, evaluation: Evaluation) -> None:
+        latest[:] = [evaluation]
+        if time.perf_counter() - last > SAVE_EVERY:
+            keep(evaluation)
+        observer.batch(progress)
+
+    try:
+        evaluation = evaluate(
+            model,
+            data,
+            epsilon=identity["epsilon"],
+            attacks=attacks,
+            each=config.each,
+            examples=config.examples,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            before=before,
+            on_batch=on_batch,
+        )
+    except NonFiniteError as error:
+        raise CheckpointError(str(error), error.way_out) from error
+    finally:
+        if latest:
+            keep(latest[0])
+    return evaluation

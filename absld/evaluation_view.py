@@ -1,0 +1,150 @@
+"""What a person sees of an evaluation: progress with the time left, checks, and the tables."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import IO, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from absld.assessment import Assessment
+from absld.evaluation import Progress
+from absld.sanity import Check
+from absld.view import time_text
+
+EVERY = 30.0  # seconds between lines of progress where nothing can move
+NAMES = {
+    "average": "average",
+    "worst": "worst class",
+    "worst_tenth": "worst 10 % of classes",
+    "gap": "gap, best - worst",
+    "normalized_std": "NSD",
+}
+
+
+class EvaluationView:
+    """An observer of absld.assessment: plain lines, and on a terminal a bar below them."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+        console = Console(file=stream)
+        self.live = Live(console=console, transient=True) if console.is_terminal else None
+        # The clock starts with the first batch: what was done before an interruption took no time.
+        self.first: tuple[float, float] | None = None
+        self.told = 0.0
+
+    def __enter__(self) -> "EvaluationView":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self.live:
+            self.live.update("")
+            self.live.stop()
+        if kind in (KeyboardInterrupt, SystemExit):
+            print("stopped; the same command goes on from here", file=sys.stderr)
+
+    def line(self, text: str) -> None:
+        if self.live:
+            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def note(self, text: str) -> None:
+        self.line(text)
+
+    def batch(self, progress: Progress) -> None:
+        now, (done, whole) = time.perf_counter(), progress.cost
+        if self.first is None or done < self.first[1]:  # the first batch, or a second network
+            self.first, self.told = (now, done), now
+        spent, gained = now - self.first[0], done - self.first[1]
+        left = time_text(spent * (whole - done) / gained) if gained > 0 else "-"
+        counted = f"{progress.attack} {progress.done}/{progress.total}"
+        if self.live:
+            row = Table.grid(padding=(0, 1))
+            bar = ProgressBar(total=whole, completed=done, width=30)
+            row.add_row(counted, bar, f"{left} left")
+            self.live.update(row)
+        elif progress.done == progress.total or now - self.told > EVERY:
+            self.line(f"{counted} images, {left} left")
+            self.told = now
+
+    def check(self, check: Check) -> None:
+        if self.live:
+            self.live.update("checking")
+        self.line(check_line(vars(check)))
+
+    def result(self, assessment: Assessment) -> None:
+        """The tables: classes, metrics, attacks, and the differences to a baseline."""
+        for text in result_lines(assessment.document):
+            self.line(text)
+        self.line(str(assessment.path))
+
+
+def check_line(check: Mapping[str, Any]) -> str:
+    return f"{'PASS' if check['passed'] else 'WARN'}  {check['name']}: {check['numbers']}"
+
+
+def result_lines(document: Mapping[str, Any]) -> list[str]:
+    """The result of an evaluation in lines of 80 columns or less; figures in per cent."""
+    clean, robust, data = document["attacks"][0], document["robust"], document["data"]
+    names = ", ".join(attack["name"] for attack in document["attacks"])
+    lines = [
+        f"{document['network']['architecture']}, {data['images']} of {data['of']} "
+        f"{data['split']} images of {data['dataset']}, epsilon {document['settings']['epsilon']:.4g}",
+        f"robust: right under each of {names}; brackets: 95 % intervals",
+        "",
+        f"{'class':22} images {'clean':>20} {'robust':>20}",
+    ]
+    rows = list(zip(clean["classes"], robust["classes"], strict=True))
+    worst = min(
+        (c["value"] for _, c in rows if c["value"] is not None),
+    )
+    for of_clean, of_robust in rows:
+        mark = "  worst" if of_robust["value"] == worst else ""
+        lines.append(
+            f"{short(of_clean['class'])} {of_clean['images']:6} {figure(of_clean)} "
+            f"{figure(of_robust)}{mark}"
+        )
+    lines.append("")
+    for name, label in NAMES.items():
+        pair = f"{figure(clean['metrics'][name])} {figure(robust['metrics'][name])}"
+        lines.append(f"{label:22} {'':6} {pair}")
+    after = "alone" if document["settings"]["each"] else "after those above it"
+    lines += ["", f"{'attack, ' + after:29} {'average':>20} {'worst class':>20} {'NSD':>7}"]
+    for attack in document["attacks"]:
+        metrics = attack["metrics"]
+        lines.append(
+            f"{attack['name']:29} {figure(metrics['average'])} {figure(metrics['worst'])} "
+            f"{100 * metrics['normalized_std']['value']:7.1f}"
+        )
+    if document["against"]:
+        lines += against_lines(document["against"])
+    return [*lines, ""]
+
+
+def against_lines(against: Mapping[str, Any]) -> list[str]:
+    title = f"minus {against['network']['target']}, in points"
+    lines = ["", title, f"{'':29} {'clean':>20} {'robust':>20}"]
+    for name, label in NAMES.items():
+        pair = f"{figure(against['clean'][name])} {figure(against['robust'][name])}"
+        lines.append(f"{label:29} {pair}")
+    rho = against["rho"]
+    return [*lines, f"{'rho, relative gains':50} {figure(rho)}"]
+
+
+def short(name: str) -> str:
+    """A class name in 22 columns."""
+    return f"{name if len(name) <= 22 else name[:21] + '…':22}"
+
+
+def figure(interval: Mapping[str, Any]) -> str:
+    """A figure and its interval, in per cent, in 20 columns."""
+    value, low, high = (interval[key] for key in ("value", "low", "high"))
+    if value is None or low is None or high is None:
+        return f"{'-':>20}"
+    return f"{100 * value:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]"

@@ -1,0 +1,115 @@
+"""Do other libraries' attacks find the same robust accuracy as `absld evaluate`?
+
+    pip install foolbox torchattacks adversarial-robustness-toolbox 'absld[autoattack]'
+    absld train && python docs/results/attack_agreement.py runs/digits-absld-*
+
+Prints the table of attack-agreement.md for a run on the digits, on all its test images.
+"""
+
+import sys
+
+import eagerpy
+import foolbox
+import torch
+import torchattacks
+from art.attacks.evasion import CarliniLInfMethod, ProjectedGradientDescentPyTorch
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+import absld
+from absld.attack import margin, margins
+from absld.metrics import wilson
+from absld.suite import parse_attack
+
+EPSILON = 0.1
+PGD, SAT, CW = (parse_attack(name) for name in ("pgd20", "pgd20-sat", "cw30"))
+
+
+class FoolboxMargin(foolbox.attacks.LinfPGD):
+    """foolbox's loop on the objective of CW-inf."""
+
+    def get_loss_fn(self, model, labels):
+        def loss(x):
+            return eagerpy.astensor(margin(labels.raw)(model(x).raw))
+
+        return loss
+
+
+class MarginLoss(nn.Module):
+    """The same for ART, which hands over one-hot labels."""
+
+    reduction = "sum"
+
+    def forward(self, logits, labels):
+        labels = labels if labels.ndim == 1 else labels.argmax(1)
+        return margin(labels)(logits)
+
+
+def art_classifier(model, loss):
+    return PyTorchClassifier(model, loss, (3, 8, 8), 10, clip_values=(0.0, 1.0), device_type="cpu")
+
+
+def by_art(attack, x, labels):
+    return torch.from_numpy(attack.generate(x.numpy(), labels.numpy()))
+
+
+def attacks(model, x, labels):
+    """(what, by whom, adversarial images), each of all images."""
+    by_foolbox = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    for ours, foolbox_attack, art_loss in (
+        (PGD, foolbox.attacks.LinfPGD, nn.CrossEntropyLoss()),
+        (SAT, foolbox.attacks.LinfPGD, nn.CrossEntropyLoss()),
+        (CW, FoolboxMargin, MarginLoss()),
+    ):
+        step, start = ours.step_size * EPSILON, ours.uniform_start
+        theirs = foolbox_attack(abs_stepsize=step, steps=ours.steps, random_start=start)
+        yield ours.name, "foolbox", theirs(by_foolbox, x, labels, epsilons=EPSILON)[1]
+        if ours.objective == "cross-entropy":
+            theirs = torchattacks.PGD(model, EPSILON, step, ours.steps, start)
+            yield ours.name, "torchattacks", theirs(x, labels)
+        theirs = ProjectedGradientDescentPyTorch(
+            art_classifier(model, art_loss),
+            eps=EPSILON,
+            eps_step=step,
+            max_iter=ours.steps,
+            num_random_init=int(start),
+            batch_size=len(x),
+            verbose=False,
+        )
+        yield ours.name, "ART", by_art(theirs, x, labels)
+    theirs = CarliniLInfMethod(
+        art_classifier(model, nn.CrossEntropyLoss()), batch_size=len(x), verbose=False
+    )
+    found = by_art(theirs, x, labels)  # a small perturbation, in a ball of no fixed size
+    yield (
+        "ART's CW-inf",
+        "ART",
+        torch.where(((found - x).abs().amax((1, 2, 3)) <= EPSILON).view(-1, 1, 1, 1), found, x),
+    )
+
+
+def main(run):
+    torch.manual_seed(0)
+    data = absld.load_data("digits", "").test
+    model = absld.load_network(run, 10, ("agreement",)).model.eval().requires_grad_(False)
+    x, labels = data.images / 255, data.labels
+    clean = model(x).argmax(1) == labels
+    print("| attack | by | robust accuracy | 95 % interval |\n|---|---|---|---|")
+
+    def row(attack, by, right):
+        figure = wilson(int(right.sum()), len(right))
+        print(f"| {attack} | {by} | {figure.value:.1%} | {figure.low:.1%} to {figure.high:.1%} |")
+
+    ours = absld.evaluate(model, data, epsilon=EPSILON, attacks=[PGD, SAT, CW], each=True)
+    for k, name in enumerate(ours.attacks):
+        row(name, "absld", ours.right[k])
+    for attack, by, x_adv in attacks(model, x, labels):
+        assert (x_adv - x).abs().max() <= EPSILON + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+        row(attack, by, clean & (margins(model(x_adv), labels) < 0))
+    row("all three", "absld", ours.withstood)
+    strongest = absld.evaluate(model, data, epsilon=EPSILON, attacks="autoattack")
+    row("AutoAttack", "pyautoattack, by absld", strongest.withstood)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,489 @@
+"""absld evaluate: targets, results, the schema of the JSON, faults and exit codes, interruption."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from test_cli import main, refused
+from test_data import make_folder
+
+import absld
+from absld import assessment, document
+from absld.checkpoint import RunDirectory, load, save
+from absld.config import EvaluationConfig
+from absld.data import load_data
+from absld.errors import CheckpointError, UsageError
+from absld.evaluation import evaluate, paired
+from absld.models import build_model
+
+SCHEMA = json.loads(Path(absld.__file__).with_name("evaluation.schema.json").read_text())
+FAST = ["--attacks", "fgsm,pgd2,cw2", "--device", "cpu"]
+TRAIN = ["--epochs", "8", "--teacher-epochs", "4", "--allow-weak-teacher"]
+
+# Networks as other people have them, on top of one with weights.
+NETS = """
+    import os
+    import torch
+    from torch import nn
+    import absld
+
+    def is_clean(x):
+        return ((x * 255).round() - x * 255).abs().max() < 1e-3
+
+    class Wrapped(nn.Module):
+        def __init__(self, forward):
+            super().__init__()
+            self.net = absld.load_network(os.environ["STUDENT"], 10, ("nets",)).model
+            self.change = forward
+        def forward(self, x):
+            return self.change(self.net, x)
+
+    def honest(): return Wrapped(lambda net, x: net(x))
+    def killed(): return Wrapped(lambda net, x: net(x.detach()))
+    def quantised(): return Wrapped(lambda net, x: net((x * 8).round() / 8))
+    def random_input(): return Wrapped(lambda net, x: net(x + 0.2 * torch.randn_like(x)))
+    def softmax(): return Wrapped(lambda net, x: net(x).softmax(1))
+    def normalised(): return Wrapped(lambda net, x: net(x * 0.3 + 0.3))
+    def a_tuple(): return Wrapped(lambda net, x: (net(x), x))
+    def nan(): return Wrapped(lambda net, x: net(x) * torch.nan)
+    def nan_under_attack(): return Wrapped(lambda net, x: net(x) / is_clean(x))
+    def narrow(): return Wrapped(lambda net, x: net(x)[:, :9])
+    def raising(): return Wrapped(lambda net, x: x.view(7, 7))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The runs of a student and its teacher on the digits, little trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main("train", *TRAIN, "--device", "cpu", "--out", folder) == 0
+    return {kind: str(next(folder.glob(f"digits-{kind}-*"))) for kind in ("absld", "teacher")}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch, runs):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("STUDENT", runs["absld"])
+    Path("nets.py").write_text(textwrap.dedent(NETS))
+    yield
+    sys.modules.pop("nets", None)
+
+
+def evaluated(capfd, *flags):
+    """The document of --json, which fits the schema."""
+    assert main("evaluate", *flags, "--json") == 0, capfd.readouterr().err
+    made = json.loads(capfd.readouterr().out)
+    jsonschema.Draft202012Validator(SCHEMA).validate(made)
+    return made
+
+
+def figures(made):
+    """All of a document but when and how fast it was made."""
+    return {k: v for k, v in made.items() if k not in ("environment", "seconds")}
+
+
+class Quiet:
+    """An observer that ends the evaluation as a signal does, after so many batches."""
+
+    def __init__(self, batches=None):
+        self.left = batches
+
+    def note(self, text):
+        pass
+
+    def check(self, check):
+        pass
+
+    def batch(self, progress):
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                sys.exit(130)
+
+
+# --- The result ---
+
+
+def test_a_run_is_evaluated_on_its_own_images_and_budget(runs, capfd):
+    made = evaluated(capfd, runs["absld"], *FAST, "--out", "here")
+    data = load_data("digits", "").test
+    model = absld.load_network(runs["absld"], 10, ("mine",)).model
+    own = evaluate(model, data, epsilon=0.1, attacks="fgsm,pgd2,cw2")
+    assert made["settings"]["epsilon"] == 0.1 and made["data"]["dataset"] == "digits"
+    assert made["data"]["classes"] == list(data.classes)
+    for shown, accuracy in ((made["attacks"][0], own.clean), (made["robust"], own.robust)):
+        assert [c["value"] for c in shown["classes"]] == pytest.approx(accuracy.tolist())
+        fair = absld.fairness(accuracy)
+        assert shown["metrics"]["average"]["value"] == pytest.approx(fair.average)
+        assert shown["metrics"]["worst"]["value"] == pytest.approx(fair.worst)
+        assert shown["metrics"]["normalized_std"]["value"] == pytest.approx(fair.normalized_std)
+    assert made["confusion"] == own.confusion().tolist()
+    assert [attack["name"] for attack in made["attacks"]] == ["clean", "fgsm", "pgd2", "cw2"]
+    assert made["attacks"][2]["step_size"] == 0.003 * 255 / 8
+    assert len(made["checks"]) == 10 and made["against"] is None
+    (path,) = Path("here").glob("*/evaluation.json")
+    assert json.loads(path.read_text()) == made
+    kept = load(path.with_name("predictions.pt"))
+    assert torch.equal(kept["predictions"], own.predictions)
+    assert torch.equal(kept["labels"], data.labels)
+
+
+def test_the_table(runs, capfd):
+    assert main("evaluate", runs["absld"], *FAST, "--no-checks") == 0
+    text = capfd.readouterr().out
+    assert "599 of 599 test images of digits, epsilon 0.1" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert [row[0] for row in rows if len(row) > 5 and row[0].isdigit()] == list("0123456789")
+    assert text.count("  worst\n") >= 1
+    for label in ("average", "worst class", "worst 10 % of classes", "gap", "NSD", "fgsm", "cw2"):
+        assert f"\n{label}" in text
+    assert all(len(line) <= 80 for line in text.splitlines()[:-1]) and "\x1b" not in text
+    last = text.splitlines()[-1]
+    assert last.startswith(runs["absld"]) and Path(last).name == "evaluation.json"
+
+
+def test_nothing_is_computed_twice(runs, capfd, monkeypatch):
+    flags = [runs["absld"], *FAST, "--out", "out"]
+    bare = evaluated(capfd, *flags, "--no-checks")
+    assert bare["checks"] is None
+    monkeypatch.setattr("absld.evaluation.worst_of_restarts", None)  # no attack may run again
+    with monkeypatch.context() as patch:
+        patch.setattr(assessment, "checks", lambda *_: iter(()))
+        assert evaluated(capfd, *flags)["checks"] == []
+    patched = evaluated(capfd, *flags)  # checked before
+    assert figures(patched) == figures(bare) | {"checks": []}
+    assert len(list(Path("out").iterdir())) == 1
+
+
+def test_what_decides_the_result_decides_its_place(runs, capfd):
+    flags = [runs["absld"], "--attacks", "fgsm", "--no-checks", "--out", "out", "--device", "cpu"]
+    variants = [
+        [],
+        ["--eps", "0.05"],
+        ["--epsilon", "8/255"],
+        ["--seed", "1"],
+        ["--examples", "50"],
+        ["--split", "validation"],
+        ["--each"],
+        ["--restarts", "2"],
+        ["--attacks", "fgsm,pgd1"],
+        ["--precision", "bf16"],
+    ]
+    for k, variant in enumerate(variants, 1):
+        made = evaluated(capfd, *flags, *variant)
+        assert len(list(Path("out").iterdir())) == k, variant
+        if "8/255" in variant:
+            assert made["settings"]["epsilon"] == 8 / 255
+    evaluated(capfd, *flags, "--batch-size", "7", "--data", "elsewhere")
+    assert len(list(Path("out").iterdir())) == len(variants)
+
+
+def test_a_subset_is_in_proportion_to_the_classes(runs, capfd):
+    made = evaluated(capfd, runs["absld"], *FAST, "--examples", "100", "--no-checks")
+    assert made["data"]["images"] == 100 and made["data"]["of"] == 599
+    assert {c["images"] for c in made["robust"]["classes"]} <= {9, 10, 11}
+
+
+def test_epsilon_0_is_clean_accuracy(runs, capfd):
+    made = evaluated(capfd, runs["absld"], *FAST, "--eps", "0", "--no-checks")
+    assert made["robust"] == {k: made["attacks"][0][k] for k in ("classes", "metrics")}
+
+
+def test_autoattack_for_real(runs, capfd):
+    pytest.importorskip("pyautoattack")
+    flags = ["--attacks", "cw5,autoattack", "--examples", "12", "--no-checks", "--device", "cpu"]
+    made = evaluated(capfd, runs["absld"], *flags)
+    names = [attack["name"] for attack in made["attacks"]]
+    assert names == ["clean", "cw5", "apgd-ce", "apgd-t", "fab-t", "square"]
+    averages = [attack["metrics"]["average"]["value"] for attack in made["attacks"]]
+    assert averages == sorted(averages, reverse=True)
+
+
+def test_autoattack_is_missed_before_anything_is_done(runs, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    flags = ["evaluate", runs["absld"], "--attacks", "pgd2,autoattack"]
+    refused(capfd, 2, "pyautoattack", "pip install 'absld[autoattack]'", *flags)
+
+
+# --- Targets ---
+
+
+def test_a_file_a_run_and_a_factory_are_the_same_network(runs, capfd):
+    of_run = evaluated(capfd, runs["absld"], *FAST, "--no-checks", "--out", "a")
+    weights = load(Path(runs["absld"]) / "best.pt")["model"]
+    Path("ein Ordner é").mkdir()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, "ein Ordner é/n.pt")
+    flags = [*FAST, "--no-checks", "--dataset", "digits"]
+    of_file = evaluated(capfd, "ein Ordner é/n.pt", *flags)
+    assert of_file["network"]["notes"] and of_file["network"]["architecture"] == "convnet"
+    of_factory = evaluated(capfd, "nets:honest", *flags)
+    assert of_factory["network"]["architecture"] == "nets:honest"
+    for other in (of_file, of_factory):
+        assert other["robust"] == of_run["robust"] and other["settings"] == of_run["settings"]
+    assert {p.name[:-9] for p in Path("evaluations").iterdir()} == {"n", "nets-honest"}
+
+
+def test_a_file_whose_network_only_a_factory_knows(capfd):
+    Path("mine.py").write_text("from absld.models import convnet\ndef net(c): return convnet(c)\n")
+    model = build_model("convnet", 10, "mine")
+    del model.linear.bias
+    torch.save(model.state_dict(), "mine.pt")
+    flags = [*FAST, "--dataset", "digits"]
+    out = ["evaluate", "mine.pt", *flags]
+    refused(capfd, 4, "its network is unknown", "package.module:factory", *out)
+    torch.save(build_model("convnet", 10, "mine").state_dict(), "mine.pt")
+    made = evaluated(capfd, "mine.pt", *flags, "--model", "mine:net", "--no-checks")
+    assert made["network"]["architecture"] == "mine:net"
+    sys.modules.pop("mine")
+
+
+def test_a_folder_of_images(tmp_path, capfd):
+    root = make_folder(tmp_path / "ein Ordner für Bilder")
+    torch.save(build_model("convnet", 2, "mine").state_dict(), "n.pt")
+    flags = ["--dataset", "folder", "--data", root, *FAST, "--attacks", "fgsm,pgd2"]
+    made = evaluated(capfd, "n.pt", *flags)
+    assert made["data"]["dataset"] == "folder" and made["settings"]["epsilon"] == 8 / 255
+
+
+@pytest.mark.parametrize(
+    ("code", "cause", "way_out", "flags"),
+    [
+        (2, "which images?", "--dataset", ["n.pt"]),
+        (4, "nowhere: no such run or file", "path", ["nowhere"]),
+        (2, "resnet18 is a network without weights", "a file or a run", ["resnet18"]),
+        (4, "an HTML page", "download", ["page.pt", "--dataset", "digits"]),
+        (2, "no attack 'pdg20'", "pgd20", ["n.pt", "--dataset", "digits", "--attacks", "pdg20"]),
+        (2, "named twice", "once", ["n.pt", "--dataset", "digits", "--attacks", "fgsm,fgsm"]),
+        (2, "epsilon must be in [0, 1], not 2", "--help", ["n.pt", "--eps", "2"]),
+        (2, "epsilon must be in [0, 1], not nan", "--help", ["n.pt", "--eps", "nan"]),
+        (2, "epsilon must be in [0, 1], not -1", "--help", ["n.pt", "--eps", "-1"]),
+        (2, "dataset takes one of", "cifar10", ["n.pt", "--dataset", "cifar"]),
+        (2, "examples must be 1 or more", "--help", ["n.pt", "--examples", "0"]),
+        (2, "--strict has nothing", "one of them", ["n.pt", "--strict", "--no-checks"]),
+        (2, "--device cuda", "--device cpu", ["n.pt", "--dataset", "digits", "--device", "cuda"]),
+        (2, "No such option: --stric", "--help", ["n.pt", "--stric"]),
+        (3, "train", "needed in data", ["n.pt", "--dataset", "folder"]),
+        (4, "gives (2, 9)", "these classes", ["nets:narrow", "--dataset", "digits"]),
+        (4, "gives tuple", "these classes", ["nets:a_tuple", "--dataset", "digits"]),
+        (4, "shape '[7, 7]'", "another network", ["nets:raising", "--dataset", "digits"]),
+        (4, "NaN or infinity of clean", "finite", ["nets:nan", "--dataset", "digits"]),
+        (4, "under fgsm", "finite", ["nets:nan_under_attack", "--dataset", "digits"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_faults(capfd, code, cause, way_out, flags):
+    if code == 2 and "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    torch.save(build_model("convnet", 10, "mine").state_dict(), "n.pt")
+    Path("page.pt").write_text("<!DOCTYPE html><title>Sign in</title>")
+    refused(capfd, code, cause, way_out, "evaluate", *flags)
+    assert not list(Path().glob("evaluations/*/evaluation.json"))
+
+
+# --- Checks ---
+
+
+@pytest.mark.parametrize(
+    ("net", "check"),
+    [
+        ("killed", "no input gradient is zero"),
+        ("quantised", "no input gradient is zero"),
+        ("random_input", "repeated forwards agree"),
+        ("softmax", "the outputs are logits"),
+        ("normalised", "it takes pixels in [0,1]"),
+    ],
+)
+def test_strict_ends_with_6_where_the_figure_is_not_to_be_trusted(net, check, capfd):
+    flags = ["evaluate", f"nets:{net}", "--dataset", "digits", *FAST]
+    assert main(*flags) == 0
+    assert f"WARN  {check}" in capfd.readouterr().out
+    assert main(*flags, "--strict") == 6  # judged again from the finished result
+    printed = capfd.readouterr()
+    error, way_out = printed.err.splitlines()[-2:]
+    assert error.startswith("error: ") and check in error and "docs/evaluation.md" in way_out
+    assert "average" in printed.out  # the result is shown all the same
+
+
+# --- Two networks ---
+
+
+def test_against_another_network(runs, capfd):
+    made = evaluated(capfd, runs["absld"], "--against", runs["teacher"], *FAST, "--out", "out")
+    evaluations = []
+    for kind in ("absld", "teacher"):
+        model = absld.load_network(runs[kind], 10, ("mine",)).model
+        data = load_data("digits", "").test
+        evaluations.append(evaluate(model, data, epsilon=0.1, attacks="fgsm,pgd2,cw2"))
+    assert made["against"]["network"]["target"] == runs["teacher"]
+    assert (
+        figures(made["against"])["robust"] == document.differences(paired(*evaluations))["robust"]
+    )
+    ours, theirs = (absld.fairness(each.robust) for each in evaluations)
+    difference = made["against"]["robust"]["worst"]["value"]
+    assert difference == pytest.approx(ours.worst - theirs.worst)
+    (path,) = Path("out").glob("*/against-*.json")
+    assert json.loads(path.read_text()) == made
+    assert json.loads(path.with_name("evaluation.json").read_text())["against"] is None
+    assert main("evaluate", runs["absld"], "--against", runs["teacher"], *FAST) == 0
+    text = capfd.readouterr().out
+    assert "\nminus " in text and "\nrho" in text
+
+
+def test_a_network_is_no_better_than_itself(runs, capfd):
+    made = evaluated(capfd, runs["absld"], "--against", "nets:honest", *FAST, "--no-checks")
+    for part in ("clean", "robust"):
+        for each in made["against"][part].values():
+            assert each == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+# --- Interruption ---
+
+
+@pytest.mark.parametrize("batches", [1, 3, 6, 8])
+def test_an_evaluation_goes_on_where_it_was_stopped(runs, batches, capfd):
+    config = EvaluationConfig(attacks="fgsm,pgd2,cw2", batch_size=150, checks=False, out="whole")
+    whole = assessment.assess(runs["absld"], config, Quiet())
+    config = EvaluationConfig(**vars(config) | {"out": "here"})
+    with pytest.raises(SystemExit):
+        assessment.assess(runs["absld"], config, Quiet(batches))
+    (path,) = Path("here").iterdir()
+    assert RunDirectory(path).status() == "interrupted"
+    assert not (path / "evaluation.json").exists()
+    seen = []
+    observer = Quiet()
+    observer.batch = lambda progress: seen.append(progress)
+    again = assessment.assess(runs["absld"], config, observer)
+    assert figures(again.document) == figures(whole.document)
+    total = 4 + 3 * 4  # at most; what was done is not done again
+    assert len(seen) <= total - batches
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_an_evaluation_at_once_and_loses_little(runs, number, single_thread):
+    command = [sys.executable, "-m", "absld", "evaluate", runs["absld"], "--out", "out"]
+    command += ["--attacks", "pgd2,pgd500-sat", "--batch-size", "20", "--no-checks"]
+    command += ["--examples", "100"]
+    with subprocess.Popen(
+        command, env=single_thread, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        line = child.stdout.readline()
+        while line and not line.startswith("pgd2 "):
+            line = child.stdout.readline()
+        time.sleep(1)
+        child.send_signal(number)
+        _, error = child.communicate()
+    assert child.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    assert "Traceback" not in error
+    if number != signal.SIGKILL:
+        assert error == "stopped; the same command goes on from here\n"
+        (kept,) = Path("out").glob("*/predictions.pt")
+        rows = load(kept)["predictions"]
+        assert (rows[:2] >= 0).all() and (rows[2] == -1).any()
+    config = EvaluationConfig(
+        attacks="pgd2,pgd500-sat", examples=100, checks=False, batch_size=100, out="out"
+    )
+    seen = []
+    observer = Quiet()
+    observer.batch = seen.append
+    assessment.assess(runs["absld"], config, observer)
+    if number != signal.SIGKILL:  # what had been done is not done again
+        assert seen[0].attack == "pgd500-sat"
+
+
+def test_progress_is_saved_every_few_seconds(runs, monkeypatch):
+    monkeypatch.setattr(assessment, "SAVE_EVERY", 0.0)
+    saved = []
+    real = save
+    monkeypatch.setattr(assessment, "save", lambda *given: (saved.append(1), real(*given)))
+    config = EvaluationConfig(attacks="fgsm", batch_size=200, checks=False, out="out")
+    assessment.assess(runs["absld"], config, Quiet())
+    assert len(saved) >= 6
+
+
+def test_two_processes_in_one_evaluation(runs, capfd):
+    assert main("evaluate", runs["absld"], *FAST, "--out", "out", "--no-checks") == 0
+    capfd.readouterr()
+    (path,) = Path("out").iterdir()
+    with RunDirectory(path):
+        flags = ["evaluate", runs["absld"], *FAST, "--out", "out", "--no-checks"]
+        refused(capfd, 4, "another process", "wait for it", *flags)
+
+
+def test_files_that_were_changed_are_refused(runs, capfd):
+    flags = ["evaluate", runs["absld"], *FAST, "--out", "out", "--no-checks"]
+    assert main(*flags) == 0
+    capfd.readouterr()
+    (path,) = Path("out").iterdir()
+    whole = (path / "predictions.pt").read_bytes()
+    (path / "predictions.pt").write_bytes(whole[:-100])
+    refused(capfd, 4, "truncated or damaged", "anew", *flags)
+    (path / "predictions.pt").write_bytes(whole)
+    (path / "evaluation.json").write_text('{"schema": "absld-evaluation-0"}')
+    refused(capfd, 4, "its schema is 'absld-evaluation-0'", "absld evaluate", *flags)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", '"text"'])
+def test_a_file_that_is_no_document(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"x\.json"):
+        document.read(tmp_path / "x.json")
+
+
+def test_networks_on_other_images_are_not_paired(runs):
+    model = absld.load_network(runs["absld"], 10, ("mine",)).model
+    data = load_data("digits", "").test
+    some, others = (
+        evaluate(model, data, epsilon=0.1, attacks="fgsm", examples=20, seed=seed)
+        for seed in (0, 1)
+    )
+    with pytest.raises(UsageError, match="same images"):
+        paired(some, others)
+
+
+# --- Where it is shown ---
+
+
+def test_into_a_pipe_that_closes(runs, single_thread):
+    command = f"{sys.executable} -m absld evaluate {runs['absld']} --attacks fgsm | head -1"
+    child = subprocess.run(
+        ["bash", "-c", command], env=single_thread, capture_output=True, text=True
+    )
+    assert child.stderr == "" and child.stdout.startswith("clean 599/599")
+
+
+def test_on_a_terminal_a_bar_moves_and_leaves_nothing_behind(runs, single_thread):
+    primary, secondary = pty.openpty()
+    command = [sys.executable, "-m", "absld", "evaluate", runs["absld"], "--no-checks"]
+    command += ["--attacks", "pgd50", "--batch-size", "50"]
+    environment = single_thread | {"TERM": "xterm", "COLUMNS": "40"}
+    with subprocess.Popen(
+        command, env=environment, stdout=secondary, stderr=secondary, stdin=secondary
+    ) as child:
+        os.close(secondary)
+        shown = b"".join(sent_to(primary))
+        assert child.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert "pgd50 50/" in text and " left" in text and "worst 10 % of classes" in text
+
+
+def sent_to(descriptor):
+    """What a terminal is sent, until the process ends."""
+    while True:
+        try:
+            part = os.read(descriptor, 65536)
+        except OSError:
+            return
+        if not part:
+            return
+        yield part
