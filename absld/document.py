@@ -84,7 +84,11 @@ def read(path: Path) -> dict[str, Any]:
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
         raise CheckpointError(f"{path}: its schema is {schema!r}, known is {SCHEMA!r}", NEEDED)
+    if missing := KEYS - document.keys():
+        raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}", NEEDED)
     return dict(document)
 
 
+KEYS = {"environment", "seconds", "network", "data", "settings", "attacks", "robust"}
+KEYS |= {"confusion", "checks", "against"}
 NEEDED = "needed: an evaluation.json by `absld evaluate`"

@@ -13,16 +13,11 @@ from rich.table import Table
 from absld.assessment import Assessment
 from absld.evaluation import Progress
 from absld.sanity import Check
+from absld.summary import METRICS
 from absld.view import time_text
 
 EVERY = 30.0  # seconds between lines of progress where nothing can move
-NAMES = {
-    "average": "average",
-    "worst": "worst class",
-    "worst_tenth": "worst 10 % of classes",
-    "gap": "gap, best - worst",
-    "normalized_std": "NSD",
-}
+NAMES = {name: label.replace("\N{NBSP}", " ") for name, label in METRICS.items()}
 
 
 class EvaluationView:

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_the_table(runs, capfd):
     rows = [line.split() for line in text.splitlines()]
     assert [row[0] for row in rows if len(row) > 5 and row[0].isdigit()] == list("0123456789")
     assert text.count("  worst\n") >= 1
-    for label in ("average", "worst class", "worst 10 % of classes", "gap", "NSD", "fgsm", "cw2"):
+    for label in ("average", "worst class", "worst 10 %", "gap", "NSD", "fgsm", "cw2"):
         assert f"\n{label}" in text
     assert all(len(line) <= 80 for line in text.splitlines()[:-1]) and "\x1b" not in text
     last = text.splitlines()[-1]
@@ -433,7 +434,10 @@ def test_files_that_were_changed_are_refused(runs, capfd):
     refused(capfd, 4, "its schema is 'absld-evaluation-0'", "absld evaluate", *flags)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", '"text"'])
+NOT_ONE = ["", "[]", "{}", "nonsense", '"text"', '{"schema": "absld-evaluation-1"}']
+
+
+@pytest.mark.parametrize("text", NOT_ONE)
 def test_a_file_that_is_no_document(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"x\.json"):
@@ -452,6 +456,22 @@ def test_networks_on_other_images_are_not_paired(runs):
 
 
 # --- Where it is shown ---
+
+
+def test_a_report_of_a_run(runs, capfd):
+    run = Path(shutil.copytree(runs["absld"], "run"))
+    shutil.rmtree(run / "evaluations", ignore_errors=True)
+    refused(capfd, 4, "no evaluation in it", "absld evaluate RUN", "report", "run")
+    assert main("evaluate", "run", *FAST, "--no-checks") == 0
+    capfd.readouterr()
+    assert main("report", "run") == 0
+    (made,) = run.glob("evaluations/*/report.html")
+    assert capfd.readouterr().out == f"{made}\n"
+    text = made.read_text()
+    assert text.startswith("<!DOCTYPE html>") and "Temperature, adversarial images" in text
+    assert main("report", "run", "--out", "ein Bild é.pdf") == 0
+    assert Path("ein Bild é.pdf").read_bytes().startswith(b"%PDF")
+    refused(capfd, 2, "card.doc", "--out report.html", "report", "run", "--out", "card.doc")
 
 
 def test_into_a_pipe_that_closes(runs, single_thread):
@@ -474,7 +494,7 @@ def test_on_a_terminal_a_bar_moves_and_leaves_nothing_behind(runs, single_thread
         shown = b"".join(sent_to(primary))
         assert child.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
-    assert "pgd50 50/" in text and " left" in text and "worst 10 % of classes" in text
+    assert "pgd50 50/" in text and " left" in text and "worst 10 %" in text
 
 
 def sent_to(descriptor):

@@ -32,6 +32,9 @@ def flags_of(config):
 FLAGS = {
     "absld_min.py": flags_of(absld_min.Config),
     "absld train": flags_of(absld.config.Config) | {"--recipe", "--resume", "--json", "--debug"},
+    "absld evaluate": flags_of(absld.config.EvaluationConfig)
+    | {"--eps", "--each", "--no-checks", "--against", "--strict", "--json", "--debug"},
+    "absld report": {"--out", "--debug", "--help"},
 }
 
 
@@ -50,7 +53,9 @@ def test_flags_exist(path):
 @page
 def test_commands_have_the_flags_they_are_given(path):
     text = read(path).replace("\\\n", " ")
-    for program, rest in re.findall(r"(absld_min\.py|absld train)\b([^`\n]*)", text):
+    for program, rest in re.findall(
+        r"(absld_min\.py|absld (?:train|evaluate|report))\b([^`\n]*)", text
+    ):
         assert flags_in(rest) <= FLAGS[program], f"{program}{rest}"
 
 

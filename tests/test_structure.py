@@ -15,13 +15,14 @@ MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 # Each module may import those of the rows above its own; leaves never import one another.
 LAYERS = [
     {"errors"},
-    {"config", "seeding"},
-    {"attack", "temperature", "loss", "metrics", "models", "data", "checkpoint", "runtime"},
+    {"config", "seeding", "summary"},
+    {"attack", "temperature", "loss", "metrics", "models", "data", "checkpoint", "runtime"}
+    | {"svg", "plots"},
     {"autoattack", "validation", "methods", "loading"},
     {"suite", "teacher"},
     {"evaluation", "trainer"},
     {"sanity", "document", "environment"},
-    {"assessment", "job"},
+    {"assessment", "job", "report"},
     {"view"},
     {"evaluation_view"},
     {"cli"},

@@ -21,11 +21,11 @@ from absld.checkpoint import RunDirectory, digest, load
 from absld.config import TrainConfig
 from absld.data import ImageSet, Views, batches
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
-from absld.validation import ClassAccuracies
 from absld.methods import build_method
 from absld.runtime import arithmetic, in_precision
 from absld.seeding import global_generator
 from absld.trainer import StepReport, fit
+from absld.validation import ClassAccuracies
 
 C = 3
 CONFIG = TrainConfig(

@@ -1,0 +1,54 @@
+"""How often do the 95 % intervals of an evaluation hold the truth?
+
+    python docs/results/intervals.py
+
+Draws evaluations of networks whose class accuracies are known, and counts. Prints the table of
+intervals.md: the intervals of `absld.metrics.bootstrap`, and plain percentiles beside them.
+"""
+
+import torch
+
+from absld.metrics import METRICS, bootstrap, resampled
+
+TRIALS, REPLICATES = 400, 1000
+SPREAD = [0.524, 0.678, 0.311, 0.318, 0.339, 0.369, 0.376, 0.468, 0.592, 0.576]
+DIGITS = [0.95, 0.60, 0.80, 0.75, 0.85, 0.80, 0.90, 0.85, 0.60, 0.70]
+CASES = {
+    "10 unequal classes, 1,000 images each": (SPREAD, 1000),
+    "10 unequal classes, 60 images each": (SPREAD, 60),
+    "as on the digits, 60 images each": (DIGITS, 60),
+    "10 equal classes, 1,000 images each": ([0.5] * 10, 1000),
+    "100 unequal classes, 100 images each": ([0.1 + 0.006 * k for k in range(100)], 100),
+}
+
+
+def coverage(accuracy, images, random):
+    """Per metric, the shares of evaluations whose intervals hold the true value: ours, and of
+    percentiles."""
+    truth = torch.tensor(accuracy, dtype=torch.double)
+    labels = torch.arange(len(truth)).repeat_interleave(images)
+    held = {name: [0, 0] for name in METRICS}
+    for _ in range(TRIALS):
+        right = torch.rand(len(labels), generator=random) < truth[labels]
+        seen = right.view(len(truth), images).double().mean(1)
+        replicates = resampled(right[None], labels, random, REPLICATES)[:, 0]
+        for name, metric in METRICS.items():
+            true, values = metric(truth).item(), metric(replicates)
+            ours = bootstrap(metric(seen).item(), values)
+            low, high = torch.quantile(values, torch.tensor([0.025, 0.975]).double()).tolist()
+            held[name][0] += ours.low - 1e-9 <= true <= ours.high + 1e-9
+            held[name][1] += low - 1e-9 <= true <= high + 1e-9
+    return {name: [count / TRIALS for count in counts] for name, counts in held.items()}
+
+
+def main():
+    random = torch.Generator().manual_seed(0)
+    print(f"| |{'|'.join(METRICS)}|\n|---|{'---|' * len(METRICS)}")
+    for case, (accuracy, images) in CASES.items():
+        found = coverage(accuracy, images, random)
+        cells = (f"{ours:.0%} ({percentiles:.0%})" for ours, percentiles in found.values())
+        print(f"| {case} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
