@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from absld.errors import CheckpointError, Interrupted
+from absld.errors import CheckpointError, Interrupted, UsageError
 
 try:
     import fcntl
@@ -104,14 +104,19 @@ def save(content: dict[str, Any], path: Path) -> None:
 def load(path: str | Path) -> Any:
     """Read a file of tensors and plain values, on the CPU, executing nothing in it.
 
-    Raises CheckpointError, which says what the file is instead, or that it has changed since it
-    was written.
+    A name that ends in .safetensors needs the library of that name. Raises CheckpointError, which
+    says what the file is instead, or that it has changed since it was written.
     """
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            content = load_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "check the path") from None
+    except UsageError:
+        raise
     except Exception as error:  # a broken file can make the unpickler raise anything
         raise CheckpointError(*diagnosis(path, error)) from error
     if isinstance(content, dict) and SEAL in content:
@@ -122,6 +127,16 @@ def load(path: str | Path) -> Any:
                 "copy it again from where it came from",
             )
     return content
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of the format safetensors. Raises UsageError without its library."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UsageError(f"{path}: {error}", "pip install safetensors") from error
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
 
 
 EXPORT = "where you trust it, export torch.save(model.state_dict(), FILE) from it"
@@ -146,6 +161,8 @@ def diagnosis(path: Path, error: Exception) -> tuple[str, str]:
         return f"{path}: the file is empty", again
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return f"{path}: this is an HTML page, not weights", "download the file itself"
+    if path.suffix == ".safetensors":
+        return f"{path}: no whole safetensors file: {error}", again
     if head.startswith(b"PK"):
         return f"{path}: a checkpoint that is truncated or damaged", again
     return f"{path}: no checkpoint; it starts with {head[:20]!r}", "needed: a file by torch.save"

@@ -3,6 +3,7 @@
 Other people's state dicts come wrapped and prefixed; what is stripped or left out is said.
 """
 
+import functools
 import importlib
 import inspect
 import os
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 
 from absld.checkpoint import RunDirectory, digest, load
 from absld.errors import CheckpointError, UsageError
-from absld.models import MODELS, build_model, seeded
+from absld.models import MODELS, Normalised, build_model, seeded
 from absld.seeding import Key
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema")
-PREFIXES = re.compile(r"^((module|model|_orig_mod)\.)+")
+PREFIXES = re.compile(r"^((module|model|net|_orig_mod)\.)+")
 UNUSED = "sub_block1."  # in the published TRADES teacher: a group that no forward uses
+COUNTER = ".num_batches_tracked"  # of batch norms; files by old versions of torch have none
+# The normalisation that some carry before their first layer, as RobustBench's do.
+MEAN = re.compile(r"(normali[sz]er?\.)?(mu|mean)")
+STD = re.compile(r"(normali[sz]er?\.)?(sigma|std)")
 
 
 class Network(NamedTuple):
@@ -80,8 +85,9 @@ def from_factory(spec: str, num_classes: int, key: Key) -> nn.Module:
 
 def from_file(path: Path, num_classes: int, key: Key, architecture: str) -> Network:
     content = load(path)
-    raw = find_state_dict(content, path)
-    state, notes = stripped(raw, path)
+    raw, found = find_state_dict(content, path)
+    state, notes = stripped(raw)
+    mean, std = taken(state, MEAN), taken(state, STD)
     stated = content.get("architecture") if isinstance(content, Mapping) else None
     if architecture and architecture not in MODELS:
         name = architecture  # a factory is asked for by name, and has its own idea of its tensors
@@ -94,21 +100,32 @@ def from_file(path: Path, num_classes: int, key: Key, architecture: str) -> Netw
             f"{path}: its network is {stated or 'unknown'}",
             f"known are {', '.join(MODELS)}; for others pass package.module:factory",
         )
-    built = load_network(name, num_classes, key)
-    if built.model.state_dict().keys() == raw.keys():
-        state, notes = raw, ()
-    load_state(built.model, state, path)
-    return Network(built.model, name, notes)
+    model = load_network(name, num_classes, key).model
+    if model.state_dict().keys() == raw.keys():  # a factory's own names may look like prefixes
+        state, notes, mean, std = raw, [], None, None
+    counters = model.state_dict().keys() - state.keys()
+    if counters and all(name.endswith(COUNTER) for name in counters):
+        state |= dict.fromkeys(counters, torch.tensor(0))
+        notes.append(f"{len(counters)} counters of batch norms are not in it, and set to 0")
+    load_state(model, state, path)
+    if mean is not None and std is not None:
+        model = Normalised(model, mean, std)
+        notes.append("its normalisation of the pixels is put before the network")
+    return Network(model, name, tuple(f"{path}: {note}" for note in [*found, *notes]))
 
 
-def find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in a file's content, out of its wrappers. Raises CheckpointError."""
+def find_state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a file's content, out of its wrappers, and a note on those that have more
+    than one. Raises CheckpointError."""
     stated = content.get("sha256") if isinstance(content, Mapping) else None
+    notes = []
     while isinstance(content, Mapping):
-        inner = [content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping)]
+        inner = [w for w in WRAPPERS if isinstance(content.get(w), Mapping)]
         if not inner:
             break
-        content = inner[0]
+        if others := inner[1:]:
+            notes.append(f"{inner[0]!r} is read, {', '.join(map(repr, others))} left out")
+        content = content[inner[0]]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(
             f"{path}: holds {type(content).__name__}, not a state dict", "needed: state_dict()"
@@ -127,29 +144,42 @@ def find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity", "train it anew")
-    return dict(content)
+    return dict(content), notes
 
 
-def stripped(raw: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def stripped(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """A state dict without the prefixes of wrappers and without tensors that no network uses, and
-    a note on what was done."""
-    state = {PREFIXES.sub("", name): tensor for name, tensor in raw.items() if UNUSED not in name}
-    odd = sorted(raw.keys() - state.keys())
-    note = f"{path}: {len(odd)} tensors renamed or left out, such as {odd[0]}" if odd else ""
-    return state, (note,) if note else ()
+    notes on what was done."""
+    notes = []
+    unused = [name for name in raw if UNUSED in name]
+    if unused:
+        notes.append(f"{len(unused)} tensors {UNUSED}* left out: no forward uses them")
+    state = {PREFIXES.sub("", name): raw[name] for name in raw if name not in unused}
+    renamed = sorted(name for name in raw if name not in unused and name not in state)
+    if renamed:
+        notes.append(f"{len(renamed)} tensors without their prefix, such as {renamed[0]}")
+    return state, notes
+
+
+def taken(state: dict[str, Tensor], pattern: re.Pattern[str]) -> Tensor | None:
+    """The tensor of three channels with such a name, taken out of the state dict."""
+    for name, tensor in state.items():
+        if pattern.fullmatch(name) and tensor.numel() == 3:
+            return state.pop(name)
+    return None
 
 
 def recognise(state: Mapping[str, Tensor]) -> str | None:
     """The known network whose tensors have these names, and these shapes but for the classes."""
+    named = {key: tensor.shape[1:] for key, tensor in state.items() if not key.endswith(COUNTER)}
     for name in MODELS:
-        own = shapes(name)
-        if own.keys() == state.keys() and all(
-            tensor.shape[1:] == own[key][1:] for key, tensor in state.items()
-        ):
+        own = {key: shape[1:] for key, shape in shapes(name).items() if not key.endswith(COUNTER)}
+        if own == named:
             return name
     return None
 
 
+@functools.cache
 def shapes(name: str) -> dict[str, torch.Size]:
     with torch.device("meta"):  # no memory, no arithmetic
         return {key: tensor.shape for key, tensor in MODELS[name](2).state_dict().items()}

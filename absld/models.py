@@ -4,6 +4,7 @@ Each network takes images (N,3,H,W) of any size and gives logits (N,C).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch.nn.functional as F
@@ -29,41 +30,167 @@ def convnet(num_classes: int) -> nn.Sequential:
     return net
 
 
-class ResidualBlock(nn.Module):
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions."""
+
+    expansion = 1
+
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv(width_in, width, stride), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv(width, width), nn.BatchNorm2d(width)
-        self.shortcut = nn.Sequential()
-        if width_in != width:
-            resize = conv(width_in, width, stride, size=1)
-            self.shortcut.extend([resize, nn.BatchNorm2d(width)])
+        self.shortcut = shortcut(width_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 for 32x32 images: a 3x3 stem, and no pooling behind it."""
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two of 1x1, the last four times as wide."""
 
-    def __init__(self, num_classes: int) -> None:
+    expansion = 4
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        wide = self.expansion * width
+        self.conv1, self.bn1 = conv(width_in, width, size=1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = conv(width, wide, size=1), nn.BatchNorm2d(wide)
+        self.shortcut = shortcut(width_in, wide, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+def shortcut(width_in: int, width: int, stride: int) -> nn.Sequential:
+    """The image as it is, or resized where the block resizes it."""
+    if stride == 1 and width_in == width:
+        return nn.Sequential()
+    return nn.Sequential(conv(width_in, width, stride, size=1), nn.BatchNorm2d(width))
+
+
+class ResNet(nn.Module):
+    """ResNet for small images: a 3x3 stem, and no pooling behind it."""
+
+    def __init__(
+        self, block: type[BasicBlock] | type[Bottleneck], blocks: list[int], num_classes: int
+    ) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv(3, 64), nn.BatchNorm2d(64)
-        self.layer1 = self.stage(64, 64, stride=1)
-        self.layer2 = self.stage(64, 128, stride=2)
-        self.layer3 = self.stage(128, 256, stride=2)
-        self.layer4 = self.stage(256, 512, stride=2)
-        self.linear = nn.Linear(512, num_classes)
-
-    @staticmethod
-    def stage(width_in: int, width: int, stride: int) -> nn.Sequential:
-        first = ResidualBlock(width_in, width, stride)
-        return nn.Sequential(first, ResidualBlock(width, width, 1))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages(block, blocks)
+        self.linear = nn.Linear(512 * block.expansion, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return logits
+
+
+class PreActBlock(nn.Module):
+    """Normalised before the convolutions; a shortcut that resizes starts after the first."""
+
+    expansion = 1
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(width_in), conv(width_in, width, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), conv(width, width)
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Sequential(conv(width_in, width, stride, size=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        passed = self.shortcut(out) if hasattr(self, "shortcut") else x
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        return residual + passed
+
+
+class PreActResNet18(nn.Module):
+    """ResNet-18 with its normalisations before the convolutions, and one at the end."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = conv(3, 64)
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages(PreActBlock, [2, 2, 2, 2])
+        self.bn = nn.BatchNorm2d(512)
+        self.linear = nn.Linear(512, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        out = F.relu(self.bn(out))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return logits
+
+
+def stages(
+    block: type[BasicBlock] | type[Bottleneck] | type[PreActBlock], blocks: list[int]
+) -> list[nn.Sequential]:
+    """The four stages of a ResNet; each but the first halves the image and doubles the width."""
+    made, width_in = [], 64
+    for number, count in enumerate(blocks):
+        stage, width = nn.Sequential(), 64 * 2**number
+        for k in range(count):
+            stage.append(block(width_in, width, stride=2 if number and not k else 1))
+            width_in = width * block.expansion
+        made.append(stage)
+    return made
+
+
+class InvertedBlock(nn.Module):
+    """Widened by a 1x1 convolution, filtered channel by channel, narrowed again, not clipped."""
+
+    def __init__(self, width_in: int, width: int, widening: int, stride: int) -> None:
+        super().__init__()
+        wide = widening * width_in
+        self.stride = stride
+        self.conv1, self.bn1 = conv(width_in, wide, size=1), nn.BatchNorm2d(wide)
+        self.conv2 = nn.Conv2d(wide, wide, 3, stride, padding=1, groups=wide, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+        self.conv3, self.bn3 = conv(wide, width, size=1), nn.BatchNorm2d(width)
+        self.shortcut = shortcut(width_in, width, 1) if stride == 1 else nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.stride == 1:
+            out = out + self.shortcut(x)
+        narrow: Tensor = out
+        return narrow
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 for small images: strides of the first two stages are 1."""
+
+    # Widening, width, blocks, stride of the first.
+    STAGES = (
+        (1, 16, 1, 1),
+        (6, 24, 2, 1),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, 32), nn.BatchNorm2d(32)
+        self.layers, width_in = nn.Sequential(), 32
+        for widening, width, blocks, stride in self.STAGES:
+            for k in range(blocks):
+                self.layers.append(InvertedBlock(width_in, width, widening, 1 if k else stride))
+                width_in = width
+        self.conv2, self.bn2 = conv(320, 1280, size=1), nn.BatchNorm2d(1280)
+        self.linear = nn.Linear(1280, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layers(F.relu(self.bn1(self.conv1(x))))
+        out = F.relu(self.bn2(self.conv2(out)))
         logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
         return logits
 
@@ -79,9 +206,9 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
-        shortcut = x if self.convShortcut is None else self.convShortcut(out)
+        passed = x if self.convShortcut is None else self.convShortcut(out)
         residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(out))))
-        return residual + shortcut
+        return residual + passed
 
 
 class WideGroup(nn.Module):
@@ -96,16 +223,17 @@ class WideGroup(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WideResNet-34-10: three groups of five blocks, ten times the usual width."""
+    """WideResNet-depth-widening: three groups of blocks, so many times the usual width."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, depth: int, widening: int, num_classes: int) -> None:
         super().__init__()
+        blocks, narrow = (depth - 4) // 6, 16 * widening
         self.conv1 = conv(3, 16)
-        self.block1 = WideGroup(5, 16, 160, stride=1)
-        self.block2 = WideGroup(5, 160, 320, stride=2)
-        self.block3 = WideGroup(5, 320, 640, stride=2)
-        self.bn1 = nn.BatchNorm2d(640)
-        self.fc = nn.Linear(640, num_classes)
+        self.block1 = WideGroup(blocks, 16, narrow, stride=1)
+        self.block2 = WideGroup(blocks, narrow, 2 * narrow, stride=2)
+        self.block3 = WideGroup(blocks, 2 * narrow, 4 * narrow, stride=2)
+        self.bn1 = nn.BatchNorm2d(4 * narrow)
+        self.fc = nn.Linear(4 * narrow, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.block3(self.block2(self.block1(self.conv1(x))))
@@ -114,10 +242,34 @@ class WideResNet(nn.Module):
         return logits
 
 
+class Normalised(nn.Module):
+    """A network behind the normalisation it was trained with: pixels in [0,1] stay the input."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.reshape(1, -1, 1, 1))
+        self.register_buffer("std", std.reshape(1, -1, 1, 1))
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net((x - self.mean) / self.std)
+        return logits
+
+
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "convnet": convnet,
-    "resnet18": ResNet18,
-    "wrn-34-10": WideResNet,
+    "resnet18": partial(ResNet, BasicBlock, [2, 2, 2, 2]),
+    "resnet34": partial(ResNet, BasicBlock, [3, 4, 6, 3]),
+    "resnet50": partial(ResNet, Bottleneck, [3, 4, 6, 3]),
+    "preactresnet18": PreActResNet18,
+    "mobilenetv2": MobileNetV2,
+    "wrn-28-4": partial(WideResNet, 28, 4),
+    "wrn-28-10": partial(WideResNet, 28, 10),
+    "wrn-34-10": partial(WideResNet, 34, 10),
+    "wrn-70-16": partial(WideResNet, 70, 16),
 }
 
 

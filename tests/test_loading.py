@@ -8,6 +8,7 @@ from torch import nn
 
 import absld
 import absld_min
+from absld import loading
 from absld.checkpoint import RunDirectory, digest, save
 from absld.errors import CheckpointError, UsageError
 from absld.loading import load_network
@@ -128,7 +129,7 @@ def test_prefixes_are_stripped_and_said(prefix, tmp_path):
     network = load_network(path, C, KEY)
     assert digest(network.model.state_dict()) == digest(weights())
     (note,) = network.notes
-    assert note == f"{path}: {len(state)} tensors renamed or left out, such as {min(state)}"
+    assert note == f"{path}: {len(state)} tensors without their prefix, such as {min(state)}"
 
 
 def test_the_unused_group_of_the_published_teacher_is_left_out(tmp_path):
@@ -136,7 +137,152 @@ def test_the_unused_group_of_the_published_teacher_is_left_out(tmp_path):
     extra = {f"sub_block1.{n}": torch.zeros(1) for n in range(3)}
     network = load_network(file_of(tmp_path, state | extra), C, KEY)
     assert digest(network.model.state_dict()) == digest(state)
-    assert "3 tensors renamed or left out, such as sub_block1.0" in network.notes[0]
+    assert "3 tensors sub_block1.* left out" in network.notes[0]
+
+
+# --- Files that people have: names and shapes as published ---
+
+
+def shapes_of_resnet(blocks, layers):
+    """Names of a CIFAR ResNet with basic blocks or bottlenecks (`layers` convolutions each)."""
+    named = {"conv1.weight": (64, 3, 3, 3)} | norm("bn1", 64)
+    width_in, expansion = 64, 4 if layers == 3 else 1
+    for i, count in enumerate(blocks):
+        width = 64 * 2**i
+        for j in range(count):
+            at, stride = f"layer{i + 1}.{j}", 2 if i and not j else 1
+            out = width * expansion
+            convs = {
+                2: [(width, width_in, 3, 3), (width, width, 3, 3)],
+                3: [(width, width_in, 1, 1), (width, width, 3, 3), (out, width, 1, 1)],
+            }[layers]
+            for k, shape in enumerate(convs, 1):
+                named |= {f"{at}.conv{k}.weight": shape} | norm(f"{at}.bn{k}", shape[0])
+            if stride == 2 or width_in != out:
+                named |= {f"{at}.shortcut.0.weight": (out, width_in, 1, 1)}
+                named |= norm(f"{at}.shortcut.1", out)
+            width_in = out
+    return named | {"linear.weight": (C, width_in), "linear.bias": (C,)}
+
+
+def shapes_of_mobilenet():
+    named = {"conv1.weight": (32, 3, 3, 3)} | norm("bn1", 32)
+    plan = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2)]
+    plan += [(6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    number, width_in = 0, 32
+    for widening, width, count, first in plan:
+        for j in range(count):
+            at, wide = f"layers.{number}", widening * width_in
+            named |= {f"{at}.conv1.weight": (wide, width_in, 1, 1)} | norm(f"{at}.bn1", wide)
+            named |= {f"{at}.conv2.weight": (wide, 1, 3, 3)} | norm(f"{at}.bn2", wide)
+            named |= {f"{at}.conv3.weight": (width, wide, 1, 1)} | norm(f"{at}.bn3", width)
+            if (first if not j else 1) == 1 and width_in != width:
+                named |= {f"{at}.shortcut.0.weight": (width, width_in, 1, 1)}
+                named |= norm(f"{at}.shortcut.1", width)
+            number, width_in = number + 1, width
+    assert number == 17
+    named |= {"conv2.weight": (1280, 320, 1, 1)} | norm("bn2", 1280)
+    return named | {"linear.weight": (C, 1280), "linear.bias": (C,)}
+
+
+def shapes_of_wide(depth, widening):
+    named, width_in = {"conv1.weight": (16, 3, 3, 3)}, 16
+    for i in range(3):
+        width = 16 * widening * 2**i
+        for j in range((depth - 4) // 6):
+            at = f"block{i + 1}.layer.{j}"
+            named |= norm(f"{at}.bn1", width_in) | {f"{at}.conv1.weight": (width, width_in, 3, 3)}
+            named |= norm(f"{at}.bn2", width) | {f"{at}.conv2.weight": (width, width, 3, 3)}
+            if width_in != width:
+                named[f"{at}.convShortcut.weight"] = (width, width_in, 1, 1)
+            width_in = width
+    return named | norm("bn1", width_in) | {"fc.weight": (C, width_in), "fc.bias": (C,)}
+
+
+def norm(at, width):
+    named = {f"{at}.{name}": (width,) for name in ("weight", "bias", "running_mean", "running_var")}
+    return named | {f"{at}.num_batches_tracked": ()}
+
+
+PUBLISHED = {
+    "resnet18": shapes_of_resnet([2, 2, 2, 2], 2),
+    "resnet34": shapes_of_resnet([3, 4, 6, 3], 2),
+    "resnet50": shapes_of_resnet([3, 4, 6, 3], 3),
+    "mobilenetv2": shapes_of_mobilenet(),
+    "wrn-28-4": shapes_of_wide(28, 4),
+    "wrn-28-10": shapes_of_wide(28, 10),
+    "wrn-34-10": shapes_of_wide(34, 10),
+    "wrn-70-16": shapes_of_wide(70, 16),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_names_and_shapes_are_recognised(name):
+    with torch.device("meta"):
+        state = {key: torch.zeros(shape) for key, shape in PUBLISHED[name].items()}
+        own = MODELS[name](C).state_dict()
+    assert {key: tuple(tensor.shape) for key, tensor in own.items()} == PUBLISHED[name]
+    assert loading.recognise(state) == name
+    fewer = {key: t for key, t in state.items() if not key.endswith("num_batches_tracked")}
+    assert loading.recognise(fewer) == name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preactresnet18", "mobilenetv2", "wrn-28-4"])
+def test_a_published_file_gives_the_outputs_that_it_had(name, tmp_path):
+    """Wrapped, prefixed, with an unused group, without counters: the same network."""
+    model = build_model(name, C, "published").eval()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    state = {f"module.{k}": v for k, v in model.state_dict().items() if "num_batches" not in k}
+    extra = {"module.sub_block1.layer.0.bn1.weight": torch.zeros(3)}
+    network = load_network(
+        file_of(tmp_path, {"state_dict": state | extra, "epoch": 76}), C, KEY, "convnet"
+    )
+    assert network.architecture == name
+    assert torch.equal(network.model.eval()(x), model(x))
+    said = " ".join(network.notes)
+    assert "1 tensors sub_block1.* left out" in said and "counters of batch norms" in said
+    assert f"{len(state)} tensors without their prefix" in said
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [("mu", "sigma"), ("mean", "std"), ("normalize.mean", "normalize.std")]
+)
+def test_a_normalisation_inside_the_file_is_kept_inside_the_network(mean, std, tmp_path):
+    model = build_model("resnet18", C, "normalised").eval()
+    x = torch.rand(2, 3, 16, 16)
+    of_data = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
+    state = model.state_dict() | {
+        name: tensor.view(1, 3, 1, 1) for name, tensor in zip((mean, std), of_data, strict=True)
+    }
+    network = load_network(file_of(tmp_path, state), C, KEY)
+    expected = model((x - of_data[0].view(3, 1, 1)) / of_data[1].view(3, 1, 1))
+    assert torch.equal(network.model.eval()(x), expected)
+    assert network.architecture == "resnet18" and "normalisation" in network.notes[0]
+    # As a student of ours is saved, and read again.
+    save({"model": network.model.state_dict(), "architecture": "resnet18"}, tmp_path / "own.pt")
+    again = load_network(str(tmp_path / "own.pt"), C, KEY)
+    assert torch.equal(again.model.eval()(x), expected)
+
+
+def test_of_two_state_dicts_in_a_file_one_is_read_and_the_other_named(tmp_path):
+    content = {"model": weights(), "ema": build_model("convnet", C, "ema").state_dict()}
+    network = load_network(file_of(tmp_path, content), C, KEY)
+    assert digest(network.model.state_dict()) == digest(weights())
+    assert network.notes[0].endswith("'model' is read, 'ema' left out")
+
+
+def test_safetensors(tmp_path, monkeypatch):
+    torch_files = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "ein é.safetensors"
+    torch_files.save_file(weights(), path)
+    network = load_network(str(path), C, KEY)
+    assert digest(network.model.state_dict()) == digest(weights())
+    path.write_bytes(path.read_bytes()[:-8])
+    refused(str(path), "safetensors", "fetch or copy it again")
+    path.write_text("<!DOCTYPE html><html>sign in</html>")
+    refused(str(path), "HTML page")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    refused(str(path), "pip install safetensors", kind=UsageError)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
