@@ -210,7 +210,7 @@ def evaluate(
     target: Annotated[str, typer.Argument(help="a run, a file, or package.module:factory")],
     *,
     against: Annotated[
-        str | None, typer.Option(metavar="TARGET", help="a network to compare with, by the same")
+        str | None, typer.Option(metavar="TARGET", help="another network, on the same images")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="exit 6 if a check warns")] = False,
     as_json: AsJson = False,

@@ -211,7 +211,8 @@ def stratified(
     drawn = torch.randperm(len(labels), generator=generator(*key))
     for k in range(num_classes):
         of_class = drawn[labels[drawn] == k]
-        place[of_class[1:]] = (torch.arange(1, len(of_class)).double() + 0.5) / len(of_class)
+        place[of_class] = (torch.arange(len(of_class)).double() + 0.5) / len(of_class)
+        place[of_class[:1]] = 0.0
     return place.argsort(stable=True)[:size].sort().values
 
 

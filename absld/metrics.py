@@ -98,8 +98,9 @@ def wilson(right: int, images: int) -> Interval:
     share, spread = right / images, Z * Z / images
     centre = (share + spread / 2) / (1 + spread)
     half = (share * (1 - share) * spread + spread * spread / 4) ** 0.5 / (1 + spread)
-    # At the ends the interval touches them, but for rounding.
-    return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
+    # It holds the share and stays in [0,1], but for rounding.
+    low, high = max(centre - half, 0.0), min(centre + half, 1.0)
+    return Interval(share, min(low, share), max(high, share))
 
 
 def resampled(

@@ -27,7 +27,7 @@ import absld.job
 import absld.trainer
 from absld import cli
 from absld.checkpoint import digest, load, save
-from absld.config import RECIPES, Config, resolve
+from absld.config import RECIPES, Config, EvaluationConfig, resolve
 from absld.data import ImageSet, Splits, load_data
 from absld.errors import AbsldError
 from absld.models import build_model
@@ -126,14 +126,19 @@ def test_help_and_recipes_cost_no_torch_and_start_with_examples(flags):
         assert 0 < child.stdout.index("Examples") < child.stdout.index("Options")
 
 
-def test_every_setting_is_a_flag(capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "config", "others"),
+    [
+        ("train", Config, ["recipe", "resume", "json", "debug"]),
+        ("evaluate", EvaluationConfig, ["eps", "against", "strict", "json", "debug"]),
+    ],
+)
+def test_every_setting_is_a_flag(command, config, others, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert main("train", "--help") == 0
+    assert main(command, "--help") == 0
     text = capfd.readouterr().out
-    for f in fields(Config):
-        assert f" --{f.name.replace('_', '-')} " in text
-    for flag in ("recipe", "resume", "json", "debug"):
-        assert f" --{flag} " in text
+    for name in [*(f.name.replace("_", "-") for f in fields(config)), *others]:
+        assert re.search(rf"[ ,]--{name}[ ,]", text), name
 
 
 @pytest.mark.parametrize("flags", [[], ["recipe"]])
