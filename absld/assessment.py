@@ -4,30 +4,35 @@ Its directory is named by all that decides what is computed, so the same command
 was interrupted, and a finished one is read instead of done again.
 """
 
+import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from absld import document
+from absld.attack import frozen_eval
 from absld.checkpoint import RunDirectory, digest, load, save, write_text
 from absld.config import Config, EvaluationConfig, from_toml, resolve
-from absld.data import ImageSet, load_data
+from absld.data import ImageSet, load_data, pixels
 from absld.environment import environment
-from absld.errors import CheckpointError, NonFiniteError, UsageError
+from absld.errors import AbsldError, CheckpointError, NonFiniteError, UsageError
 from absld.evaluation import Evaluation, Progress, evaluate, paired
-from absld.loading import load_network
+from absld.loading import Network, load_network
 from absld.models import MODELS
 from absld.runtime import arithmetic, in_precision, resolve_device
 from absld.sanity import Check, checks
 from absld.suite import Attack, parse_attacks
+from absld.validation import check_network
 
 SAVE_EVERY = 10.0  # seconds
+ANEW = "remove it to evaluate anew"
 # Settings that decide what is computed, and say nothing of where things are.
 DECIDING = ("epsilon", "restarts", "each", "examples", "seed", "precision")
 
@@ -56,8 +61,10 @@ class Assessment:
 
     @property
     def warnings(self) -> list[str]:
-        """The checks that did not pass."""
-        return [c["name"] for c in self.document["checks"] or () if not c["passed"]]
+        """The checks that did not pass, of both networks."""
+        against = self.document["against"] or {"checks": None}
+        found = [*(self.document["checks"] or ()), *(against["checks"] or ())]
+        return [check["name"] for check in found if not check["passed"]]
 
 
 def assess(target: str, config: EvaluationConfig, observer: Observer) -> Assessment:
@@ -71,19 +78,22 @@ def assess(target: str, config: EvaluationConfig, observer: Observer) -> Assessm
     device = resolve_device(config.device)
     data = images(config)
     attacks = parse_attacks(config.attacks, data.num_classes, config.restarts)
-    architecture = config.model or (run.student if run and run.student not in MODELS else "")
-    network = load_network(target, data.num_classes, ("evaluate",), architecture)
+    network = network_of(target, config, data)
     for note in network.notes:
         observer.note(note)
     settings = {name: getattr(config, name) for name in DECIDING}
     settings["attacks"] = [attack.name for attack in attacks]
+    if config.examples is not None and config.examples >= len(data):
+        settings["examples"] = None
     identity = settings | {
+        "architecture": network.architecture,
+        "outputs": outputs(network, data),
         "weights_sha256": digest(network.model.state_dict()),
         "images_sha256": data.digest(),
     }
     directory = RunDirectory(folder(target, config, run is not None) / name_of(target, identity))
     result = directory.path / "evaluation.json"
-    with directory, arithmetic(config.precision):
+    with directory, arithmetic(config.precision), network_at_fault(target):
         record, started = environment(device), time.perf_counter()
         model = in_precision(network.model.to(device), config.precision)
         data = data.to(device)
@@ -126,20 +136,26 @@ def assess(target: str, config: EvaluationConfig, observer: Observer) -> Assessm
 
 
 def assess_against(
-    target: str, base: str, config: EvaluationConfig, observer: Observer
+    target: str, base: str, base_model: str, config: EvaluationConfig, observer: Observer
 ) -> Assessment:
     """Evaluate two networks on the same images by the same attacks; the first one's assessment,
-    with the paired differences to the second."""
+    with the paired differences to the second. base_model: what `config.model` is for the first."""
     for each in (target, base):
         check_target(each)
     config = completed(config, run_config(target))  # the budget and images are the first one's
+    base_config = replace(config, model=base_model)
+    network_of(base, base_config, images(config))  # looked at before hours are spent on the other
     ours = assess(target, config, observer)
-    theirs = assess(base, replace(config, checks=False), observer)
+    theirs = assess(base, base_config, observer)
     against = {
         "network": theirs.document["network"],
+        "checks": theirs.document["checks"],
         **document.differences(paired(ours.evaluation, theirs.evaluation)),
     }
-    both = ours.document | {"against": against}
+    both = ours.document | {
+        "environment": environment(resolve_device(config.device)),
+        "against": against,
+    }
     path = ours.path.with_name(f"against-{theirs.path.parent.name}.json")
     write_text(path, document.to_json(both))
     return replace(ours, path=path, document=both)
@@ -149,8 +165,8 @@ def check_target(target: str) -> None:
     """Raise an error for what brings no weights, before anything is asked about images."""
     if target in MODELS:
         raise UsageError(f"{target} is a network without weights", "needed: a file or a run of it")
-    if not Path(target).exists() and ":" not in target:
-        raise CheckpointError(f"{target}: no such run or file", "check the path")
+    if not target or (not Path(target).exists() and ":" not in target):
+        raise CheckpointError(f"{target!r}: no such run or file", "check the path")
 
 
 def run_config(target: str) -> Config | None:
@@ -176,6 +192,46 @@ def completed(config: EvaluationConfig, run: Config | None) -> EvaluationConfig:
     )
 
 
+def network_of(target: str, config: EvaluationConfig, data: ImageSet) -> Network:
+    """The network that `target` means, if it fits the images."""
+    run = run_config(target)
+    architecture = config.model or (run.student if run and run.student not in MODELS else "")
+    network = load_network(target, data.num_classes, ("evaluate",), architecture)
+    check_network(network.model, data, target)
+    if config.model and config.model != network.architecture:
+        note = f"{target}: its network is {network.architecture}, whatever --model says"
+        network = network._replace(notes=(*network.notes, note))
+    return network
+
+
+def outputs(network: Network, data: ImageSet) -> list[list[float]] | None:
+    """What the network says of two images, about, if its code is somebody else's: that can change
+    while the weights stay."""
+    if network.architecture in MODELS:
+        return None
+    with frozen_eval(network.model), torch.no_grad():
+        logits = network.model(pixels(data.images[:2]).clone())
+    return [[round(value, 2) for value in row] for row in logits.tolist()]
+
+
+@contextlib.contextmanager
+def network_at_fault(target: str) -> Iterator[None]:
+    """Inside, what is raised by calling and differentiating a network is said to be its fault."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise CheckpointError(f"{target}: {error}", error.way_out) from error
+    except (AbsldError, OSError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error).lower():
+            raise
+        raise CheckpointError(
+            f"{target}: {type(error).__name__}: {error}",
+            "it must be differentiable, take any batch and leave its input alone; see --debug",
+        ) from error
+
+
 def images(config: EvaluationConfig) -> ImageSet:
     """The images to evaluate on."""
     part: ImageSet = getattr(load_data(str(config.dataset), config.data), config.split)
@@ -192,7 +248,9 @@ def folder(target: str, config: EvaluationConfig, is_run: bool) -> Path:
 def name_of(target: str, identity: dict[str, Any]) -> str:
     """A directory's name: what a person looks for, and a digest of all that makes the result."""
     key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:8]
-    short = re.sub(r"[^\w.-]+", "-", Path(target).stem)
+    path = Path(target)
+    short = path.stem if path.is_file() else path.name
+    short = re.sub(r"[^\w.-]+", "-", short)[-100:]
     return f"{short}-{key}"
 
 
@@ -211,9 +269,12 @@ def attacked(
     before = None
     if path.exists():
         try:
-            before = load(path)["predictions"]
+            kept = load(path)
         except CheckpointError as error:
-            raise CheckpointError(str(error), "remove it to evaluate anew") from error
+            raise CheckpointError(str(error), ANEW) from error
+        if not isinstance(kept, dict) or kept.get("identity") != identity:
+            raise CheckpointError(f"{path}: is of another evaluation", ANEW)
+        before = kept["predictions"]
     latest: list[Evaluation] = []
     last = time.perf_counter()
 
@@ -243,8 +304,6 @@ def attacked(
             before=before,
             on_batch=on_batch,
         )
-    except NonFiniteError as error:
-        raise CheckpointError(str(error), error.way_out) from error
     finally:
         if latest:
             keep(latest[0])

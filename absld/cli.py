@@ -1,5 +1,6 @@
 """The command line. Heavy imports are inside the commands, so that help answers at once."""
 
+import contextlib
 import inspect
 import json
 import signal
@@ -24,7 +25,7 @@ from absld.config import (
     resolve,
     source,
 )
-from absld.errors import AbsldError, Interrupted, UnreliableError, UsageError
+from absld.errors import AbsldError, Interrupted, Stopped, UnreliableError, UsageError
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -212,6 +213,9 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="TARGET", help="another network, on the same images")
     ] = None,
+    against_model: Annotated[
+        str, typer.Option(metavar="TEXT", help="as --model, of that network")
+    ] = "",
     strict: Annotated[bool, typer.Option("--strict", help="exit 6 if a check warns")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -243,11 +247,12 @@ def evaluate(
     from absld.evaluation_view import EvaluationView
 
     stream = sys.stderr if as_json else sys.stdout
-    with Stop(), EvaluationView(stream) as view:
-        if against:
-            result = assessment.assess_against(target, against, config, view)
-        else:
+    # What networks of others print is no part of the document.
+    with Stop(), EvaluationView(stream) as view, contextlib.redirect_stdout(stream):
+        if against is None:
             result = assessment.assess(target, config, view)
+        else:
+            result = assessment.assess_against(target, against, against_model, config, view)
     if as_json:
         typer.echo(document.to_json(result.document), nl=False)
     else:
@@ -302,7 +307,7 @@ class Stop:
 
     def hear(self, number: int, frame: object) -> None:
         if self.received or not self.training:
-            sys.exit(128 + number)
+            raise Stopped(128 + number)
         self.received = number
         print("stopping after this step; a second signal stops at once", file=sys.stderr)
 

@@ -46,6 +46,10 @@ class Interrupted(AbsldError):
         self.exit_code = 128 + signal_number
 
 
+class Stopped(SystemExit):
+    """A signal ends the process at once; told apart from what somebody's code may raise."""
+
+
 class UnreliableError(AbsldError):
     """An evaluation whose checks warn, where they are to be strict."""
 

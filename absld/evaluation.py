@@ -189,11 +189,14 @@ def evaluate(
 
     The network is attacked in eval mode and is as before afterwards. Raises CheckpointError if it
     does not take the images or gives no logits (N,C), NonFiniteError for logits of NaN or
-    infinity. Source: spec, Evaluation.
+    infinity, UsageError for settings out of range. Source: spec, Evaluation.
     """
     check_network(model, data, "the network")
+    check_settings(epsilon, restarts, examples, batch_size)
     if isinstance(attacks, str):
         attacks = parse_attacks(attacks, data.num_classes, restarts)
+    if any(isinstance(attack, str) for attack in attacks):
+        raise UsageError("attacks is a list of names", "needed: names in one text, with commas")
     index = stratified(data.labels, data.num_classes, examples, "examples", seed)
     rows = 1 + len(attacks)
     started = torch.full((rows, len(index)), PENDING) if before is None else before.clone()
@@ -208,9 +211,31 @@ def evaluate(
         predictions=started,
     )
     with frozen_eval(model), torch.no_grad():
+        layout = fast_layout(model, pixels(data.images[:2]))
         for row, attack in enumerate([None, *attacks]):
-            attack_row(model, data, evaluation, row, attack, attacks, batch_size, on_batch)
+            attack_row(model, data, evaluation, row, attack, attacks, batch_size, layout, on_batch)
     return evaluation
+
+
+def check_settings(epsilon: float, restarts: int, examples: int | None, batch_size: int) -> None:
+    """Raise UsageError for what would look like a result and be none."""
+    if not 0 <= epsilon <= 1:
+        raise UsageError(f"epsilon must be in [0, 1], not {epsilon}", "pixels are in [0,1]")
+    for name, value in (("restarts", restarts), ("examples", examples), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be 1 or more, not {value}", "leave it out")
+
+
+def fast_layout(model: nn.Module, some: Tensor) -> torch.memory_format:
+    """How images are laid out for the network: channels-last on a CPU, whose convolutions are
+    faster so (docs/performance.md), unless the network cannot view them."""
+    if some.device.type == "cpu":
+        try:
+            model(some.contiguous(memory_format=torch.channels_last))
+        except RuntimeError:
+            return torch.contiguous_format
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def attack_row(
@@ -221,6 +246,7 @@ def attack_row(
     attack: Attack | None,
     attacks: Sequence[Attack],
     batch_size: int,
+    layout: torch.memory_format,
     on_batch: OnBatch,
 ) -> None:
     """Fill a row of the predictions: with what was said before where that was wrong, else with
@@ -238,7 +264,8 @@ def attack_row(
         if attack is None:
             said[batch] = predicted(model, x_nat, "of clean images").cpu()
         else:
-            said[batch] = worst_of_restarts(model, x_nat, labels, evaluation, batch, attack).cpu()
+            worst = worst_of_restarts(model, x_nat, labels, evaluation, batch, attack, layout)
+            said[batch] = worst.cpu()
         on_batch(progress(evaluation, row, attacks), evaluation)
 
 
@@ -249,6 +276,7 @@ def worst_of_restarts(
     evaluation: Evaluation,
     batch: Tensor,
     attack: Attack,
+    layout: torch.memory_format,
 ) -> Tensor:
     """What the network says of a batch under an attack that is tried `attack.restarts` times, each
     time on the images that are still right."""
@@ -257,9 +285,10 @@ def worst_of_restarts(
         left = (said == labels).nonzero().squeeze(1)
         if not len(left):
             break
+        x_left = x_nat[left].contiguous(memory_format=layout)
         x_adv = attack.perturb(
             model,
-            x_nat[left],
+            x_left.clone(),  # an attack, or a network, may write to it
             labels[left],
             evaluation.index[batch[left.cpu()]],
             restart=restart,
@@ -267,8 +296,8 @@ def worst_of_restarts(
             seed=evaluation.seed,
         )
         # Whatever an attack returns, what is judged is in the ball; NaN is no image.
-        x_adv = torch.where(x_adv.isfinite(), x_adv, x_nat[left])
-        x_adv = project_linf(x_adv, x_nat[left], evaluation.epsilon)
+        x_adv = torch.where(x_adv.isfinite(), x_adv, x_left)
+        x_adv = project_linf(x_adv, x_left, evaluation.epsilon)
         said[left] = predicted(model, x_adv, f"under {attack.name}")
     return said
 

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from absld.assessment import Assessment
+from absld.errors import Stopped
 from absld.evaluation import Progress
 from absld.sanity import Check
 from absld.summary import METRICS
@@ -40,7 +41,7 @@ class EvaluationView:
         if self.live:
             self.live.update("")
             self.live.stop()
-        if kind in (KeyboardInterrupt, SystemExit):
+        if kind in (KeyboardInterrupt, Stopped):
             print("stopped; the same command goes on from here", file=sys.stderr)
 
     def line(self, text: str) -> None:
@@ -77,6 +78,8 @@ class EvaluationView:
         """The tables: classes, metrics, attacks, and the differences to a baseline."""
         for text in result_lines(assessment.document):
             self.line(text)
+        if assessment.warnings:
+            self.line(f"{len(assessment.warnings)} checks warn: the figures may be worth less")
         self.line(str(assessment.path))
 
 
@@ -140,6 +143,8 @@ def short(name: str) -> str:
 def figure(interval: Mapping[str, Any]) -> str:
     """A figure and its interval, in per cent, in 20 columns."""
     value, low, high = (interval[key] for key in ("value", "low", "high"))
-    if value is None or low is None or high is None:
+    if value is None:
         return f"{'-':>20}"
+    if low is None or high is None:
+        return f"{100 * value:5.1f} [    -,     -]"
     return f"{100 * value:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from absld.checkpoint import RunDirectory, digest, load
-from absld.errors import CheckpointError, UsageError
+from absld.errors import CheckpointError, Stopped, UsageError
 from absld.models import MODELS, Normalised, build_model, seeded
 from absld.seeding import Key
 
@@ -63,7 +63,8 @@ def load_network(spec: str, num_classes: int, key: Key, architecture: str = "") 
 
 
 def from_factory(spec: str, num_classes: int, key: Key) -> nn.Module:
-    """What `package.module:factory` returns, called with num_classes if it takes an argument.
+    """What `package.module:factory` returns, called with num_classes if it takes an argument: by
+    name if one is called so, else as the first.
 
     Modules are looked for in the current folder, too, as `python -m` does.
     """
@@ -72,9 +73,13 @@ def from_factory(spec: str, num_classes: int, key: Key) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module_name), name)
-        takes_classes = bool(inspect.signature(factory).parameters)
-        model = seeded(lambda: factory(num_classes) if takes_classes else factory(), key)
-    except Exception as error:  # whatever somebody's code raises
+        takes = inspect.signature(factory).parameters
+        by_name = {"num_classes": num_classes} if "num_classes" in takes else {}
+        first = (num_classes,) if takes and not by_name else ()
+        model = seeded(lambda: factory(*first, **by_name), key)
+    except Stopped:
+        raise
+    except (Exception, SystemExit) as error:  # whatever somebody's code raises
         raise UsageError(
             f"{spec}: {type(error).__name__}: {error}", "needed: package.module:factory"
         ) from error
@@ -142,9 +147,21 @@ def find_state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], list[s
             "copy it again from where it came from",
         )
     for name, tensor in content.items():
+        if not ordinary(tensor):
+            raise CheckpointError(
+                f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}",
+                "needed: plain tensors of real numbers, as float32",
+            )
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity", "train it anew")
     return dict(content), notes
+
+
+def ordinary(tensor: Tensor) -> bool:
+    """Is it a plain tensor of real numbers, such as networks here are made of?"""
+    real = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return plain and (real or tensor.dtype in (torch.int64, torch.int32, torch.uint8, torch.bool))
 
 
 def stripped(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -197,7 +214,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
     if missing or unexpected:
         raise CheckpointError(
             f"{path}: lacks {missing[:5]}, has besides {unexpected[:5]}",
-            f"nearest known network: {nearest(state)}; its name is for --teacher-model",
+            f"nearest known network: {nearest(state)}; its name is for --model, of a teacher for --teacher-model",
         )
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:

@@ -120,8 +120,8 @@ def resampled(
         of_class = right[:, labels == k].cpu().float()  # (m,n_k)
         images = of_class.shape[1]
         drawn = torch.randint(images, (replicates, images), generator=random)
-        times = torch.zeros(replicates, images)  # that each image was drawn
-        times.scatter_add_(1, drawn, torch.ones(()).expand_as(drawn))
+        times = torch.zeros_like(drawn, dtype=torch.float32)  # that each image was drawn
+        times.scatter_add_(1, drawn, torch.ones_like(times))
         classes.append((times @ of_class.T).double() / images)
     return torch.stack(classes, dim=2)
 
@@ -141,4 +141,5 @@ def bootstrap(
     """
     ends = torch.quantile(replicates, torch.tensor([0.975, 0.025], dtype=replicates.dtype))
     low, high = (2 * value - ends).tolist()
-    return Interval(value, max(low, lowest), min(high, highest))
+    # Where all replicates lie on one side, the figure itself is the end.
+    return Interval(value, min(max(low, lowest), value), max(min(high, highest), value))

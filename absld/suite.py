@@ -92,8 +92,6 @@ class SignedGradient:
             for row, number in zip(noise, index.tolist(), strict=True):
                 random = generator("evaluate", seed, self.name, restart, number)
                 row.uniform_(-epsilon, epsilon, generator=random)
-        if x_nat.device.type == "cpu":  # its convolutions are faster so (docs/performance.md)
-            x_nat = x_nat.contiguous(memory_format=torch.channels_last)
         return pgd(
             differentiable(model),
             OBJECTIVES[self.objective](labels),
@@ -129,6 +127,7 @@ class AutoAttackPart:
     ) -> Float[Tensor, "n channels height width"]:
         key = ("evaluate", seed, self.name, restart, int(index[0]))
         forward = differentiable(model)
+        x_nat = x_nat.contiguous()  # it views images as vectors
         return autoattack.perturb(self.name, forward, x_nat, labels, epsilon=epsilon, key=key)
 
 

@@ -76,7 +76,7 @@ def validate(
 
 def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
     """Raise CheckpointError unless `model` takes the images of `data` and gives logits (N,C)."""
-    some = pixels(data.images[:2])
+    some = pixels(data.images[:2]).clone()  # the network may write to it
     needed = (len(some), data.num_classes)
     try:
         with frozen_eval(model), torch.no_grad():
@@ -85,7 +85,9 @@ def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
         raise CheckpointError(
             f"{name} does not take images {tuple(some.shape)}: {error}", "needed: another network"
         ) from error
-    given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    given: object = type(logits).__name__
+    if isinstance(logits, Tensor):
+        given = tuple(logits.shape) if logits.is_floating_point() else logits.dtype
     if given != needed:
         raise CheckpointError(
             f"{name} gives {given} for {len(some)} images, needed are logits {needed}",

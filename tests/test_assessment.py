@@ -60,6 +60,12 @@ NETS = """
     def nan_under_attack(): return Wrapped(lambda net, x: net(x) / is_clean(x))
     def narrow(): return Wrapped(lambda net, x: net(x)[:, :9])
     def raising(): return Wrapped(lambda net, x: x.view(7, 7))
+    def views(): return Wrapped(lambda net, x: net(x.view(x.size(0), -1).view(x.shape)))
+    def in_place(): return Wrapped(lambda net, x: net(x.mul_(0.5)))
+    def whole_numbers(): return Wrapped(lambda net, x: net(x).round().long())
+    def printing(): return Wrapped(lambda net, x: print("here I am") or net(x))
+    def leaving(): raise SystemExit(3)
+    def named(*, num_classes): return honest()
 """
 
 
@@ -132,7 +138,7 @@ def test_a_run_is_evaluated_on_its_own_images_and_budget(runs, capfd):
     assert made["confusion"] == own.confusion().tolist()
     assert [attack["name"] for attack in made["attacks"]] == ["clean", "fgsm", "pgd2", "cw2"]
     assert made["attacks"][2]["step_size"] == 0.003 * 255 / 8
-    assert len(made["checks"]) == 10 and made["against"] is None
+    assert len(made["checks"]) == 11 and made["against"] is None
     (path,) = Path("here").glob("*/evaluation.json")
     assert json.loads(path.read_text()) == made
     kept = load(path.with_name("predictions.pt"))
@@ -249,6 +255,29 @@ def test_a_file_whose_network_only_a_factory_knows(capfd):
     sys.modules.pop("mine")
 
 
+def test_the_same_weights_in_another_network_are_another_evaluation(runs, capfd):
+    weights = load(Path(runs["absld"]) / "best.pt")["model"]
+    torch.save({f"net.{k}": v for k, v in weights.items()}, "n.pt")
+    flags = ["--dataset", "digits", *FAST, "--no-checks"]
+    honest, cut = (evaluated(capfd, f"nets:{net}", *flags) for net in ("honest", "killed"))
+    assert honest["robust"] != cut["robust"]
+    names = {path.name.rpartition("-")[0] for path in Path("evaluations").iterdir()}
+    assert names == {"nets-honest", "nets-killed"}
+    # The same factory whose code has changed since.
+    Path("nets.py").write_text(Path("nets.py").read_text().replace("net(x))", "-net(x))", 1))
+    sys.modules.pop("nets")
+    assert evaluated(capfd, "nets:honest", *flags)["robust"] != honest["robust"]
+
+
+@pytest.mark.parametrize("net", ["views", "printing", "named"])
+def test_networks_with_habits_of_their_own(net, capfd):
+    """One that views images as vectors, one that prints, a factory that takes its classes by
+    name: evaluated as the network they are."""
+    flags = ["--dataset", "digits", *FAST]
+    made = evaluated(capfd, f"nets:{net}", *flags)
+    assert made["robust"] == evaluated(capfd, "nets:honest", *flags)["robust"]
+
+
 def test_a_folder_of_images(tmp_path, capfd):
     root = make_folder(tmp_path / "ein Ordner für Bilder")
     torch.save(build_model("convnet", 2, "mine").state_dict(), "n.pt")
@@ -261,7 +290,7 @@ def test_a_folder_of_images(tmp_path, capfd):
     ("code", "cause", "way_out", "flags"),
     [
         (2, "which images?", "--dataset", ["n.pt"]),
-        (4, "nowhere: no such run or file", "path", ["nowhere"]),
+        (4, "'nowhere': no such run or file", "path", ["nowhere"]),
         (2, "resnet18 is a network without weights", "a file or a run", ["resnet18"]),
         (4, "an HTML page", "download", ["page.pt", "--dataset", "digits"]),
         (2, "no attack 'pdg20'", "pgd20", ["n.pt", "--dataset", "digits", "--attacks", "pdg20"]),
@@ -280,6 +309,11 @@ def test_a_folder_of_images(tmp_path, capfd):
         (4, "shape '[7, 7]'", "another network", ["nets:raising", "--dataset", "digits"]),
         (4, "NaN or infinity of clean", "finite", ["nets:nan", "--dataset", "digits"]),
         (4, "under fgsm", "finite", ["nets:nan_under_attack", "--dataset", "digits"]),
+        (4, "RuntimeError", "see --debug", ["nets:in_place", "--dataset", "digits"]),
+        (4, "torch.int64", "these classes", ["nets:whole_numbers", "--dataset", "digits"]),
+        (2, "SystemExit: 3", "factory", ["nets:leaving", "--dataset", "digits"]),
+        (4, "tensor a is torch.float8_e4m3fn", "float32", ["f8.pt", "--dataset", "digits"]),
+        (4, "no such run or file", "path", ["n.pt", "--dataset", "digits", "--against", ""]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
@@ -287,6 +321,7 @@ def test_faults(capfd, code, cause, way_out, flags):
     if code == 2 and "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     torch.save(build_model("convnet", 10, "mine").state_dict(), "n.pt")
+    torch.save({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "f8.pt")
     Path("page.pt").write_text("<!DOCTYPE html><title>Sign in</title>")
     refused(capfd, code, cause, way_out, "evaluate", *flags)
     assert not list(Path().glob("evaluations/*/evaluation.json"))
@@ -322,6 +357,7 @@ def test_strict_ends_with_6_where_the_figure_is_not_to_be_trusted(net, check, ca
 def test_against_another_network(runs, capfd):
     made = evaluated(capfd, runs["absld"], "--against", runs["teacher"], *FAST, "--out", "out")
     evaluations = []
+    assert made["against"]["checks"] == made["checks"] or len(made["against"]["checks"]) == 11
     for kind in ("absld", "teacher"):
         model = absld.load_network(runs[kind], 10, ("mine",)).model
         data = load_data("digits", "").test
@@ -339,6 +375,27 @@ def test_against_another_network(runs, capfd):
     assert main("evaluate", runs["absld"], "--against", runs["teacher"], *FAST) == 0
     text = capfd.readouterr().out
     assert "\nminus " in text and "\nrho" in text
+
+
+def test_each_of_two_networks_has_its_own_model(runs, capfd):
+    torch.save(build_model("convnet", 10, "mine").state_dict(), "n.pt")
+    Path("mine.py").write_text("from absld.models import convnet\ndef net(c): return convnet(c)\n")
+    flags = ["n.pt", "--model", "mine:net", "--dataset", "digits", *FAST, "--no-checks"]
+    made = evaluated(capfd, *flags, "--against", runs["absld"])
+    assert made["against"]["network"]["architecture"] == "convnet"
+    made = evaluated(capfd, *flags, "--against", "n.pt", "--against-model", "mine:net")
+    assert made["against"]["network"]["architecture"] == "mine:net"
+    assert "--against" in made["environment"]["command"]
+    sys.modules.pop("mine")
+
+
+def test_the_other_network_is_looked_at_first_and_checked_too(runs, capfd):
+    flags = ["evaluate", runs["absld"], *FAST, "--out", "out"]
+    torch.save(build_model("convnet", 3, "mine").state_dict(), "n.pt")
+    refused(capfd, 4, "needed is (10, 64)", "classes", *flags, "--against", "n.pt")
+    assert not Path("out").exists()
+    assert main(*flags, "--against", "nets:killed", "--strict") == 6
+    assert "no input gradient is zero" in capfd.readouterr().err
 
 
 def test_a_network_is_no_better_than_itself(runs, capfd):
@@ -494,7 +551,11 @@ def test_on_a_terminal_a_bar_moves_and_leaves_nothing_behind(runs, single_thread
         shown = b"".join(sent_to(primary))
         assert child.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
-    assert "pgd50 50/" in text and " left" in text and "worst 10 %" in text
+    assert (
+        re.search(r"pgd50 \d+/\d+ \S+ \d:\d\d left", text)
+        and " left" in text
+        and "worst 10 %" in text
+    )
 
 
 def sent_to(descriptor):

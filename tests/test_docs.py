@@ -33,7 +33,16 @@ FLAGS = {
     "absld_min.py": flags_of(absld_min.Config),
     "absld train": flags_of(absld.config.Config) | {"--recipe", "--resume", "--json", "--debug"},
     "absld evaluate": flags_of(absld.config.EvaluationConfig)
-    | {"--eps", "--each", "--no-checks", "--against", "--strict", "--json", "--debug"},
+    | {
+        "--eps",
+        "--each",
+        "--no-checks",
+        "--against",
+        "--against-model",
+        "--strict",
+        "--json",
+        "--debug",
+    },
     "absld report": {"--out", "--debug", "--help"},
 }
 

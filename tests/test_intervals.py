@@ -138,6 +138,13 @@ def test_the_percentiles_are_reflected_and_cut():
     assert tuple(bootstrap(0.6, replicates, 0.3, 1.0)) == pytest.approx((0.6, 0.3, 1.0))
 
 
+@given(st.floats(0, 1), draw.vectors(0, 1))
+def test_an_interval_holds_its_own_value(value, replicates):
+    """Where all is nearly equal, every replicate of a gap or an NSD is above the figure."""
+    shown, low, high = bootstrap(value, replicates, 0.0, 1.0)
+    assert shown == value and 0 <= low <= value <= high <= 1
+
+
 def test_the_interval_of_an_average_holds_the_truth():
     held = 0
     for seed in range(200):

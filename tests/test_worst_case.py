@@ -1,5 +1,6 @@
 """absld.evaluate: the worst case of every image, what is passed over, and what is left alone."""
 
+import inspect
 from dataclasses import dataclass
 
 import pytest
@@ -354,3 +355,23 @@ def test_names_of_attacks_are_those_of_the_rows():
     found = evaluate(model, data, epsilon=0.05, attacks=parse_attacks("fgsm,cw2", C))
     assert found.attacks == ("clean", "fgsm", "cw2") and found.predictions.shape == (3, len(data))
     assert evaluations.evaluate is absld.evaluate
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epsilon", -0.1),
+        ("epsilon", 2.0),
+        ("epsilon", float("nan")),
+        ("restarts", 0),
+        ("examples", 0),
+        ("examples", -3),
+        ("batch_size", 0),
+        ("attacks", ["fgsm"]),
+    ],
+)
+def test_settings_out_of_range(name, value):
+    model, data = some_right()
+    call = inspect.unwrap(evaluate)  # its own words, not those of the types that tests enforce
+    with pytest.raises(absld.UsageError):
+        call(model, data, **{"epsilon": 0.1, name: value})
