@@ -320,10 +320,9 @@ def progress(evaluation: Evaluation, row: int, attacks: Sequence[Attack]) -> Pro
     done, rest = 0.0, 0.0
     tried = torch.ones(len(evaluation.labels), dtype=torch.bool)
     for k, cost in enumerate(costs):
-        if k:
-            earlier = 0 if evaluation.each else k - 1
-            # Where the earlier row is pending, too, nothing is known to be broken.
-            tried = right[earlier] | pending[earlier]
+        if k == 1 or (k and not evaluation.each):
+            # Where an earlier row is pending, too, nothing is known to be broken.
+            tried = tried & (right[k - 1] | pending[k - 1])
         done += cost * int((tried & ~pending[k]).sum())
         rest += cost * int((tried & pending[k]).sum())
     now = pending[row]

@@ -63,15 +63,16 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
 def rho(ours: Fairness, base: Fairness) -> float:
     """How much better than a baseline, in worst class and average, as a sum of relative gains.
 
-    NaN or infinite if the baseline has an average or a worst class of 0. Source: spec, peers.
+    Infinite over an average or a worst class of 0, unless both have that. Source: spec, peers.
     """
     terms = torch.tensor([[ours.worst, ours.average], [base.worst, base.average]]).double()
     return relative_gains(terms[0], terms[1]).item()
 
 
 def relative_gains(ours: Tensor, base: Tensor) -> Tensor:
-    """Quantities (...,q) of two networks -> the sum of the relative gains (...)."""
-    return ((ours - base) / base).sum(-1)
+    """Quantities (...,q) of two networks -> the sum of the relative gains (...); infinite over a
+    base of 0, unless there is no gain at all."""
+    return torch.where(ours == base, 0.0, (ours - base) / base).sum(-1)
 
 
 # --- Uncertainty ---
@@ -139,7 +140,8 @@ def bootstrap(
     up; the reflection takes that out again, where plain percentiles would count it twice. What
     this covers is measured in docs/results/intervals.md. Source: decided here.
     """
-    ends = torch.quantile(replicates, torch.tensor([0.975, 0.025], dtype=replicates.dtype))
+    shares = torch.tensor([0.975, 0.025], dtype=replicates.dtype)
+    ends = torch.quantile(replicates, shares, interpolation="nearest")  # some may be infinite
     low, high = (2 * value - ends).tolist()
     # Where all replicates lie on one side, the figure itself is the end.
     return Interval(value, min(max(low, lowest), value), max(min(high, highest), value))

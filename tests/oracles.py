@@ -79,3 +79,51 @@ def margin(logits, labels, confidence):
         best = max(value for k, value in enumerate(row) if k != label)
         total += min(best - row[label], confidence)
     return total
+
+
+def metrics(class_accuracy):
+    mean, worst, nsd = fairness(class_accuracy)
+    return {
+        "average": mean,
+        "worst": worst,
+        "worst_tenth": worst_tenth(class_accuracy),
+        "gap": max(class_accuracy) - worst,
+        "normalized_std": nsd,
+    }
+
+
+def wilson(right, images, z):
+    """The roots of (p - share)^2 = z^2 p (1-p) / images."""
+    share, spread = right / images, z * z / images
+    a, b, c = 1 + spread, -2 * share - spread, share * share
+    root = math.sqrt(max(b * b - 4 * a * c, 0.0))
+    return (-b - root) / (2 * a), (-b + root) / (2 * a)
+
+
+def evaluation(labels, clean, attacks, each):
+    """attacks: of each, for every restart the class that is said of every image. The classes said
+    (rows: clean and attacks), and who was attacked: for each attack, pairs of restart and image."""
+    rows, attacked = [list(clean)], []
+    for tries in attacks:
+        earlier, row, pairs = rows[0 if each else -1], [], set()
+        for image, label in enumerate(labels):
+            said = earlier[image]
+            if said == label:
+                for restart, turned in enumerate(tries):
+                    pairs.add((restart, image))
+                    said = turned[image]
+                    if said != label:
+                        break
+            row.append(said)
+        rows.append(row)
+        attacked.append(pairs)
+    return rows, attacked
+
+
+def confusion(labels, rows, num_classes):
+    """True class by the first wrong class that was said, or the true one."""
+    counts = [[0] * num_classes for _ in range(num_classes)]
+    for image, label in enumerate(labels):
+        wrong = [row[image] for row in rows if row[image] != label]
+        counts[label][(wrong or [label])[0]] += 1
+    return counts

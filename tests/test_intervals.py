@@ -85,7 +85,8 @@ def test_rho():
     base = Fairness(0.5, 0.2, 0.3)
     assert rho(base, base) == 0
     assert rho(Fairness(0.55, 0.25, 0.0), base) == pytest.approx(0.25 + 0.1)
-    assert math.isnan(rho(Fairness(0.5, 0.0, 0.3), Fairness(0.5, 0.0, 0.3)))
+    assert rho(Fairness(0.5, 0.0, 0.3), Fairness(0.5, 0.0, 0.3)) == 0
+    assert rho(Fairness(0.5, 0.1, 0.3), Fairness(0.5, 0.0, 0.3)) == math.inf
 
 
 # --- Bootstrap ---

@@ -1,0 +1,180 @@
+"""The adapter of AutoAttack: the settings of the parts, their random numbers, and its silence.
+
+What the parts find is tried in test_closed_form, one by one and in evaluations.
+"""
+
+import logging
+import sys
+
+import pytest
+import strategies as draw
+import torch
+from test_closed_form import Linear
+from test_closed_form import sample as linear
+from test_suite import Cut, network
+
+import absld
+from absld import autoattack
+from absld.suite import AutoAttackPart, differentiable
+
+parts = pytest.mark.parametrize("part", autoattack.COSTS)
+
+
+def sample(classes=5, n=4):
+    model = Linear(classes, 0, torch.float32).requires_grad_(False)
+    return model, draw.images(0, n, side=4, dtype=torch.float32), torch.arange(n) % classes
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What each part was when it was called, in place of what it does."""
+    pytest.importorskip("pyautoattack")
+    from pyautoattack import autopgd_base, fab_base, square
+
+    found = []
+
+    def record(self, x, y=None, *_, **__):
+        drawn = torch.rand(3)
+        found.append({**vars(self), "kind": type(self).__name__, "drawn": drawn.tolist()})
+        return x.clone()
+
+    for kind in (
+        autopgd_base.APGDAttack,
+        autopgd_base.APGDAttack_targeted,
+        fab_base.FABAttack,
+        square.SquareAttack,
+    ):
+        monkeypatch.setattr(kind, "perturb", record)
+    return found
+
+
+def perturbed(part, classes=5, key=("test",), epsilon=0.05):
+    model, x, labels = sample(classes)
+    return autoattack.perturb(part, differentiable(model), x, labels, epsilon=epsilon, key=key)
+
+
+STANDARD = {
+    "apgd-ce": {"kind": "APGDAttack", "loss": "ce", "n_iter": 100, "n_restarts": 1, "eot_iter": 1},
+    "apgd-t": {"kind": "APGDAttack_targeted", "n_iter": 100, "n_restarts": 1, "eot_iter": 1},
+    "fab-t": {"kind": "FABAttack_PT", "targeted": True, "n_iter": 100, "n_restarts": 1},
+    "square": {"kind": "SquareAttack", "n_queries": 5000, "n_restarts": 1, "loss": "margin"},
+}
+
+
+@parts
+@pytest.mark.parametrize(("classes", "targets"), [(4, 3), (9, 8), (10, 9), (12, 9)])
+def test_settings_are_those_of_the_standard_version(part, classes, targets, recorded):
+    """As published: Croce and Hein 2020, its own README. With few classes, all are targets."""
+    perturbed(part, classes, epsilon=0.07)
+    (used,) = recorded
+    expected = STANDARD[part] | {"norm": "Linf", "eps": 0.07}
+    if part.endswith("-t"):
+        expected["n_target_classes"] = targets
+    assert {name: used[name] for name in expected} == expected
+
+
+@parts
+def test_the_key_decides_every_random_number(part, recorded):
+    """The seed that a part is given, and what it may draw without one."""
+    for key in (("a", 0), ("a", 0), ("a", 1), ("b", 0)):
+        torch.rand(5)
+        perturbed(part, key=key)
+    seeds, drawn = ([used[name] for used in recorded] for name in ("seed", "drawn"))
+    for values in (seeds, drawn):
+        assert values[0] == values[1]
+        assert len({str(value) for value in values}) == 3
+
+
+@parts
+def test_an_evaluation_gives_each_try_its_own_key(part, recorded):
+    """Seed, part, restart and the number of the first image."""
+    model, x, labels = sample()
+
+    def made(part=part, first=0, **changed):
+        settings = {"restart": 0, "epsilon": 0.05, "seed": 0} | changed
+        AutoAttackPart(part).perturb(model, x, labels, torch.arange(4) + first, **settings)
+
+    other = next(name for name in autoattack.COSTS if name != part)
+    for changed in ({}, {"first": 1}, {"restart": 1}, {"seed": 1}, {"part": other}, {}):
+        made(**changed)
+    seeds = [used["seed"] for used in recorded]
+    assert seeds[0] == seeds[-1] and len(set(seeds)) == 5
+
+
+@parts
+def test_random_numbers_are_as_before_even_if_it_raises(part, recorded, monkeypatch):
+    def fails(self, x, y=None, *_, **__):
+        torch.rand(3)
+        raise KeyboardInterrupt
+
+    before = torch.get_rng_state()
+    perturbed(part)
+    assert torch.equal(torch.get_rng_state(), before)
+    import pyautoattack
+
+    whole = pyautoattack.AutoAttack(lambda x: x)
+    for attack in (whole.apgd, whole.apgd_targeted, whole.fab, whole.square):
+        monkeypatch.setattr(type(attack), "perturb", fails)
+    with pytest.raises(KeyboardInterrupt):
+        perturbed(part)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("part", ["apgd-ce", "apgd-t", "fab-t"])
+def test_the_key_decides_the_result(part):
+    """Of the real parts, on a network with kinks; fab-t starts at the image. For square see
+    test_attack_parts."""
+    pytest.importorskip("pyautoattack")
+    model = network(1, torch.float32, classes=4)
+    x = draw.images(1, dtype=torch.float32)
+    settings = {"forward": model, "x_nat": x, "labels": model(x).argmax(1), "epsilon": 0.1}
+    one, again, other = (
+        autoattack.perturb(part, key=(key,), **settings) for key in ("one", "one", "other")
+    )
+    assert torch.equal(one, again) and not torch.equal(one, x)
+    assert torch.equal(one, other) == (part == "fab-t")
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 9, 10, 100])
+def test_the_parts_that_there_are(classes):
+    expected = ["apgd-ce", "apgd-t", "fab-t", "square"]
+    if classes <= 3:
+        expected.remove("apgd-t")  # its loss takes the fourth largest logit
+    assert autoattack.parts(classes) == expected
+
+
+def test_what_the_package_would_say_is_not_said(caplog):
+    """A gradient of zero makes it warn."""
+    pytest.importorskip("pyautoattack")
+    x, labels = draw.images(0, dtype=torch.float32), torch.arange(4) % 3
+
+    def forward(x):
+        return differentiable(Cut())(x.double()).float()
+
+    autoattack.perturb("apgd-ce", forward, x, labels, epsilon=0.05, key=("test",))
+    assert caplog.records == []
+    assert not logging.getLogger("auto-attack").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("auto-attack").isEnabledFor(logging.ERROR)
+
+
+def test_a_missing_package_is_missed_before_any_image(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    model, x, labels = sample(4)
+    data = absld.ImageSet(x, labels, tuple("abcd"))
+    seen = []
+    with pytest.raises(absld.UsageError, match="pyautoattack"):
+        absld.evaluate(
+            model,
+            data,
+            epsilon=0.1,
+            attacks="fgsm,autoattack",
+            on_batch=lambda *given: seen.append(given),
+        )
+    assert seen == []
+
+
+@pytest.mark.parametrize("part", autoattack.COSTS)
+def test_a_single_image(part):
+    model, data = linear(0, 5, 1, dtype=torch.float32)
+    made = autoattack.perturb(part, model, data.images, data.labels, epsilon=0.05, key=("test",))
+    assert made.shape == data.images.shape
