@@ -52,8 +52,12 @@ def perturb(
     An image for which it finds nothing may come back as it was. forward: with a gradient in x.
     """
     num_classes = forward(x_nat[:1]).shape[1]
+
+    def logits(x: Tensor) -> Tensor:
+        return forward(x).clone()  # it writes to them, and they may be a view of the image
+
     whole = library().AutoAttack(
-        forward, norm="Linf", eps=epsilon, seed=0, version="standard", device=x_nat.device
+        logits, norm="Linf", eps=epsilon, seed=0, version="standard", device=x_nat.device
     )
     whole.apgd.loss = "ce"
     whole.fab.targeted = True

@@ -65,7 +65,9 @@ def rho(ours: Fairness, base: Fairness) -> float:
 
     Infinite over an average or a worst class of 0, unless both have that. Source: spec, peers.
     """
-    terms = torch.tensor([[ours.worst, ours.average], [base.worst, base.average]]).double()
+    terms = torch.tensor(
+        [[ours.worst, ours.average], [base.worst, base.average]], dtype=torch.float64
+    )
     return relative_gains(terms[0], terms[1]).item()
 
 

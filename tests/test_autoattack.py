@@ -143,18 +143,33 @@ def test_the_parts_that_there_are(classes):
     assert autoattack.parts(classes) == expected
 
 
-def test_what_the_package_would_say_is_not_said(caplog):
-    """A gradient of zero makes it warn."""
+@parts
+def test_a_network_that_cuts_its_gradient_stops_no_part(part, caplog, capfd):
+    """And what the package would say of its gradient of zero is not said."""
     pytest.importorskip("pyautoattack")
-    x, labels = draw.images(0, dtype=torch.float32), torch.arange(4) % 3
-
-    def forward(x):
-        return differentiable(Cut())(x.double()).float()
-
-    autoattack.perturb("apgd-ce", forward, x, labels, epsilon=0.05, key=("test",))
-    assert caplog.records == []
+    x, labels = draw.images(0, dtype=torch.float32), torch.arange(4) % 4
+    net, cut = network(0, torch.float32, classes=4), Cut()
+    cut.forward = lambda x: net(x.detach())
+    x_adv = autoattack.perturb(part, differentiable(cut), x, labels, epsilon=0.05, key=("test",))
+    assert ((x_adv >= 0) & (x_adv <= 1)).all() and (x_adv - x).abs().max() <= 0.05 + 1e-6
+    assert caplog.records == [] and capfd.readouterr() == ("", "")
     assert not logging.getLogger("auto-attack").isEnabledFor(logging.WARNING)
     assert logging.getLogger("auto-attack").isEnabledFor(logging.ERROR)
+
+
+@pytest.mark.parametrize("part", autoattack.COSTS)
+def test_outputs_that_are_a_view_of_the_image(part):
+    """Four channels, and the class is that of the brightest corner: a step of 0.1 may change it."""
+    pytest.importorskip("pyautoattack")
+
+    class View(torch.nn.Module):
+        def forward(self, x):
+            return x[:, :, 0, 0]
+
+    x = torch.rand(20, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.4
+    data = absld.ImageSet(x, x[:, :, 0, 0].argmax(1), tuple("abcd"))
+    found = absld.evaluate(View(), data, epsilon=0.06, attacks=[AutoAttackPart(part)])
+    assert found.right.sum(1).tolist() == [20, 0]
 
 
 def test_a_missing_package_is_missed_before_any_image(monkeypatch):

@@ -1,5 +1,7 @@
 """The laws of class-wise accuracy and fairness."""
 
+import math
+
 import oracles
 import pytest
 import strategies as draw
@@ -12,7 +14,16 @@ from torch import nn
 
 import absld
 import absld_min
-from absld.metrics import class_hits, worst_tenth
+from absld.metrics import (
+    METRICS,
+    Fairness,
+    bootstrap,
+    class_hits,
+    resampled,
+    rho,
+    wilson,
+    worst_tenth,
+)
 
 accuracies = draw.vectors(0.01, 1)
 
@@ -150,3 +161,98 @@ def test_pgd20_is_set_as_in_trades(impl, monkeypatch):
     ((largest, settings),) = used
     assert 0.9 * 8 / 255 < largest <= 8 / 255
     assert settings == {"epsilon": 8 / 255, "step_size": pytest.approx(0.003), "steps": 20}
+
+
+# --- Of many sets at once, and how sure it is (see test_intervals, too) ---
+
+
+@given(st.lists(st.lists(st.floats(0.01, 1), min_size=21, max_size=21), min_size=1, max_size=4))
+def test_metrics_of_many_sets_are_those_of_each(rows):
+    """21 classes: the worst tenth are two."""
+    accuracy = torch.tensor(rows, dtype=draw.DTYPE)
+    expected = [oracles.metrics(row) for row in rows]
+    for name, metric in METRICS.items():
+        assert_close(metric(accuracy), [each[name] for each in expected], scale=100, label=name)
+        assert metric(accuracy[None, :, None]).shape == (1, len(rows), 1)
+
+
+@given(draw.vectors(0, 1, maximum=30))
+def test_metrics_have_an_order_and_those_of_one_network_are_the_same(accuracy):
+    found = {name: metric(accuracy).item() for name, metric in METRICS.items()}
+    assert set(found) == set(oracles.metrics([0.5]))
+    slack = 1e-15 * len(accuracy)
+    assert found["worst"] <= found["worst_tenth"] + slack
+    assert found["worst_tenth"] <= found["average"] + slack
+    assert 0 <= found["gap"] <= 1 and found["average"] + slack >= found["gap"] / len(accuracy)
+    assert found["normalized_std"] >= 0
+    assert tuple(absld.fairness(accuracy)) == tuple(
+        pytest.approx(found[name]) for name in ("average", "worst", "normalized_std")
+    )
+    assert worst_tenth(accuracy) == found["worst_tenth"]
+
+
+relative = st.floats(0.05, 1)
+
+
+@given(relative, relative, relative, relative, st.floats(0.01, 2))
+def test_rho_is_the_sum_of_relative_gains(worst, average, base_worst, base_average, nsd):
+    ours, base = Fairness(average, worst, nsd), Fairness(base_average, base_worst, 0.0)
+    # How many times as good, less one.
+    expected = worst / base_worst - 1 + average / base_average - 1
+    assert rho(ours, base) == pytest.approx(expected, abs=1e-12)
+    assert rho(ours, ours) == 0.0
+
+
+@given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_has_the_roots_of_its_equation_as_ends(count):
+    right, images = count
+    _, low, high = wilson(right, images)
+    assert (low, high) == pytest.approx(oracles.wilson(*count, 1.959964), abs=1e-9)
+    assert (low == 0) <= (right == 0) and (high == 1) <= (right == images)
+    if right < images:  # one more is better, at both ends
+        more = wilson(right + 1, images)
+        assert low < more.low and high < more.high
+    # Ten times the images: an interval inside this one.
+    _, inner_low, inner_high = wilson(10 * right, 10 * images)
+    assert low <= inner_low <= inner_high <= high
+
+
+def test_replicates_of_two_images_by_their_probabilities():
+    """One of two is right: none, one or both draws are it. Classes are drawn apart. Five standard
+    errors of 20,000 replicates."""
+    right, labels = torch.tensor([[True, True, False, False]]), torch.tensor([0, 1, 0, 1])
+    found = resampled(right, labels, torch.Generator().manual_seed(0), 20000)[:, 0]
+    for a in (0.0, 0.5, 1.0):
+        for b in (0.0, 0.5, 1.0):
+            share = ((found[:, 0] == a) & (found[:, 1] == b)).double().mean().item()
+            expected = (0.5 if a == 0.5 else 0.25) * (0.5 if b == 0.5 else 0.25)
+            assert abs(share - expected) <= 5 * math.sqrt(expected * (1 - expected) / 20000)
+
+
+@given(draw.vectors(-3, 3, minimum=50, maximum=90), st.floats(-2, 2))
+def test_an_interval_moves_and_mirrors_with_its_figure(replicates, move):
+    value = replicates.mean().item()
+    low, high = bootstrap(value, replicates)[1:]
+    assert low <= value <= high
+    moved = bootstrap(value + move, replicates + move)
+    assert tuple(moved) == pytest.approx((value + move, low + move, high + move))
+    mirrored = bootstrap(-value, -replicates)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-high, -low))
+
+
+@given(draw.vectors(0, 1, minimum=2, maximum=50), st.floats(0, 1))
+def test_an_interval_holds_its_figure_and_keeps_in_range(replicates, value):
+    _, low, high = bootstrap(value, replicates, 0.0, 1.0)
+    assert 0 <= low <= value <= high <= 1
+    same = bootstrap(value, torch.full_like(replicates, value))
+    assert tuple(same) == (value, value, value)
+
+
+def test_a_few_infinite_replicates_are_far_ones():
+    """As of rho, over a worst class of 0."""
+    replicates = torch.linspace(0, 1, 1001, dtype=draw.DTYPE)
+    plain = bootstrap(0.5, replicates)
+    replicates[-10:] = math.inf
+    assert bootstrap(0.5, replicates) == plain
+    replicates[-50:] = math.inf
+    assert bootstrap(0.5, replicates) == plain._replace(low=-math.inf)

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from test_data import make_cifar, make_folder, numbered
 
 import absld_min
-from absld.data import ImageSet, Views, batches, hold_out, load_data, pixels, steps_per_epoch
+from absld.data import (
+    ImageSet,
+    Views,
+    batches,
+    hold_out,
+    load_data,
+    pixels,
+    steps_per_epoch,
+    stratified,
+)
 from absld.errors import DataError
 from absld.seeding import generator
 
@@ -332,3 +341,56 @@ def test_a_generator_knows_its_whole_key():
 def test_a_data_set_that_there_is_not():
     with pytest.raises(DataError, match="no data set 'svhn'"):
         load_data("svhn", "data")
+
+
+# --- Subsets (see test_intervals, too) ---
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=5), st.integers(1, 6), draw.seeds)
+def test_a_subset_is_exactly_in_proportion_where_it_can_be(shares, times, seed):
+    """Classes of 6 times their share each, of which `times` in 6 are taken."""
+    labels = torch.arange(len(shares)).repeat_interleave(6 * torch.tensor(shares))
+    labels = labels[torch.randperm(len(labels), generator=generator(seed))]
+    chosen = stratified(labels, len(shares), times * sum(shares), "test", seed)
+    assert labels[chosen].bincount().tolist() == [times * share for share in shares]
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=40),
+    st.integers(1, 45),
+    st.integers(1, 45),
+    draw.seeds,
+)
+def test_a_smaller_subset_is_part_of_a_larger(labels, one, other, seed):
+    """And the first images are of classes of their own."""
+    labels = torch.tensor(labels)
+    small, large = (stratified(labels, 6, size, seed) for size in sorted((one, other)))
+    assert set(small.tolist()) <= set(large.tolist())
+    present = len(labels.unique())
+    assert len(labels[small].unique()) == min(len(small), present)
+
+
+def test_every_image_has_its_chance():
+    """Of 4 and 12 images 1 and 3 are taken: each in a quarter of the subsets, and more seldom than
+    by five standard errors once in a million times."""
+    labels = torch.tensor([0, 1, 1, 1] * 4)
+    before = torch.get_rng_state()
+    taken = torch.zeros(16)
+    for key in range(2000):
+        taken[stratified(labels, 2, 4, "test", key)] += 1
+    assert torch.equal(torch.get_rng_state(), before)
+    assert ((taken / 2000 - 0.25).abs() <= 5 * (0.25 * 0.75 / 2000) ** 0.5).all()
+
+
+@pytest.mark.parametrize("images", [IMAGES, IMAGES.to(torch.uint8)])
+def test_a_subset_has_its_images_in_the_order_of_their_numbers(images):
+    images = images.clone()
+    images[:, 0, 0, 0] = torch.tensor([0, 1, 0, 1]).to(images.dtype)
+    data = ImageSet(images, LABELS, CLASSES)
+    some = data.subset(torch.tensor([3, 0, 3]))
+    assert torch.equal(some.images, images[[3, 0, 3]]) and some.images.dtype == images.dtype
+    assert (some.labels.tolist(), some.classes) == ([1, 0, 1], CLASSES)
+    some.images[0] = 0
+    assert torch.equal(data.images, images)  # a set of its own
+    with pytest.raises(DataError, match="0, 3, 8, 8"):
+        data.subset(torch.tensor([], dtype=torch.long))

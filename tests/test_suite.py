@@ -243,6 +243,31 @@ def test_a_search_ends_no_lower_than_it_starts(seed, queries):
     assert (high >= low).all()
 
 
+@pytest.mark.parametrize("queries", [1, 5, 60])
+def test_a_search_asks_for_outputs_alone_and_returns_the_best_it_saw(queries):
+    x, net, asked = draw.images(0), network(), []
+    labels = torch.arange(len(x)) % C
+
+    class Watched(nn.Module):
+        def forward(self, given):
+            assert not torch.is_grad_enabled()
+            assert ((given >= 0) & (given <= 1)).all()
+            assert ((given >= x - 0.1) & (given <= x + 0.1)).all()
+            asked.append((given.clone(), margins(net(given), labels)))
+            return net(given)
+
+    search = SquareSearch("search", queries)
+    assert search.cost == queries / 3
+    x_adv = made(search, x, net=Watched())
+    assert len(asked) == queries + 1
+    images, found = map(torch.stack, zip(*asked, strict=True))
+    best = found.max(0).indices
+    assert torch.equal(x_adv, images[best, torch.arange(len(x))])
+    assert torch.equal(made(search, x), x_adv)
+    for other in ({"restart": 1}, {"seed": 1}, {"index": torch.arange(3, 7)}):
+        assert not torch.equal(made(search, x, **other), x_adv)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1), (2, 1, 3, 7), (1, 4, 9, 2)])
 def test_images_of_any_shape_are_searched(shape):
     class Sum(nn.Module):

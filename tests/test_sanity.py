@@ -1,0 +1,266 @@
+"""The checks one by one, on a linear network that passes all of them, and on it with one fault.
+
+On a trained network, and as a whole, they are tried in test_checks.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_checks import (
+    COMPANY,
+    FALLS,
+    GRADIENT,
+    LOGITS,
+    MARGIN,
+    MORE,
+    NAMES,
+    PIXELS,
+    REPEAT,
+    SEARCH,
+    STRENGTH,
+    ZERO,
+)
+from torch import nn
+
+import absld
+from absld.data import stratified
+from absld.evaluation import evaluate
+from absld.sanity import SAMPLE, allowed, checks
+from absld.suite import parse_attack
+
+C, SIDE, EPSILON = 4, 4, 0.1
+
+
+class Nearest(nn.Module):
+    """Logits: how near is the image to each class's own? Linear. `change` may break it."""
+
+    def __init__(self, change=lambda net, x: net(x)):
+        super().__init__()
+        signs = torch.randint(2, (C, 3 * SIDE * SIDE), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("own", 0.5 + EPSILON * (2.0 * signs - 1))
+        self.change, self.asked = change, []
+
+    def near(self, x):
+        logits = 10 * (x.flatten(1) @ self.own.T - self.own.square().sum(1) / 2)
+        return logits - logits.mean(1, keepdim=True)
+
+    def forward(self, x):
+        self.asked.append(x.detach().clone())
+        return self.change(self.near, x)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Images about as far from the border as the attacks go."""
+    random = torch.Generator().manual_seed(1)
+    labels = torch.arange(240) % C
+    noise = 0.1 * torch.randn(240, 3 * SIDE * SIDE, generator=random)
+    images = (Nearest().own[labels] + noise).clamp(0, 1).view(-1, 3, SIDE, SIDE)
+    return absld.ImageSet(images, labels, tuple("abcd"))
+
+
+def checked(data, change=lambda net, x: net(x), attacks="pgd20,cw30", epsilon=EPSILON, **settings):
+    """The checks by name, with the random numbers of a network, if it draws any, from a seed."""
+    model = Nearest(change)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        evaluation = evaluate(model, data, epsilon=epsilon, attacks=attacks, **settings)
+        found = {check.name: check for check in checks(model, data, evaluation)}
+    assert list(found) == NAMES
+    return found
+
+
+def warned(*given, **settings):
+    return {name for name, check in checked(*given, **settings).items() if not check.passed}
+
+
+# --- Which fault is found by which check ---
+
+
+def test_a_linear_network_passes_all(data):
+    found = checked(data)
+    assert {name: check.numbers for name, check in found.items() if not check.passed} == {}
+    evaluation = evaluate(Nearest(), data, epsilon=EPSILON, attacks="cw30")
+    assert 0.2 < evaluation.robust.mean() < 0.8 and evaluation.clean.mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda net, x: net(x.detach()), {GRADIENT, SEARCH, FALLS}),
+        (lambda net, x: net((x * 8).round() / 8), {GRADIENT, SEARCH, FALLS}),
+        # CW is blind to this one's cross-entropy, so that what is robust stays so.
+        (lambda net, x: 1000 * net(x), {GRADIENT, FALLS}),
+        (lambda net, x: net(x).softmax(1), {LOGITS}),
+        (lambda net, x: net(x) + 0.005 * torch.randn(len(x), C), {REPEAT}),
+        (lambda net, x: net(x) + 1000 + 0.005 * torch.randn(len(x), C), {REPEAT}),
+        (lambda net, x: net(x) + 0.05 * torch.randn(len(x), C), {REPEAT, COMPANY}),
+        (lambda net, x: net(x) + 0.5 * net(x).mean(0).detach(), {COMPANY}),
+        (lambda net, x: net(x * 0.1 + 0.5), {PIXELS}),
+        (lambda net, x: net((x + 1) / 2), {PIXELS}),
+        (lambda net, x: net(x / 255), {PIXELS, FALLS}),
+    ],
+    ids=[
+        "gradient cut",
+        "rounded",
+        "saturated",
+        "softmax",
+        "random output, slightly",
+        "random output far from 0",
+        "random output",
+        "company",
+        "normalised",
+        "-1 to 1",
+        "0 to 255",
+    ],
+)
+def test_each_fault_has_its_check(change, expected, data):
+    assert warned(data, change) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net, x: net(x) + 1e-5 * torch.randn(len(x), C),  # as a GPU may round
+        lambda net, x: net(x).softmax(1).log(),
+        lambda net, x: net(x) + 20,  # positive, but no probabilities
+        lambda net, x: net(x).softmax(1) - 0.25,
+        lambda net, x: net(x + 0.03),
+    ],
+    ids=["rounding", "log of softmax", "positive", "sums to 0", "a shift of its own"],
+)
+def test_what_is_no_fault_is_not_called_one(change, data):
+    assert warned(data, change) == set()
+
+
+def test_noise_in_the_input(data):
+    """Which attacks find more than which others is then a matter of chance."""
+    found = warned(data, lambda net, x: net(x + 0.2 * torch.randn_like(x)))
+    assert {REPEAT, COMPANY, ZERO} <= found <= {REPEAT, COMPANY, ZERO, STRENGTH, MORE, SEARCH}
+
+
+def test_a_buffer_that_counts_calls_is_a_network_that_changes(data):
+    class Counts(Nearest):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    evaluation = evaluate(Counts(), data, epsilon=EPSILON, attacks="pgd20,cw30")
+    found = {check.name: check for check in checks(Counts(), data, evaluation)}
+    assert {name for name, check in found.items() if not check.passed} == {REPEAT}
+    assert found[REPEAT].numbers.endswith("0 classes and 1 buffers changed")
+
+
+# --- The numbers ---
+
+
+def test_images_without_a_gradient_are_counted(data):
+    """One is enough for a warning."""
+    sample = data.subset(torch.arange(60))
+    for number in (0, 1, 7):
+        cut = sample.images[:number]
+
+        def change(net, x, cut=cut):
+            same = (x[:, None] == cut).flatten(2).all(2).any(1).view(-1, 1, 1, 1)
+            return net(torch.where(same, x.detach(), x))
+
+        check = checked(sample, change)[GRADIENT]
+        assert check.passed == (number == 0)
+        assert check.numbers.startswith(f"{number} of 60 images; median of the largest entry 0.0")
+
+
+def test_numbers_are_those_of_attacks_on_the_sample(data):
+    """As many images are right as evaluations of one's own say."""
+    sample = data.subset(torch.arange(80))
+    found = checked(sample)
+
+    def right(name, epsilon):
+        attacked = evaluate(Nearest(), sample, epsilon=epsilon, attacks=name, each=True)
+        return int(attacked.right[-1].sum())
+
+    clean, fgsm, pgd = right("", 0.1), right("fgsm", 0.1), right("pgd20", 0.1)
+    numbers = found[STRENGTH].numbers
+    assert numbers.startswith(f"of 80 images, {clean} are right when clean, ")
+    assert numbers.endswith(f" under noise, {fgsm} under fgsm, {pgd} under pgd20")
+    curve = [f"{right('pgd20', size)} at {size:.3g}" for size in (0.05, 0.1, 0.2, 1.0)]
+    assert found[FALLS].numbers == f"of 80 images right: {clean} clean, " + ", ".join(curve)
+    assert found[PIXELS].numbers.startswith(f"clean accuracy {clean / 80:.1%}; ")
+
+
+@pytest.mark.parametrize(("name", "steps"), [("nothing", 0), ("pgd1", 1)])
+def test_weak_attacks_leave_what_stronger_ones_break(name, steps, data):
+    weak = replace(parse_attack("pgd20"), name=name, steps=steps)
+    found = checked(data, attacks=[weak])
+    assert {key for key, check in found.items() if not check.passed} == {MORE, SEARCH, MARGIN}
+    for key in (MORE, SEARCH):
+        assert found[key].numbers.endswith(" images that withstood all attacks")
+
+
+@pytest.mark.parametrize(
+    ("attacks", "passed"),
+    [("pgd20", False), ("cw2", True), ("fgsm,pgd20-sat", False), ("cw30,fgsm", True)],
+)
+def test_the_margin_attacks_are_named(attacks, passed, data):
+    check = checked(data, attacks=attacks)[MARGIN]
+    names = [name for name in attacks.split(",") if name.startswith("cw")]
+    assert check.passed == passed
+    assert check.numbers == (", ".join(names) or "add cw30 or autoattack to the attacks")
+
+
+def test_where_all_is_broken_there_is_nothing_more_to_find(data):
+    found = checked(data, epsilon=0.5)
+    assert all(check.passed for check in found.values())
+    for name in (MORE, SEARCH):
+        assert " breaks 0 of the 0 images" in found[name].numbers.replace("break ", "breaks ")
+
+
+@pytest.mark.parametrize(
+    ("images", "share", "most"),
+    [(10, 0.01, 0), (20, 0.01, 1), (40, 0.01, 2), (100, 0.01, 2), (100, 0.03, 3), (100, 0.05, 5)],
+)
+def test_how_many_images_may_differ(images, share, most):
+    assert allowed(images, share) == most
+
+
+# --- The sample ---
+
+
+@pytest.mark.parametrize("examples", [None, 60])
+def test_the_sample_is_of_the_evaluated_images_in_proportion(examples, data):
+    model = Nearest()
+    settings = {"epsilon": EPSILON, "attacks": "cw30", "examples": examples, "seed": 3}
+    evaluation = evaluate(model, data, **settings)
+    model.asked.clear()
+    found = {check.name: check for check in checks(model, data, evaluation)}
+    n = min(SAMPLE, examples or len(data))
+    chosen = stratified(evaluation.labels, C, n, "checks", 3)
+    assert torch.equal(model.asked[0], data.images[evaluation.index[chosen]])
+    assert evaluation.labels[chosen].bincount().tolist() == [n // C] * C
+    assert found[ZERO].numbers == f"0 of {n} classes changed"
+    left = int(evaluation.withstood[chosen].sum())
+    assert found[MORE].numbers.endswith(f" of the {left} images that withstood all attacks")
+
+
+def test_a_smaller_sample_may_be_asked_for(data):
+    evaluation = evaluate(Nearest(), data, epsilon=EPSILON, attacks="cw30")
+    found = [
+        list(checks(Nearest(), data, evaluation, examples=examples)) for examples in (24, 24, 500)
+    ]
+    assert found[0] == found[1] and found[0] != found[2]
+    numbers = [next(c.numbers for c in each if c.name == GRADIENT) for each in found]
+    assert [each.split(" images")[0] for each in numbers] == ["0 of 24", "0 of 24", "0 of 240"]
+
+
+def test_one_image_and_classes_without_images(data):
+    for few in (data.subset(torch.tensor([0])), data.subset((data.labels != 2).nonzero()[:, 0])):
+        assert warned(few) <= {PIXELS}  # one image is right by chance, too
+
+
+def test_bytes_are_images_too(data):
+    whole = replace(data, images=(data.images * 255).round().to(torch.uint8))
+    assert warned(whole) == set()
