@@ -117,8 +117,7 @@ def paired(ours: Evaluation, theirs: Evaluation) -> Differences:
 
     Source: spec, peers (rho).
     """
-    if not torch.equal(ours.index, theirs.index) or not torch.equal(ours.labels, theirs.labels):
-        raise UsageError("the two networks were not evaluated on the same images", SAME_IMAGES)
+    check_same_images(ours, theirs)
 
     def pair(rights: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Accuracies (2,p) of the classes, and (r,2,p) of resampled images."""
@@ -146,7 +145,13 @@ def paired(ours: Evaluation, theirs: Evaluation) -> Differences:
     )
 
 
-SAME_IMAGES = "give both the same --dataset, --data, --split and --examples"
+def check_same_images(ours: Evaluation, theirs: Evaluation) -> None:
+    """Raise UsageError if two evaluations are of different images."""
+    if not torch.equal(ours.index, theirs.index) or not torch.equal(ours.labels, theirs.labels):
+        raise UsageError(
+            "the two networks were not evaluated on the same images",
+            "give both the same --dataset, --data, --split and --examples",
+        )
 
 
 # --- Running the attacks ---
@@ -229,13 +234,13 @@ def check_settings(epsilon: float, restarts: int, examples: int | None, batch_si
 def fast_layout(model: nn.Module, some: Tensor) -> torch.memory_format:
     """How images are laid out for the network: channels-last on a CPU, whose convolutions are
     faster so (docs/performance.md), unless the network cannot view them."""
-    if some.device.type == "cpu":
-        try:
-            model(some.contiguous(memory_format=torch.channels_last))
-        except RuntimeError:
-            return torch.contiguous_format
-        return torch.channels_last
-    return torch.contiguous_format
+    on_cpu = some.device.type == "cpu"
+    layout = torch.channels_last if on_cpu else torch.contiguous_format
+    try:
+        model(some.contiguous(memory_format=layout))
+    except RuntimeError:
+        layout = torch.contiguous_format
+    return layout
 
 
 def attack_row(

@@ -369,6 +369,20 @@ def test_fewer_examples_than_classes_are_of_different_classes():
     assert len(chosen) == 5  # the seed decides
 
 
+def test_attacks_are_told_budget_seed_and_restart():
+    told = []
+
+    class Listens(Writes):
+        def perturb(self, *given, **settings):
+            told.append(settings)
+            return super().perturb(*given, **settings)
+
+    labels = [0, 1, 2]
+    attack = Listens("listens", [labels, labels])
+    run((labels, labels, None), [attack], epsilon=0.07, seed=5)
+    assert told == [{"restart": k, "epsilon": 0.07, "seed": 5} for k in (0, 1)]
+
+
 def test_attacks_know_images_by_their_number_in_the_set():
     labels = [k % C for k in range(30)]
     world = (labels, labels, [[labels]])
