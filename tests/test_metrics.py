@@ -206,7 +206,8 @@ def test_rho_is_the_sum_of_relative_gains(worst, average, base_worst, base_avera
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_has_the_roots_of_its_equation_as_ends(count):
     right, images = count
-    _, low, high = wilson(right, images)
+    share, low, high = wilson(right, images)
+    assert 0 <= low <= share <= high <= 1
     assert (low, high) == pytest.approx(oracles.wilson(*count, 1.959964), abs=1e-9)
     assert (low == 0) <= (right == 0) and (high == 1) <= (right == images)
     if right < images:  # one more is better, at both ends
@@ -217,11 +218,22 @@ def test_wilson_has_the_roots_of_its_equation_as_ends(count):
     assert low <= inner_low <= inner_high <= high
 
 
+def test_wilson_of_none_and_all_ends_at_the_border():
+    """Exactly: rounding takes it across, else."""
+    for images in range(1, 60):
+        none, every = wilson(0, images), wilson(images, images)
+        assert (none.value, none.low) == (0.0, 0.0) and (every.value, every.high) == (1.0, 1.0)
+        assert none.high < 1 and every.low > 0
+
+
 def test_replicates_of_two_images_by_their_probabilities():
     """One of two is right: none, one or both draws are it. Classes are drawn apart. Five standard
     errors of 20,000 replicates."""
     right, labels = torch.tensor([[True, True, False, False]]), torch.tensor([0, 1, 0, 1])
-    found = resampled(right, labels, torch.Generator().manual_seed(0), 20000)[:, 0]
+    found, again = (
+        resampled(right, labels, torch.Generator().manual_seed(0), 20000)[:, 0] for _ in range(2)
+    )
+    assert torch.equal(found, again)
     for a in (0.0, 0.5, 1.0):
         for b in (0.0, 0.5, 1.0):
             share = ((found[:, 0] == a) & (found[:, 1] == b)).double().mean().item()

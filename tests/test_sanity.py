@@ -3,6 +3,7 @@
 On a trained network, and as a whole, they are tried in test_checks.
 """
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,7 @@ from torch import nn
 import absld
 from absld.data import stratified
 from absld.evaluation import evaluate
-from absld.sanity import SAMPLE, allowed, checks
+from absld.sanity import SAMPLE, allowed, checks, margin_attack
 from absld.suite import parse_attack
 
 C, SIDE, EPSILON = 4, 4, 0.1
@@ -126,9 +127,19 @@ def test_each_fault_has_its_check(change, expected, data):
         lambda net, x: net(x).softmax(1).log(),
         lambda net, x: net(x) + 20,  # positive, but no probabilities
         lambda net, x: net(x).softmax(1) - 0.25,
+        lambda net, x: net(x) / 10 + 0.25,  # adds up to 1, but some are negative
+        lambda net, x: net(x) / 10 + 0.4,  # in [0,1], but adds up to more
         lambda net, x: net(x + 0.03),
     ],
-    ids=["rounding", "log of softmax", "positive", "sums to 0", "a shift of its own"],
+    ids=[
+        "rounding",
+        "log of softmax",
+        "positive",
+        "sums to 0",
+        "sums to 1",
+        "in [0,1]",
+        "a shift of its own",
+    ],
 )
 def test_what_is_no_fault_is_not_called_one(change, data):
     assert warned(data, change) == set()
@@ -138,6 +149,36 @@ def test_noise_in_the_input(data):
     """Which attacks find more than which others is then a matter of chance."""
     found = warned(data, lambda net, x: net(x + 0.2 * torch.randn_like(x)))
     assert {REPEAT, COMPANY, ZERO} <= found <= {REPEAT, COMPANY, ZERO, STRENGTH, MORE, SEARCH}
+
+
+def distance(x, images):
+    """To the nearest of the images, in the L-infinity norm."""
+    return (x[:, None] - images).abs().flatten(2).amax(2).amin(1).view(-1, 1, 1, 1)
+
+
+def test_gradients_at_the_images_alone(data):
+    """PGD starts elsewhere and does not move; FGSM starts there, as CW does for a step."""
+    sample = data.subset(torch.arange(60))
+
+    def change(net, x):
+        return net(torch.where(distance(x, sample.images) < 1e-6, x, x.detach()))
+
+    found = checked(sample, change)
+    failed = {name for name, check in found.items() if not check.passed}
+    assert {STRENGTH, SEARCH} <= failed <= {STRENGTH, SEARCH, FALLS}
+    fgsm, pgd = map(int, re.findall(r"(\d+) under (?:fgsm|pgd20)", found[STRENGTH].numbers))
+    assert pgd >= 58 and fgsm < 30
+
+
+def test_gradients_that_end_beyond_the_budget(data):
+    """Accuracy falls, rises at twice the budget, and is zero in the whole box."""
+    sample = data.subset(torch.arange(60))
+
+    def change(net, x):
+        far = distance(x, sample.images)
+        return net(torch.where((far > 0.12) & (far < 0.35), x.detach(), x))
+
+    assert warned(sample, change) == {FALLS}
 
 
 def test_a_buffer_that_counts_calls_is_a_network_that_changes(data):
@@ -210,6 +251,15 @@ def test_the_margin_attacks_are_named(attacks, passed, data):
     names = [name for name in attacks.split(",") if name.startswith("cw")]
     assert check.passed == passed
     assert check.numbers == (", ".join(names) or "add cw30 or autoattack to the attacks")
+
+
+@pytest.mark.parametrize(
+    ("attacks", "passed"), [(("apgd-ce", "fab-t", "square"), False), (("apgd-ce", "apgd-t"), True)]
+)
+def test_a_part_of_autoattack_is_a_margin_attack(attacks, passed, data):
+    evaluation = evaluate(Nearest(), data, epsilon=EPSILON, attacks=())
+    check = margin_attack(replace(evaluation, attacks=("clean", *attacks)))
+    assert check.passed == passed and (check.numbers == "apgd-t") == passed
 
 
 def test_where_all_is_broken_there_is_nothing_more_to_find(data):
