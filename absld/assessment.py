@@ -5,7 +5,6 @@ was interrupted, and a finished one is read instead of done again.
 """
 
 import contextlib
-import hashlib
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from torch import nn
 
 from absld import document
 from absld.attack import frozen_eval
-from absld.checkpoint import RunDirectory, digest, load, save, write_text
+from absld.checkpoint import RunDirectory, digest, key_of, load, save, write_text
 from absld.config import Config, EvaluationConfig, from_toml, resolve
 from absld.data import ImageSet, load_data, pixels
 from absld.environment import environment
@@ -29,6 +28,7 @@ from absld.models import MODELS
 from absld.runtime import arithmetic, in_precision, resolve_device
 from absld.sanity import Check, checks
 from absld.suite import Attack, parse_attacks
+from absld.summary import warnings
 from absld.validation import check_network
 
 SAVE_EVERY = 10.0  # seconds
@@ -62,9 +62,8 @@ class Assessment:
     @property
     def warnings(self) -> list[str]:
         """The checks that did not pass, of both networks."""
-        against = self.document["against"] or {"checks": None}
-        found = [*(self.document["checks"] or ()), *(against["checks"] or ())]
-        return [check["name"] for check in found if not check["passed"]]
+        against = self.document["against"]
+        return warnings(self.document) + (warnings(against) if against else [])
 
 
 def assess(target: str, config: EvaluationConfig, observer: Observer) -> Assessment:
@@ -72,13 +71,17 @@ def assess(target: str, config: EvaluationConfig, observer: Observer) -> Assessm
 
     target: a run directory, a file of weights, or package.module:factory. Raises AbsldError.
     """
-    check_target(target)
-    run = run_config(target)
-    config = completed(config, run)
-    device = resolve_device(config.device)
+    config = completed(config, target)
     data = images(config)
+    return assess_network(target, network_of(target, config, data), data, config, observer)
+
+
+def assess_network(
+    target: str, network: Network, data: ImageSet, config: EvaluationConfig, observer: Observer
+) -> Assessment:
+    """`assess`, of a network and images that are there already, with a completed configuration."""
+    device = resolve_device(config.device)
     attacks = parse_attacks(config.attacks, data.num_classes, config.restarts)
-    network = network_of(target, config, data)
     for note in network.notes:
         observer.note(note)
     settings = {name: getattr(config, name) for name in DECIDING}
@@ -91,7 +94,7 @@ def assess(target: str, config: EvaluationConfig, observer: Observer) -> Assessm
         "weights_sha256": digest(network.model.state_dict()),
         "images_sha256": data.digest(),
     }
-    directory = RunDirectory(folder(target, config, run is not None) / name_of(target, identity))
+    directory = RunDirectory(folder(target, config) / name_of(target, identity))
     result = directory.path / "evaluation.json"
     with directory, arithmetic(config.precision), network_at_fault(target):
         record, started = environment(device), time.perf_counter()
@@ -140,13 +143,14 @@ def assess_against(
 ) -> Assessment:
     """Evaluate two networks on the same images by the same attacks; the first one's assessment,
     with the paired differences to the second. base_model: what `config.model` is for the first."""
-    for each in (target, base):
-        check_target(each)
-    config = completed(config, run_config(target))  # the budget and images are the first one's
-    base_config = replace(config, model=base_model)
-    network_of(base, base_config, images(config))  # looked at before hours are spent on the other
-    ours = assess(target, config, observer)
-    theirs = assess(base, base_config, observer)
+    check_target(base)
+    config = completed(config, target)  # the budget and the images are the first one's
+    data = images(config)
+    # Both are looked at before hours are spent on one.
+    our_network = network_of(target, config, data)
+    base_network = network_of(base, replace(config, model=base_model), data)
+    ours = assess_network(target, our_network, data, config, observer)
+    theirs = assess_network(base, base_network, data, config, observer)
     against = {
         "network": theirs.document["network"],
         "checks": theirs.document["checks"],
@@ -175,9 +179,11 @@ def run_config(target: str) -> Config | None:
     return resolve(from_toml(str(path))) if path.is_file() else None
 
 
-def completed(config: EvaluationConfig, run: Config | None) -> EvaluationConfig:
+def completed(config: EvaluationConfig, target: str) -> EvaluationConfig:
     """The configuration with the data and the budget of the run, or of the data set's recipe.
     Raises UsageError without either."""
+    check_target(target)
+    run = run_config(target)
     if config.dataset is None and run is None:
         raise UsageError(
             "which images? a network that is no run does not say", "--dataset NAME, and --data DIR"
@@ -238,20 +244,18 @@ def images(config: EvaluationConfig) -> ImageSet:
     return part
 
 
-def folder(target: str, config: EvaluationConfig, is_run: bool) -> Path:
-    """Where the results of evaluations of `target` are."""
-    if config.out:
-        return Path(config.out)
-    return Path(target) / "evaluations" if is_run else Path("evaluations")
+def folder(target: str, config: EvaluationConfig) -> Path:
+    """Where the results of evaluations of `target` are: beside a run, if it is one."""
+    home = Path(target) if run_config(target) else Path()
+    return Path(config.out) if config.out else home / "evaluations"
 
 
 def name_of(target: str, identity: dict[str, Any]) -> str:
     """A directory's name: what a person looks for, and a digest of all that makes the result."""
-    key = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:8]
     path = Path(target)
     short = path.stem if path.is_file() else path.name
     short = re.sub(r"[^\w.-]+", "-", short)[-100:]
-    return f"{short}-{key}"
+    return f"{short}-{key_of(identity)}"
 
 
 def attacked(

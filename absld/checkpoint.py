@@ -65,6 +65,11 @@ def content_digest(content: Any) -> str:
     return sha.hexdigest()
 
 
+def key_of(made_of: Mapping[str, Any]) -> str:
+    """A short digest of settings and the like, for the name of a directory."""
+    return hashlib.sha256(repr(sorted(made_of.items())).encode()).hexdigest()[:8]
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that gets the name `path` when it is whole and on the disk, or never."""

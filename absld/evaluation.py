@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from absld.attack import frozen_eval, project_linf
 from absld.data import ImageSet, pixels, stratified
 from absld.errors import NonFiniteError, UsageError
-from absld.metrics import METRICS, Interval, bootstrap, present, relative_gains, resampled, wilson
+from absld.metrics import METRICS, Interval, bootstrap, present, resampled, rho, wilson
 from absld.seeding import generator
 from absld.suite import STANDARD, Attack, parse_attacks
 from absld.validation import check_network
@@ -119,29 +119,25 @@ def paired(ours: Evaluation, theirs: Evaluation) -> Differences:
     """
     check_same_images(ours, theirs)
 
-    def pair(rights: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Accuracies (2,p) of the classes, and (r,2,p) of resampled images."""
-        right = torch.stack(rights)
+    def pair(ours_right: Tensor, theirs_right: Tensor) -> tuple[Tensor, Tensor]:
+        """Accuracies (2,p) of the classes, and (2,r,p) of resampled images."""
+        right = torch.stack([ours_right, theirs_right])
         accuracy = torch.stack([present(ours.class_accuracy(row)) for row in right])
-        return accuracy, resampled(right, ours.labels, generator("bootstrap", ours.seed))
+        replicates = resampled(right, ours.labels, generator("bootstrap", ours.seed))
+        return accuracy, replicates.transpose(0, 1)
 
-    def differences(rights: list[Tensor]) -> dict[str, Interval]:
-        accuracy, replicates = pair(rights)
+    def differences(accuracy: Tensor, replicates: Tensor) -> dict[str, Interval]:
         result = {}
         for name, metric in METRICS.items():
-            value, values = metric(accuracy), metric(replicates)
-            result[name] = bootstrap((value[0] - value[1]).item(), values[:, 0] - values[:, 1])
+            (mine, other), (mine_r, other_r) = metric(accuracy), metric(replicates)
+            result[name] = bootstrap((mine - other).item(), mine_r - other_r)
         return result
 
-    def score(accuracy: Tensor) -> Tensor:
-        both = torch.stack([METRICS["worst"](accuracy), METRICS["average"](accuracy)], -1)
-        return relative_gains(both[..., 0, :], both[..., 1, :])
-
-    accuracy, replicates = pair([ours.withstood, theirs.withstood])
+    accuracy, replicates = pair(ours.withstood, theirs.withstood)
     return Differences(
-        clean=differences([ours.right[0], theirs.right[0]]),
-        robust=differences([ours.withstood, theirs.withstood]),
-        rho=bootstrap(score(accuracy).item(), score(replicates)),
+        clean=differences(*pair(ours.right[0], theirs.right[0])),
+        robust=differences(accuracy, replicates),
+        rho=bootstrap(rho(*accuracy).item(), rho(*replicates)),
     )
 
 
@@ -196,12 +192,12 @@ def evaluate(
     does not take the images or gives no logits (N,C), NonFiniteError for logits of NaN or
     infinity, UsageError for settings out of range. Source: spec, Evaluation.
     """
-    check_network(model, data, "the network")
     check_settings(epsilon, restarts, examples, batch_size)
     if isinstance(attacks, str):
         attacks = parse_attacks(attacks, data.num_classes, restarts)
     if any(isinstance(attack, str) for attack in attacks):
         raise UsageError("attacks is a list of names", "needed: names in one text, with commas")
+    check_network(model, data, "the network")
     index = stratified(data.labels, data.num_classes, examples, "examples", seed)
     rows = 1 + len(attacks)
     started = torch.full((rows, len(index)), PENDING) if before is None else before.clone()
@@ -217,8 +213,15 @@ def evaluate(
     )
     with frozen_eval(model), torch.no_grad():
         layout = fast_layout(model, pixels(data.images[:2]))
-        for row, attack in enumerate([None, *attacks]):
-            attack_row(model, data, evaluation, row, attack, attacks, batch_size, layout, on_batch)
+        for row in range(rows):
+            pending = to_do(evaluation, row)
+            for start in range(0, len(pending), batch_size):
+                batch = pending[start : start + batch_size]
+                images = data.images[evaluation.index[batch].to(data.images.device)]
+                x_nat = pixels(images).contiguous(memory_format=layout)
+                said = said_of(model, x_nat, evaluation, batch, attacks[row - 1] if row else None)
+                evaluation.predictions[row, batch] = said.cpu()
+                on_batch(progress(evaluation, row, attacks), evaluation)
     return evaluation
 
 
@@ -243,54 +246,31 @@ def fast_layout(model: nn.Module, some: Tensor) -> torch.memory_format:
     return layout
 
 
-def attack_row(
-    model: nn.Module,
-    data: ImageSet,
-    evaluation: Evaluation,
-    row: int,
-    attack: Attack | None,
-    attacks: Sequence[Attack],
-    batch_size: int,
-    layout: torch.memory_format,
-    on_batch: OnBatch,
-) -> None:
-    """Fill a row of the predictions: with what was said before where that was wrong, else with
-    what is said under this attack (None: of the clean images)."""
+def to_do(evaluation: Evaluation, row: int) -> Int[Tensor, " m"]:
+    """The images of a row that are still to be looked at; those that it passes over are given what
+    was said before."""
     said = evaluation.predictions[row]
     if row:
         earlier = evaluation.predictions[0 if evaluation.each else row - 1]
         passed_over = earlier != evaluation.labels
         said[passed_over] = earlier[passed_over]
-    pending = (said == PENDING).nonzero().squeeze(1)
-    for start in range(0, len(pending), batch_size):
-        batch = pending[start : start + batch_size]
-        images = data.images[evaluation.index[batch].to(data.images.device)]
-        x_nat, labels = pixels(images), evaluation.labels[batch].to(images.device)
-        if attack is None:
-            said[batch] = predicted(model, x_nat, "of clean images").cpu()
-        else:
-            worst = worst_of_restarts(model, x_nat, labels, evaluation, batch, attack, layout)
-            said[batch] = worst.cpu()
-        on_batch(progress(evaluation, row, attacks), evaluation)
+    return (said == PENDING).nonzero().squeeze(1)
 
 
-def worst_of_restarts(
-    model: nn.Module,
-    x_nat: Tensor,
-    labels: Tensor,
-    evaluation: Evaluation,
-    batch: Tensor,
-    attack: Attack,
-    layout: torch.memory_format,
+def said_of(
+    model: nn.Module, x_nat: Tensor, evaluation: Evaluation, batch: Tensor, attack: Attack | None
 ) -> Tensor:
-    """What the network says of a batch under an attack that is tried `attack.restarts` times, each
-    time on the images that are still right."""
+    """What the network says of a batch: clean (None), or under an attack that is tried
+    `attack.restarts` times, each time on the images that are still right."""
+    if attack is None:
+        return predicted(model, x_nat, "of clean images")
+    labels = evaluation.labels[batch].to(x_nat.device)
     said = labels.clone()
     for restart in range(attack.restarts):
         left = (said == labels).nonzero().squeeze(1)
         if not len(left):
             break
-        x_left = x_nat[left].contiguous(memory_format=layout)
+        x_left = x_nat[left]
         x_adv = attack.perturb(
             model,
             x_left.clone(),  # an attack, or a network, may write to it

@@ -14,7 +14,7 @@ from absld.assessment import Assessment
 from absld.errors import Stopped
 from absld.evaluation import Progress
 from absld.sanity import Check
-from absld.summary import METRICS
+from absld.summary import METRICS, worst
 from absld.view import time_text
 
 EVERY = 30.0  # seconds between lines of progress where nothing can move
@@ -79,7 +79,7 @@ class EvaluationView:
         for text in result_lines(assessment.document):
             self.line(text)
         if assessment.warnings:
-            self.line(f"{len(assessment.warnings)} checks warn: the figures may be worth less")
+            self.line(f"the figures may be worth less: WARN {len(assessment.warnings)} times above")
         self.line(str(assessment.path))
 
 
@@ -98,12 +98,11 @@ def result_lines(document: Mapping[str, Any]) -> list[str]:
         "",
         f"{'class':22} images {'clean':>20} {'robust':>20}",
     ]
-    rows = list(zip(clean["classes"], robust["classes"], strict=True))
-    worst = min(
-        (c["value"] for _, c in rows if c["value"] is not None),
-    )
-    for of_clean, of_robust in rows:
-        mark = "  worst" if of_robust["value"] == worst else ""
+    marked = worst(document)
+    for k, (of_clean, of_robust) in enumerate(
+        zip(clean["classes"], robust["classes"], strict=True)
+    ):
+        mark = "  worst" if k in marked else ""
         lines.append(
             f"{short(of_clean['class'])} {of_clean['images']:6} {figure(of_clean)} "
             f"{figure(of_robust)}{mark}"

@@ -1,6 +1,5 @@
 """A whole run: data, teacher, student, test. What is shown meanwhile is the observer's matter."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from absld.checkpoint import RunDirectory, digest, load
+from absld.checkpoint import RunDirectory, digest, key_of, load
 from absld.config import Config, TrainConfig, from_toml, resolve, to_toml
 from absld.data import Splits, load_data
 from absld.environment import environment
@@ -202,8 +201,7 @@ def student_run(config: Config, inputs: dict[str, str], resume: bool) -> RunDire
 
 def run_name(config: Config, kind: str, made_of: Mapping[str, Any]) -> str:
     """A directory's name: what a person looks for, and a digest of all that makes the result."""
-    key = hashlib.sha256(repr(sorted(made_of.items())).encode()).hexdigest()[:8]
-    return f"{config.dataset}-{kind}-seed{config.seed}-{key}"
+    return f"{config.dataset}-{kind}-seed{config.seed}-{key_of(made_of)}"
 
 
 def digests(splits: Splits) -> dict[str, str]:

@@ -92,7 +92,7 @@ def from_file(path: Path, num_classes: int, key: Key, architecture: str) -> Netw
     content = load(path)
     raw, found = find_state_dict(content, path)
     state, notes = stripped(raw)
-    mean, std = taken(state, MEAN), taken(state, STD)
+    normalisation = taken(state)
     stated = content.get("architecture") if isinstance(content, Mapping) else None
     if architecture and architecture not in MODELS:
         name = architecture  # a factory is asked for by name, and has its own idea of its tensors
@@ -107,14 +107,14 @@ def from_file(path: Path, num_classes: int, key: Key, architecture: str) -> Netw
         )
     model = load_network(name, num_classes, key).model
     if model.state_dict().keys() == raw.keys():  # a factory's own names may look like prefixes
-        state, notes, mean, std = raw, [], None, None
+        state, notes, normalisation = raw, [], None
     counters = model.state_dict().keys() - state.keys()
     if counters and all(name.endswith(COUNTER) for name in counters):
         state |= dict.fromkeys(counters, torch.tensor(0))
         notes.append(f"{len(counters)} counters of batch norms are not in it, and set to 0")
     load_state(model, state, path)
-    if mean is not None and std is not None:
-        model = Normalised(model, mean, std)
+    if normalisation:
+        model = Normalised(model, *normalisation)
         notes.append("its normalisation of the pixels is put before the network")
     return Network(model, name, tuple(f"{path}: {note}" for note in [*found, *notes]))
 
@@ -171,19 +171,22 @@ def stripped(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     unused = [name for name in raw if UNUSED in name]
     if unused:
         notes.append(f"{len(unused)} tensors {UNUSED}* left out: no forward uses them")
-    state = {PREFIXES.sub("", name): raw[name] for name in raw if name not in unused}
-    renamed = sorted(name for name in raw if name not in unused and name not in state)
-    if renamed:
+    kept = {name: tensor for name, tensor in raw.items() if name not in unused}
+    state = {PREFIXES.sub("", name): tensor for name, tensor in kept.items()}
+    if len(state) < len(kept):  # two would have one name: they are no prefixes
+        state = kept
+    if renamed := sorted(kept.keys() - state.keys()):
         notes.append(f"{len(renamed)} tensors without their prefix, such as {renamed[0]}")
     return state, notes
 
 
-def taken(state: dict[str, Tensor], pattern: re.Pattern[str]) -> Tensor | None:
-    """The tensor of three channels with such a name, taken out of the state dict."""
-    for name, tensor in state.items():
-        if pattern.fullmatch(name) and tensor.numel() == 3:
-            return state.pop(name)
-    return None
+def taken(state: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of three channels, taken out of a state dict that has both."""
+    names = [
+        next((name for name in state if kind.fullmatch(name) and state[name].numel() == 3), "")
+        for kind in (MEAN, STD)
+    ]
+    return (state.pop(names[0]), state.pop(names[1])) if all(names) else None
 
 
 def recognise(state: Mapping[str, Tensor]) -> str | None:

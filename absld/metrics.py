@@ -30,7 +30,7 @@ def fairness(class_accuracy: Float[Tensor, " c"], ddof: int = 0) -> Fairness:
     normalized_std is 0. Source: spec, Evaluation.
     """
     accuracy = present(class_accuracy)
-    nsd = accuracy.std(correction=ddof) / accuracy.mean().clamp_min(1e-12)
+    nsd = normalized_std(accuracy, ddof)
     return Fairness(accuracy.mean().item(), accuracy.min().item(), nsd.item())
 
 
@@ -44,6 +44,11 @@ def present(class_accuracy: Float[Tensor, " c"]) -> Float[Tensor, " p"]:
     return class_accuracy[~class_accuracy.isnan()].cpu().double()
 
 
+def normalized_std(accuracy: Tensor, ddof: int = 0) -> Tensor:
+    """Standard deviation over mean of accuracies (...,C); 0 where all are 0."""
+    return accuracy.std(-1, correction=ddof) / accuracy.mean(-1).clamp_min(1e-12)
+
+
 # Each takes accuracies (...,C) to (...), so that it takes thousands of resampled sets at once.
 METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     "average": lambda accuracy: accuracy.mean(-1),
@@ -52,29 +57,24 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
         accuracy.sort(-1).values[..., : max(1, accuracy.shape[-1] // 10)].mean(-1)
     ),
     "gap": lambda accuracy: accuracy.amax(-1) - accuracy.amin(-1),
-    "normalized_std": lambda accuracy: (
-        accuracy.std(-1, correction=0) / accuracy.mean(-1).clamp_min(1e-12)
-    ),
+    "normalized_std": normalized_std,
 }
 """Name -> what it says of class accuracies (...,C): their mean; the least; the mean of the worst
 10 % of the classes; best minus worst; population standard deviation over mean (NSD)."""
 
 
-def rho(ours: Fairness, base: Fairness) -> float:
-    """How much better than a baseline, in worst class and average, as a sum of relative gains.
+def rho(ours: Tensor, base: Tensor) -> Tensor:
+    """How much better class accuracies (...,C) are than a baseline's: the sum of the relative gains
+    in worst class and average (...).
 
-    Infinite over an average or a worst class of 0, unless both have that. Source: spec, peers.
+    A gain over 0 is infinite; where there is none, it is 0. Source: spec, peers.
     """
-    terms = torch.tensor(
-        [[ours.worst, ours.average], [base.worst, base.average]], dtype=torch.float64
-    )
-    return relative_gains(terms[0], terms[1]).item()
 
+    def gain(metric: Callable[[Tensor], Tensor]) -> Tensor:
+        mine, theirs = metric(ours), metric(base)
+        return torch.where(mine == theirs, 0.0, (mine - theirs) / theirs)
 
-def relative_gains(ours: Tensor, base: Tensor) -> Tensor:
-    """Quantities (...,q) of two networks -> the sum of the relative gains (...); infinite over a
-    base of 0, unless there is no gain at all."""
-    return torch.where(ours == base, 0.0, (ours - base) / base).sum(-1)
+    return gain(METRICS["worst"]) + gain(METRICS["average"])
 
 
 # --- Uncertainty ---

@@ -164,7 +164,7 @@ def test_nothing_is_computed_twice(runs, capfd, monkeypatch):
     flags = [runs["absld"], *FAST, "--out", "out"]
     bare = evaluated(capfd, *flags, "--no-checks")
     assert bare["checks"] is None
-    monkeypatch.setattr("absld.evaluation.worst_of_restarts", None)  # no attack may run again
+    monkeypatch.setattr("absld.evaluation.said_of", None)  # no attack may run again
     with monkeypatch.context() as patch:
         patch.setattr(assessment, "checks", lambda *_: iter(()))
         assert evaluated(capfd, *flags)["checks"] == []

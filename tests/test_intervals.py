@@ -12,7 +12,7 @@ from tolerance import assert_close
 
 import absld
 from absld.data import stratified
-from absld.metrics import METRICS, Fairness, bootstrap, resampled, rho, wilson
+from absld.metrics import METRICS, bootstrap, resampled, rho, wilson
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -82,11 +82,11 @@ def test_metrics_are_their_formulas(accuracy):
 
 
 def test_rho():
-    base = Fairness(0.5, 0.2, 0.3)
-    assert rho(base, base) == 0
-    assert rho(Fairness(0.55, 0.25, 0.0), base) == pytest.approx(0.25 + 0.1)
-    assert rho(Fairness(0.5, 0.0, 0.3), Fairness(0.5, 0.0, 0.3)) == 0
-    assert rho(Fairness(0.5, 0.1, 0.3), Fairness(0.5, 0.0, 0.3)) == math.inf
+    base, none = torch.tensor([0.2, 0.8]), torch.tensor([0.0, 1.0])
+    assert rho(base, base).item() == 0
+    assert rho(torch.tensor([0.85, 0.25]), base).item() == pytest.approx(0.25 + 0.1)
+    assert rho(none, none).item() == 0
+    assert rho(torch.tensor([0.1, 0.9]), none).item() == math.inf
 
 
 # --- Bootstrap ---

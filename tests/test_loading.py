@@ -264,6 +264,17 @@ def test_a_normalisation_inside_the_file_is_kept_inside_the_network(mean, std, t
     assert torch.equal(again.model.eval()(x), expected)
 
 
+@pytest.mark.parametrize("name", ["mu", "sigma"])
+def test_half_a_normalisation_is_not_dropped_silently(name, tmp_path):
+    path = file_of(tmp_path, weights() | {name: torch.ones(3)})
+    refused(path, f"has besides ['{name}']", architecture="convnet")
+
+
+def test_prefixes_without_which_two_tensors_had_one_name_are_none(tmp_path):
+    state = weights() | {"module.linear.bias": torch.ones(C)}
+    refused(file_of(tmp_path, state), "module.linear.bias", architecture="convnet")
+
+
 def test_of_two_state_dicts_in_a_file_one_is_read_and_the_other_named(tmp_path):
     content = {"model": weights(), "ema": build_model("convnet", C, "ema").state_dict()}
     network = load_network(file_of(tmp_path, content), C, KEY)
