@@ -10,6 +10,7 @@ import sys
 
 import eagerpy
 import foolbox
+import numpy as np
 import torch
 import torchattacks
 from art.attacks.evasion import CarliniLInfMethod, ProjectedGradientDescentPyTorch
@@ -90,6 +91,7 @@ def attacks(model, x, labels):
 
 def main(run):
     torch.manual_seed(0)
+    np.random.seed(0)  # ART's starts
     data = absld.load_data("digits", "").test
     model = absld.load_network(run, 10, ("agreement",)).model.eval().requires_grad_(False)
     x, labels = data.images / 255, data.labels
