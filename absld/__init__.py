@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from absld.config import Config as Config
     from absld.config import TrainConfig as TrainConfig
     from absld.data import ImageSet as ImageSet
-    from absld.data import load_data as load_data
     from absld.errors import AbsldError as AbsldError
     from absld.errors import CheckpointError as CheckpointError
     from absld.errors import DataError as DataError
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from absld.loss import soft_label_kl as soft_label_kl
     from absld.metrics import fairness as fairness
     from absld.models import build_model as build_model
+    from absld.sources import load_data as load_data
     from absld.temperature import ClassTemperature as ClassTemperature
     from absld.temperature import class_risk_sums as class_risk_sums
     from absld.temperature import soften as soften
@@ -46,7 +46,7 @@ _HOMES = {
     "attack": ["TrainingAttack", "frozen_eval", "kl", "pgd", "project_linf"],
     "checkpoint": ["RunDirectory", "digest"],
     "config": ["Config", "TrainConfig"],
-    "data": ["ImageSet", "load_data"],
+    "data": ["ImageSet"],
     "errors": [
         "AbsldError",
         "CheckpointError",
@@ -60,6 +60,7 @@ _HOMES = {
     "loss": ["absld_loss", "soft_label_kl"],
     "metrics": ["fairness"],
     "models": ["build_model"],
+    "sources": ["load_data"],
     "temperature": ["ClassTemperature", "class_risk_sums", "soften", "update_temperature"],
     "trainer": ["EpochReport", "fit"],
     "validation": ["validate"],

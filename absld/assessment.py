@@ -19,7 +19,7 @@ from absld import document
 from absld.attack import frozen_eval
 from absld.checkpoint import RunDirectory, digest, key_of, load, save, write_text
 from absld.config import Config, EvaluationConfig, from_toml, resolve
-from absld.data import ImageSet, load_data, pixels
+from absld.data import ImageSet, pixels
 from absld.environment import environment
 from absld.errors import AbsldError, CheckpointError, NonFiniteError, UsageError
 from absld.evaluation import Evaluation, Progress, evaluate, paired
@@ -27,6 +27,7 @@ from absld.loading import Network, load_network
 from absld.models import MODELS
 from absld.runtime import arithmetic, in_precision, resolve_device
 from absld.sanity import Check, checks
+from absld.sources import load_data
 from absld.suite import Attack, parse_attacks
 from absld.summary import warnings
 from absld.validation import check_network
@@ -194,6 +195,7 @@ def completed(config: EvaluationConfig, target: str) -> EvaluationConfig:
         config,
         dataset=standard.dataset,
         data=config.data or standard.data,
+        image_size=config.image_size or standard.image_size,
         epsilon=standard.epsilon if config.epsilon is None else config.epsilon,
     )
 
@@ -240,7 +242,8 @@ def network_at_fault(target: str) -> Iterator[None]:
 
 def images(config: EvaluationConfig) -> ImageSet:
     """The images to evaluate on."""
-    part: ImageSet = getattr(load_data(str(config.dataset), config.data), config.split)
+    splits = load_data(str(config.dataset), config.data, config.image_size or 32)
+    part: ImageSet = getattr(splits, config.split)
     return part
 
 

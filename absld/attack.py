@@ -18,8 +18,12 @@ Objective = Callable[[Tensor], Tensor]
 in any company."""
 
 
+Budget = float | Float[Tensor, "n 1 1 1"]
+"""Radius of the L-infinity ball, of all images or of each; pixels in [0,1]."""
+
+
 def project_linf(
-    x_adv: Float[Tensor, "*shape"], x_nat: Float[Tensor, "*shape"], epsilon: float
+    x_adv: Float[Tensor, "*shape"], x_nat: Float[Tensor, "*shape"], epsilon: Budget
 ) -> Float[Tensor, "*shape"]:
     """The nearest point to `x_adv` within `epsilon` of `x_nat`, then inside the pixel box [0,1].
 
@@ -34,7 +38,7 @@ def pgd(
     x_nat: Float[Tensor, "n *shape"],
     noise: Float[Tensor, "n *shape"],
     *,
-    epsilon: float,
+    epsilon: Budget,
     step_size: float,
     steps: int,
 ) -> Float[Tensor, "n *shape"]:
@@ -120,10 +124,10 @@ def margin(labels: Int[Tensor, " n"], confidence: float = 50.0) -> Objective:
 class TrainingAttack:
     """The inner maximisation with its settings: PGD on a frozen network in eval mode.
 
-    epsilon and step_size in [0,1] pixel units. Source: D2.
+    epsilon and step_size in [0,1] pixel units; epsilon may be one for each image. Source: D2.
     """
 
-    epsilon: float
+    epsilon: Budget
     step_size: float
     steps: int
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from absld.config import (
+    METHOD_RECIPES,
     RECIPES,
     Config,
     EvaluationConfig,
@@ -61,7 +62,7 @@ def about() -> None:
 
 @recipe_app.callback()
 def about_recipes() -> None:
-    """The settings of a data set, with their sources.
+    """The settings of a data set and a method, with their sources.
 
     [bold]Example[/]
 
@@ -70,18 +71,22 @@ def about_recipes() -> None:
 
 
 @recipe_app.command("show")
-def show(name: Annotated[str, typer.Argument(help=", ".join(RECIPES))]) -> None:
-    """Every setting of a recipe, with its source.
+def show(
+    name: Annotated[str, typer.Argument(help=", ".join(RECIPES))],
+    *,
+    method: Annotated[str, typer.Option(metavar="TEXT", help=", ".join(METHOD_RECIPES))] = "absld",
+) -> None:
+    """Every setting for a data set and a method, with its source.
 
     [bold]Examples[/]
 
     [cyan]absld recipe show digits[/]
 
-    [cyan]absld recipe show cifar10[/]
+    [cyan]absld recipe show cifar10 --method ard[/]
     """
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}", f"there are: {', '.join(RECIPES)}")
-    config = resolve({"dataset": name})
+    config = resolve({"dataset": name, "method": method})
     typer.echo(f"{'setting':20} {'value':20} {'source':24} meaning")
     for heading in dict.fromkeys(group(f) for f in fields(Config)):
         typer.echo(f"# {heading}")
@@ -126,7 +131,7 @@ def option(f: "Field[Any]", kind: Any) -> inspect.Parameter:
     """A setting as a command line option: its name, its meaning and its defaults."""
     defaults = [shown(f.default)] + [
         f"{name}: {shown(recipe[f.name][0])}"
-        for name, recipe in RECIPES.items()
+        for name, recipe in (RECIPES | METHOD_RECIPES).items()
         if f.name in recipe and f.name != "dataset"
     ]
     kind = bare(kind)

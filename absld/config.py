@@ -2,12 +2,14 @@
 
 `TrainConfig` is what training computes with; `Config` adds what a run from the command line
 needs; `EvaluationConfig` is what an evaluation needs. Flags, recipe files, `absld recipe show` and
-the records of runs are all made of the fields below. `RECIPES` holds what a data set changes.
+the records of runs are all made of the fields below. `RECIPES` holds what a data set changes,
+`METHOD_RECIPES` what a method does.
 """
 
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
@@ -18,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from absld.errors import UsageError
 
 T = TypeVar("T")
+Dataset = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"]
 
 RELEASE = "the authors' release"
 OWN = "decided here"
@@ -61,8 +64,11 @@ class Settings:
 class TrainConfig(Settings):
     """What a training computes with. Defaults are CIFAR-10's."""
 
-    method: Literal["absld", "rslad", "trades"] = setting(
-        "absld", "Method", "how the student is trained", OWN
+    method: str = setting(
+        "absld",
+        "Method",
+        "how the student is trained: a name, see `absld recipe`, or package.module:Class",
+        OWN,
     )
     fidelity: Literal["paper", "released"] = setting(
         "paper", "Method", "two soft labels, or the release's product of both temperatures", OWN
@@ -114,10 +120,25 @@ class TrainConfig(Settings):
     )
     relative_step_size: float = setting(0.25, "Attack", "step size, in epsilons", RELEASE)
     attack_steps: int = setting(10, "Attack", "steps of the training attack", RELEASE, low=1.0)
+    start: Literal["normal", "uniform"] = setting(
+        "normal",
+        "Attack",
+        "noise on the image where the attack starts; uniform is in the ball",
+        RELEASE,
+    )
     start_noise: float = setting(0.001, "Attack", "deviation of the normal start", RELEASE)
 
     padding: int = setting(4, "Data", "zero pixels around an image before the crop", RELEASE)
     flip: float = setting(0.5, "Data", "probability of a mirror image", RELEASE, high=1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHOD_RECIPES and not re.fullmatch(r"[\w.]+:\w+", self.method):
+            known = ", ".join(METHOD_RECIPES)
+            raise UsageError(
+                f"method takes one of {known}, or package.module:Class, not {self.method!r}",
+                did_you_mean(self.method, METHOD_RECIPES),
+            )
 
     def milestone_epochs(self) -> list[int]:
         """The epochs after which the rates fall, at the nearest whole epoch. Source: D7."""
@@ -128,10 +149,15 @@ class TrainConfig(Settings):
 class Config(TrainConfig):
     """A whole run: training, and where data, networks and results are."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "folder"] = setting(
-        "digits", "Data", "what to train on; digits needs no download", OWN
-    )
+    dataset: Dataset = setting("digits", "Data", "what to train on; digits needs no download", OWN)
     data: str = setting("data", "Data", "where the images are, or are downloaded to", OWN)
+    image_size: int = setting(
+        32,
+        "Data",
+        "side of the images of folder and tiny-imagenet; others are resized",
+        OWN,
+        low=1.0,
+    )
     select_on: Literal["validation", "test"] = setting(
         "validation", "Data", "images that choose the best epoch; test only for parity", OWN
     )
@@ -159,8 +185,12 @@ class Config(TrainConfig):
 
     def teacher_training(self) -> TrainConfig:
         """The settings of a teacher made for this run: TRADES, and nothing of the student's
-        method, so that runs of different methods share it."""
-        of_the_method = {f.name: f.default for f in fields(TrainConfig) if group(f) == "Method"}
+        method or its recipe, so that runs of different methods share it."""
+        of_the_method = {
+            f.name: f.default
+            for f in fields(TrainConfig)
+            if group(f) == "Method" or is_of_method(self, f.name)
+        }
         given: dict[str, Any] = of_the_method | {"method": "trades", "epochs": self.teacher_epochs}
         return replace(self.training(), **given)
 
@@ -184,10 +214,11 @@ class EvaluationConfig(Settings):
     )
     seed: int = setting(0, "Attacks", "of starts, subset and intervals", OWN, low=-math.inf)
 
-    dataset: Literal["digits", "cifar10", "cifar100", "folder"] | None = setting(
-        None, "Data", "the run's, where a run is evaluated", OWN
-    )
+    dataset: Dataset | None = setting(None, "Data", "the run's, where a run is evaluated", OWN)
     data: str = setting("", "Data", "where the images are; the run's, or ./data", OWN)
+    image_size: int | None = setting(
+        None, "Data", "side of the images; the run's, or the data set's", OWN, low=1.0
+    )
     split: Literal["test", "validation", "train"] = setting("test", "Data", "which images", OWN)
     examples: int | None = setting(
         None, "Data", "so many images only, in proportion to the classes", OWN, low=1.0
@@ -222,7 +253,35 @@ RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
     },
     "cifar10": {"dataset": ("cifar10", "the paper")},
     "cifar100": {"dataset": ("cifar100", "the paper")},
+    "svhn": {"dataset": ("svhn", OWN), "flip": (0.0, "decided here: a mirrored digit is none")},
+    "tiny-imagenet": {"dataset": ("tiny-imagenet", OWN), "image_size": (64, "its images")},
     "folder": {"dataset": ("folder", OWN)},
+}
+HALVES = (100 / 200, 150 / 200)
+METHOD_RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
+    "absld": {},  # the defaults
+    "absld-weights": {},
+    "absld-margins": {},
+    "rslad": {},
+    "fair-rslad": {},
+    "ard": {
+        "start": ("uniform", "ARD"),
+        "adv_weight": (1.0, "ARD"),
+        "epochs": (200, "ARD"),
+        "milestones": (HALVES, "ARD"),
+    },
+    "adaad": {
+        "adv_weight": (1.0, "AdaAD"),
+        "epochs": (200, "AdaAD"),
+        "milestones": (HALVES, "AdaAD"),
+        "weight_decay": (5e-4, "AdaAD"),
+    },
+    "trades": {
+        "relative_step_size": (0.007 / 0.031, "TRADES"),
+        "epochs": (76, "TRADES"),
+        "milestones": ((75 / 76,), "TRADES"),
+    },
+    "sat": {"start": ("uniform", "PGD adversarial training")},
 }
 
 
@@ -230,12 +289,23 @@ def group(setting_field: "Field[Any]") -> str:
     return str(setting_field.metadata["group"])
 
 
-def resolve(given: Mapping[str, Any]) -> Config:
-    """A whole configuration from the settings given: defaults, then the data set's recipe, then
-    `given`. Raises UsageError for an unknown name or a value of the wrong type."""
+GROUPS = {f.name: group(f) for f in fields(Config)}
+
+
+def resolve(given: Mapping[str, Any], *, schedule_of_method: bool = True) -> Config:
+    """A whole configuration from the settings given: defaults, then the method's recipe, then the
+    data set's, then `given`. Without its schedule, a method's recipe says how it computes, and
+    not how long: so methods are compared.
+
+    Raises UsageError for an unknown name or a value of the wrong type."""
     given = {name: parse(name, value) for name, value in given.items()}
-    recipe = RECIPES[given.get("dataset", "digits")]
-    return Config(**{name: value for name, (value, _) in recipe.items()} | given)
+    brought = {
+        name: value
+        for name, (value, _) in METHOD_RECIPES.get(given.get("method", "absld"), {}).items()
+        if schedule_of_method or GROUPS[name] != "Training"
+    }
+    of_dataset = {n: value for n, (value, _) in RECIPES[given.get("dataset", "digits")].items()}
+    return Config(**brought | of_dataset | given)
 
 
 def source(config: Config, name: str) -> str:
@@ -243,9 +313,21 @@ def source(config: Config, name: str) -> str:
     recipe = RECIPES[config.dataset]
     if name in recipe and recipe[name][0] == getattr(config, name):
         return recipe[name][1]
+    if is_of_method(config, name):
+        return METHOD_RECIPES[config.method][name][1]
     standard = next(f for f in fields(Config) if f.name == name)
     is_default = standard.default == getattr(config, name)
     return str(standard.metadata["source"]) if is_default else "given"
+
+
+def is_of_method(config: Config, name: str) -> bool:
+    """Is the value of a setting that of the method's recipe?"""
+    recipe = METHOD_RECIPES.get(config.method, {})
+    return (
+        name in recipe
+        and name not in RECIPES[config.dataset]
+        and recipe[name][0] == getattr(config, name)
+    )
 
 
 def to_toml(config: Config) -> str:

@@ -1,6 +1,7 @@
 """A whole run: data, teacher, student, test. What is shown meanwhile is the observer's matter."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from torch import nn
 
 from absld.checkpoint import RunDirectory, digest, key_of, load
 from absld.config import Config, TrainConfig, from_toml, resolve, to_toml
-from absld.data import Splits, load_data
+from absld.data import Splits
 from absld.environment import environment
 from absld.errors import UsageError
 from absld.loading import Network, load_network, load_state
-from absld.methods import METHODS
+from absld.methods import method_class
 from absld.metrics import fairness
 from absld.runtime import arithmetic, in_precision, resolve_device
+from absld.sources import load_data
 from absld.teacher import check_teacher
 from absld.trainer import EpochReport, Role, StepReport, compare, fit, plain
 from absld.validation import ClassAccuracies, check_network, validate
@@ -76,14 +78,14 @@ def train(config: Config, observer: Observer, *, resume: bool = False) -> Result
     used again by every run with the same images and settings. Raises AbsldError.
     """
     device = resolve_device(config.device)
-    splits = load_data(config.dataset, config.data)
+    splits = load_data(config.dataset, config.data, config.image_size)
     if config.select_on == "test":
         splits = splits._replace(validation=splits.test)
     classes = splits.train.classes
     # What is given is looked at before hours are spent on a teacher.
     student = load_network(config.student, len(classes), (config.seed, "student"))
     check_network(student.model, splits.train, config.student)
-    needs_teacher = METHODS[config.method].needs_teacher
+    needs_teacher = method_class(config.method).needs_teacher
     given = given_teacher(config, splits) if needs_teacher and config.teacher else None
     inputs = digests(splits) | {"initial_weights": digest(student.model.state_dict())}
     if given:
@@ -201,7 +203,8 @@ def student_run(config: Config, inputs: dict[str, str], resume: bool) -> RunDire
 
 def run_name(config: Config, kind: str, made_of: Mapping[str, Any]) -> str:
     """A directory's name: what a person looks for, and a digest of all that makes the result."""
-    return f"{config.dataset}-{kind}-seed{config.seed}-{key_of(made_of)}"
+    short = re.sub(r"[^\w-]", "-", kind)  # package.module:Class is a method, too
+    return f"{config.dataset}-{short}-seed{config.seed}-{key_of(made_of)}"
 
 
 def digests(splits: Splits) -> dict[str, str]:

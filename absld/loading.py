@@ -4,11 +4,9 @@ Other people's state dicts come wrapped and prefixed; what is stripped or left o
 """
 
 import functools
-import importlib
 import inspect
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from absld.checkpoint import RunDirectory, digest, load
 from absld.errors import CheckpointError, Stopped, UsageError
+from absld.importing import import_object
 from absld.models import MODELS, Normalised, build_model, seeded
 from absld.seeding import Key
 
@@ -64,15 +63,9 @@ def load_network(spec: str, num_classes: int, key: Key, architecture: str = "") 
 
 def from_factory(spec: str, num_classes: int, key: Key) -> nn.Module:
     """What `package.module:factory` returns, called with num_classes if it takes an argument: by
-    name if one is called so, else as the first.
-
-    Modules are looked for in the current folder, too, as `python -m` does.
-    """
-    module_name, name = spec.split(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    name if one is called so, else as the first."""
+    factory = import_object(spec)
     try:
-        factory = getattr(importlib.import_module(module_name), name)
         takes = inspect.signature(factory).parameters
         by_name = {"num_classes": num_classes} if "num_classes" in takes else {}
         first = (num_classes,) if takes and not by_name else ()

@@ -6,14 +6,20 @@ from torch import Tensor
 
 
 def soft_label_kl(
-    student_logits: Float[Tensor, "n c"], soft_labels: Float[Tensor, "n c"]
+    student_logits: Float[Tensor, "n c"],
+    soft_labels: Float[Tensor, "n c"],
+    weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """KL(soft_labels || softmax(student_logits)) in nats: summed over classes, mean over images.
 
     The student's temperature is 1, and no factor T^2 compensates the teacher's. Finite for logits
-    up to 1e4: the logarithm is taken by log_softmax. Source: D4.
+    up to 1e4: the logarithm is taken by log_softmax. weights: factors of the images, for methods
+    that have such. Source: D4.
     """
-    return F.kl_div(F.log_softmax(student_logits, dim=1), soft_labels, reduction="batchmean")
+    log_q = F.log_softmax(student_logits, dim=1)
+    if weights is None:
+        return F.kl_div(log_q, soft_labels, reduction="batchmean")
+    return (weights * F.kl_div(log_q, soft_labels, reduction="none").sum(1)).mean()
 
 
 def absld_loss(
@@ -24,11 +30,13 @@ def absld_loss(
     *,
     adv_weight: float = 5 / 6,
     kl_scale: float = 1.0,
+    weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """`adv_weight` KL(soft_adv || adversarial) + the rest KL(soft_nat || natural), in nats.
 
     `kl_scale=0.1` gives the value of the authors' release, which averages over its ten classes
-    too. Source: D4.
+    too. weights: factors of the images, in both terms. Source: D4.
     """
-    adv, nat = soft_label_kl(adv_logits, soft_adv), soft_label_kl(nat_logits, soft_nat)
+    adv = soft_label_kl(adv_logits, soft_adv, weights)
+    nat = soft_label_kl(nat_logits, soft_nat, weights)
     return kl_scale * (adv_weight * adv + (1 - adv_weight) * nat)  # D4

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from absld.class_mean import ClassMean, class_sums
+
 Fidelity = Literal["paper", "released"]
 
 
@@ -37,8 +39,7 @@ def class_risk_sums(
     Both add up over batches, in any order. No gradient. Source: D5.
     """
     risk = F.cross_entropy(logits.detach(), labels, reduction="none")
-    member = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
-    return torch.where(member, risk.unsqueeze(1), 0).sum(0), member.sum(0)  # D5
+    return class_sums(risk, labels, num_classes)  # D5
 
 
 def update_temperature(
@@ -68,33 +69,18 @@ def update_temperature(
     return (temperature - rate * gap / largest).clamp(lower, upper)  # D6
 
 
-class ClassRisk:
+class ClassRisk(ClassMean):
     """The class risks of an epoch (D5), gathered batch by batch.
 
-    sums (C,): cross-entropies in nats; counts (C,): images.
+    sums (C,): cross-entropies in nats; counts (C,): images. Its mean is infinite where a NaN was
+    observed, so that nothing moves (D6).
     """
-
-    def __init__(self, num_classes: int, *, dtype: torch.dtype = torch.float32) -> None:
-        self.sums = torch.zeros(num_classes, dtype=dtype)
-        self.counts = torch.zeros(num_classes, dtype=torch.long)
 
     def observe(self, logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> None:
         """Add a batch; the state follows the logits to their device."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()  # an epoch's sum needs more than their 8 or 11 bits
-        sums, counts = class_risk_sums(logits, labels, len(self.sums))
-        self.sums = self.sums.to(sums.device) + sums.to(self.sums.dtype)
-        self.counts = self.counts.to(counts.device) + counts
-
-    def mean(self) -> Float[Tensor, " c"]:
-        """The mean risk of each class in nats; NaN for a class that was not seen."""
-        mean = self.sums / self.counts
-        # A NaN that was observed is no absence: infinite, so that nothing moves (D6).
-        return mean.masked_fill((self.counts > 0) & mean.isnan(), torch.inf)
-
-    def reset(self) -> None:
-        """Start the next epoch."""
-        self.sums, self.counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+        self.add(*class_risk_sums(logits, labels, len(self.sums)))
 
 
 class EpochRisk(NamedTuple):

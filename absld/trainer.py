@@ -279,7 +279,8 @@ class Training:
             *key,
             batch_size=config.batch_size,
             flip=config.flip,
-            start_noise=config.start_noise,
+            start=config.start,
+            radius=config.start_noise if config.start == "normal" else config.epsilon,
             steps=self.steps,
             first_step=progress.step,
         ):

@@ -22,10 +22,10 @@ import absld
 from absld import assessment, document
 from absld.checkpoint import RunDirectory, load, save
 from absld.config import EvaluationConfig
-from absld.data import load_data
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation import evaluate, paired
 from absld.models import build_model
+from absld.sources import load_data
 
 SCHEMA = json.loads(Path(absld.__file__).with_name("evaluation.schema.json").read_text())
 FAST = ["--attacks", "fgsm,pgd2,cw2", "--device", "cpu"]

@@ -8,9 +8,9 @@ from torch import nn
 
 import absld
 from absld.config import resolve
-from absld.data import load_data
 from absld.evaluation import evaluate
 from absld.sanity import allowed, checks
+from absld.sources import load_data
 
 NAMES = [
     "the outputs are logits",

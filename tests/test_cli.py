@@ -28,9 +28,10 @@ import absld.trainer
 from absld import cli
 from absld.checkpoint import digest, load, save
 from absld.config import RECIPES, Config, EvaluationConfig, resolve
-from absld.data import ImageSet, Splits, load_data
+from absld.data import ImageSet, Splits
 from absld.errors import AbsldError
 from absld.models import build_model
+from absld.sources import load_data
 
 SOURCE = str(Path(absld.__file__).parents[1])
 QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--allow-weak-teacher"]
@@ -47,9 +48,9 @@ def few_digits():
     )
 
 
-def load_few(dataset, folder):
+def load_few(dataset, folder, image_size):
     """The data, but of the digits only a few: what is tested here is not how well they learn."""
-    return few_digits() if dataset == "digits" else load_data(dataset, folder)
+    return few_digits() if dataset == "digits" else load_data(dataset, folder, image_size)
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +162,15 @@ def test_a_recipe_is_shown_with_sources(name, capfd):
 
 
 def test_an_unknown_recipe(capfd):
-    refused(capfd, 2, "'digit'", "digits, cifar10, cifar100, folder", "recipe", "show", "digit")
+    refused(
+        capfd,
+        2,
+        "'digit'",
+        "digits, cifar10, cifar100, svhn, tiny-imagenet, folder",
+        "recipe",
+        "show",
+        "digit",
+    )
 
 
 # --- Flags ---

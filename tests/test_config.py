@@ -10,7 +10,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from absld.config import RECIPES, Config, TrainConfig, from_toml, parse, resolve, source, to_toml
+from absld.config import (
+    METHOD_RECIPES,
+    RECIPES,
+    Config,
+    TrainConfig,
+    from_toml,
+    parse,
+    resolve,
+    source,
+    to_toml,
+)
 from absld.errors import UsageError
 
 TYPES = get_type_hints(Config)
@@ -25,11 +35,13 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 VALUES = (
     {k: st.sampled_from(get_args(kind)) for k, kind in TYPES.items() if get_origin(kind) is Literal}
     | dict.fromkeys(("data", "student", "teacher", "teacher_model", "out", "device"), text)
+    | {"method": st.sampled_from([*METHOD_RECIPES, "mine.methods:Mart"])}
     | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))
     | dict.fromkeys(("learning_rate", "weight_decay", "kl_scale"), numbers(0, 1e300))
     | dict.fromkeys(("start_noise", "relative_step_size"), numbers(0, 1e300))
     | dict.fromkeys(("epochs", "batch_size", "max_steps", "teacher_epochs"), st.integers(1, 10**20))
     | {"attack_steps": st.integers(1, 10**20), "padding": st.integers(0, 10**20)}
+    | {"image_size": st.integers(1, 10**20)}
     | {
         "seed": st.integers(),
         "temperature_rate": numbers(0, 10),
@@ -103,8 +115,9 @@ def test_what_a_file_does_not_say_comes_from_the_recipe(tmp_path):
         ("milestones = 0.5", "milestones takes numbers, not 0.5"),
         ('milestones = ["half"]', "milestones takes numbers"),
         ("max_steps = 0", "max_steps must be 1 or more, not 0"),
-        ('method = "abslt"', "method takes one of absld, rslad, trades, not 'abslt'"),
-        ("method = 3", "method takes one of absld, rslad, trades, not 3"),
+        ('method = "abslt"', "did you mean 'absld'?"),
+        ('method = "abslt"', "sat, or package.module:Class, not 'abslt'"),
+        ("method = 3", "method takes a text, not 3"),
         ("[data]\npath = 1", "data takes a text"),
         ("epochs == 3", "needed: lines of name = value"),
         ("epochs = 3\nepochs = 4", "needed: lines of name = value"),
@@ -148,7 +161,7 @@ RANGES = {
 LEAST = {
     "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 1, "padding": 0, "start_noise": 0,
     "relative_step_size": 0, "learning_rate": 0, "weight_decay": 0, "kl_scale": 0,
-    "teacher_epochs": 1,
+    "teacher_epochs": 1, "image_size": 1,
 }  # fmt: skip
 
 
@@ -240,10 +253,11 @@ def test_a_recipe_gives_way_to_what_is_given():
 
 
 @pytest.mark.parametrize("dataset", RECIPES)
-def test_every_value_has_a_source(dataset):
-    config = resolve({"dataset": dataset})
+@pytest.mark.parametrize("method", METHOD_RECIPES)
+def test_every_value_has_a_source(dataset, method):
+    config = resolve({"dataset": dataset, "method": method})
     for f in fields(Config):
-        assert source(config, f.name) not in ("", "given")
+        assert source(config, f.name) not in ("", "given") or f.name == "method"
         assert f.metadata["meaning"] and f.metadata["group"]
 
 
@@ -266,8 +280,44 @@ def test_the_training_has_the_settings_of_the_run():
     assert asdict(config.training()).items() <= asdict(config).items()
 
 
+def test_a_method_brings_its_recipe():
+    ard = resolve({"dataset": "cifar10", "method": "ard"})
+    assert (ard.start, ard.adv_weight, ard.epochs) == ("uniform", 1.0, 200)
+    assert ard.milestone_epochs() == [100, 150]
+    assert source(ard, "epochs") == source(ard, "start") == "ARD"
+    # The data set's recipe goes before it, and what is given before both.
+    digits = resolve({"method": "ard", "start": "normal"})
+    assert (digits.epochs, digits.start, digits.milestones) == (40, "normal", (0.5, 0.75))
+    assert source(digits, "epochs") == "decided here, for digits"
+    assert source(digits, "start") == "the authors' release"
+    trades = resolve({"dataset": "cifar10", "method": "trades", "epsilon": 0.031})
+    assert trades.epsilon * trades.relative_step_size == pytest.approx(0.007)
+    assert trades.milestone_epochs() == [75] and trades.epochs == 76
+
+
+@pytest.mark.parametrize("method", METHOD_RECIPES)
+def test_methods_are_compared_with_one_schedule(method):
+    """A comparison takes from a recipe how a method computes, not how long it trains."""
+    alike = resolve({"dataset": "cifar10", "method": method}, schedule_of_method=False)
+    standard = resolve({"dataset": "cifar10"})
+    names = [f.name for f in fields(TrainConfig) if f.metadata["group"] == "Training"]
+    assert len(names) > 6
+    assert [getattr(alike, n) for n in names] == [getattr(standard, n) for n in names]
+    of_recipe = resolve({"dataset": "cifar10", "method": method})
+    for name in ("start", "adv_weight", "relative_step_size"):
+        assert getattr(alike, name) == getattr(of_recipe, name)
+
+
+def test_methods_have_the_names_that_are_there():
+    from absld.methods import METHODS
+
+    assert METHODS.keys() == METHOD_RECIPES.keys()
+
+
 METHOD = [
-    {"method": "rslad"}, {"fidelity": "released"}, {"temperature_rate": 0.0}, {"kl_scale": 0.1},
+    *({"method": name} for name in METHOD_RECIPES if name != "absld"),
+    {"method": "mine.methods:Mart"},
+    {"fidelity": "released"}, {"temperature_rate": 0.0}, {"kl_scale": 0.1},
     {"adv_weight": 0.5}, {"temperature_lower": 0.9}, {"temperature_upper": 1.5}, {"epochs": 7},
 ]  # fmt: skip
 

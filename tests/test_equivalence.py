@@ -6,6 +6,7 @@ Everything is compared bit for bit; what is not says why.
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,7 @@ def test_batches(seed, dataset, batch_size, key):
                 *key,
                 batch_size=batch_size,
                 flip=settings.flip,
-                start_noise=settings.start_noise,
+                radius=settings.start_noise,
                 steps=absld.data.steps_per_epoch(len(images), batch_size, settings.max_steps),
                 first_step=first_step,
             )
@@ -415,9 +416,9 @@ def frozen_teacher():
 
 def package(**settings):
     """Model, reports, and the digest of the weights after each epoch, as reported."""
-    config = resolve(
-        {"student": "convnet", "epochs": EPOCHS, "batch_size": 8, "epsilon": EPSILON} | settings
-    ).training()
+    method = settings.pop("method", "absld")  # without its recipe, which the single file has not
+    config = resolve({"epochs": EPOCHS, "batch_size": 8, "epsilon": EPSILON} | settings)
+    config = replace(config.training(), method=method)
     role = "teacher" if config.method == "trades" else "student"
     model = absld.build_model("convnet", C, config.seed, role)
     train, validation = (image_set(*part) for part in small_sets())

@@ -14,14 +14,13 @@ from absld.data import (
     ImageSet,
     Views,
     batches,
-    hold_out,
-    load_data,
     pixels,
     steps_per_epoch,
     stratified,
 )
 from absld.errors import DataError
 from absld.seeding import generator
+from absld.sources import hold_out, load_data
 
 LABELS = torch.tensor([0, 1, 2, 1])
 IMAGES = torch.zeros(4, 3, 8, 8)
@@ -156,7 +155,7 @@ def test_a_folder_with_spaces_and_umlauts(tmp_path):
 
 
 def test_a_folder_that_is_missing(tmp_path):
-    unfit(tmp_path / "nothing", "nothing", "train/CLASS/*", "archive of CIFAR")
+    unfit(tmp_path / "nothing", "nothing", "train/CLASS/*", "test/CLASS/*")
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -266,7 +265,7 @@ def test_views_are_all_crops_and_their_mirrors(padding, kind):
 
 def epoch(key=(0, "student", 1), n=11, padding=1, side=8, **settings):
     data = ImageSet(numbered(n, side), torch.arange(n), tuple(map(str, range(n))))
-    given = {"batch_size": 4, "flip": 0.5, "start_noise": 0.001, "steps": n // 4} | settings
+    given = {"batch_size": 4, "flip": 0.5, "radius": 0.001, "steps": n // 4} | settings
     return list(batches(Views(data, padding), *key, **given))
 
 
@@ -309,10 +308,10 @@ def test_batches_are_those_of_the_single_file():
 
 
 def test_noise_is_normal_and_of_the_deviation_that_was_asked_for():
-    ((x_nat, _, noise),) = epoch(n=400, side=16, batch_size=400, steps=1, start_noise=0.01)
+    ((x_nat, _, noise),) = epoch(n=400, side=16, batch_size=400, steps=1, radius=0.01)
     assert noise.shape == x_nat.shape and noise.dtype == x_nat.dtype
     assert 0.0099 < noise.std() < 0.0101 and noise.mean().abs() < 1e-4
-    assert not epoch(start_noise=0.0)[0].noise.any()
+    assert not epoch(radius=0.0)[0].noise.any()
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -339,8 +338,8 @@ def test_a_generator_knows_its_whole_key():
 
 
 def test_a_data_set_that_there_is_not():
-    with pytest.raises(DataError, match="no data set 'svhn'"):
-        load_data("svhn", "data")
+    with pytest.raises(DataError, match="no data set 'mnist'"):
+        load_data("mnist", "data")
 
 
 # --- Subsets (see test_intervals, too) ---

@@ -15,10 +15,11 @@ MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 # Each module may import those of the rows above its own; leaves never import one another.
 LAYERS = [
     {"errors"},
-    {"config", "seeding", "summary"},
+    {"config", "seeding", "summary", "class_mean", "importing"},
     {"attack", "temperature", "loss", "metrics", "models", "data", "checkpoint", "runtime"}
+    | {"reweighting"}
     | {"svg", "plots"},
-    {"autoattack", "validation", "methods", "loading"},
+    {"autoattack", "validation", "methods", "loading", "sources"},
     {"suite", "teacher"},
     {"evaluation", "trainer"},
     {"sanity", "document", "environment"},

@@ -89,7 +89,7 @@ def test_an_epoch_is_its_steps_and_their_means(method):
         sgd.param_groups[0]["lr"] = lr
         losses, parts = [], {}
         for batch in batches(
-            Views(TRAIN, 1), 0, "student", epoch, batch_size=4, flip=0.5, start_noise=0.001, steps=3
+            Views(TRAIN, 1), 0, "student", epoch, batch_size=4, flip=0.5, radius=0.001, steps=3
         ):
             step = own.step(by_hand, teacher, batch, attack)
             sgd.zero_grad()

@@ -1,0 +1,24 @@
+"""Other people's code by name: `package.module:name`."""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from absld.errors import Stopped, UsageError
+
+
+def import_object(spec: str) -> Any:
+    """What `package.module:name` means. Modules are looked for in the current folder, too, as
+    `python -m` does. Raises UsageError, whatever somebody's code raises."""
+    module_name, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except Stopped:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(
+            f"{spec}: {type(error).__name__}: {error}", "needed: package.module:name"
+        ) from error

@@ -1,0 +1,138 @@
+"""Data sets in the formats of their archives, made here: SVHN and Tiny ImageNet; sizes of images."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import make_folder
+
+from absld.errors import DataError
+from absld.sources import load_data
+
+
+def refused(*patterns, dataset, root, **settings):
+    with pytest.raises(DataError) as caught:
+        load_data(dataset, str(root), **settings)
+    for pattern in patterns:
+        assert pattern in f"{caught.value}\n{caught.value.way_out}"
+
+
+# --- SVHN: images (32,32,3,N) and labels 1..10, of which 10 means 0, in MATLAB's format ---
+
+
+def make_svhn(root, monkeypatch, per_class=4):
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    lists = {}
+    for part, red in (("train", 1), ("test", 2)):
+        labels = np.tile(np.arange(1, 11), per_class)
+        images = np.zeros((32, 32, 3, len(labels)), np.uint8)
+        images[:, :, 0], images[0, 1, 1] = red, labels  # which file, and row 0, column 1: the label
+        path = root / f"{part}_32x32.mat"
+        savemat(path, {"X": images, "y": labels[:, None].astype(np.uint8)})
+        lists[part] = ["nowhere", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+    monkeypatch.setattr(SVHN, "split_list", lists)
+
+
+def test_svhn_in_the_published_format(tmp_path, monkeypatch):
+    make_svhn(tmp_path, monkeypatch)
+    splits = load_data("svhn", str(tmp_path))
+    assert [len(part) for part in splits] == [30, 10, 40]
+    for part, red in zip(splits, (1, 1, 2), strict=True):
+        assert part.images.shape[1:] == (3, 32, 32) and part.images.dtype == torch.uint8
+        assert part.classes == tuple("0123456789")
+        assert part.labels.bincount(minlength=10).min() > 0
+        assert (part.images[:, 0] == red).all()
+        # Rows stay rows; a class is the digit, so 10 is 0.
+        assert torch.equal(part.images[:, 1, 0, 1].long() % 10, part.labels)
+        assert not part.images[:, 1, 1, 0].any()
+
+
+def test_svhn_that_is_not_there(tmp_path, monkeypatch):
+    def urlopen(*args, **settings):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    refused("Name or service", "train_32x32.mat", str(tmp_path), dataset="svhn", root=tmp_path)
+
+
+# --- Tiny ImageNet: train/ID/images/*.JPEG, val/images/*.JPEG with a table of their classes ---
+
+IDS = ("n01443537", "n01629819", "n01641577", "n01644900")
+WORDS = ("goldfish, Carassius auratus", "European fire salamander", "frog", "frog, tailed frog")
+
+
+def make_tiny_imagenet(root, train=6, val=2, side=64):
+    """Grey images whose brightness is the class; the last one is a greyscale JPEG."""
+    root.mkdir(parents=True)
+    (root / "wnids.txt").write_text("\n".join(IDS) + "\n")
+    rows = [*zip(IDS, WORDS, strict=True), ("n99999999", "not among the 200")]
+    (root / "words.txt").write_text("".join(f"{wnid}\t{words}\n" for wnid, words in rows))
+    table = []
+    (root / "val" / "images").mkdir(parents=True)
+    for k, wnid in enumerate(IDS):
+        folder = root / "train" / wnid / "images"
+        folder.mkdir(parents=True)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("boxes\n")
+        names = [folder / f"{wnid}_{n}.JPEG" for n in range(train)]
+        for n in range(val):
+            names.append(root / "val" / "images" / f"val_{n * len(IDS) + k}.JPEG")
+            table.append(f"{names[-1].name}\t{wnid}\t0\t0\t62\t62\n")
+        for name in names:
+            mode = "L" if name == names[-1] else "RGB"
+            Image.new(mode, (side, side), 60 * k if mode == "L" else (60 * k,) * 3).save(name)
+    (root / "val" / "val_annotations.txt").write_text("".join(sorted(table)))
+    (root / "test" / "images").mkdir(parents=True)  # without labels: not read
+
+
+@pytest.mark.parametrize("below", ["tiny-imagenet-200", ""])
+def test_tiny_imagenet_as_its_archive_unpacks(below, tmp_path):
+    root = tmp_path / "hier drin"
+    make_tiny_imagenet(root / below)
+    splits = load_data("tiny-imagenet", str(root), 64)
+    assert [len(part) for part in splits] == [20, 4, 8]
+    assert splits.test.classes == (
+        "goldfish", "European fire salamander", "frog n01641577", "frog n01644900"
+    )  # fmt: skip
+    for part in splits:
+        assert part.images.shape[1:] == (3, 64, 64)
+        brightness = part.images.float().mean((1, 2, 3)) / 60
+        assert torch.equal(brightness.round().long(), part.labels)
+    assert load_data("tiny-imagenet", str(root), 16).test.images.shape[2:] == (16, 16)
+
+
+def test_tiny_imagenet_that_is_not_whole(tmp_path):
+    refused("wnids.txt", "tiny-imagenet-200.zip", dataset="tiny-imagenet", root=tmp_path / "none")
+    root = tmp_path / "tiny-imagenet-200"
+    make_tiny_imagenet(root)
+    table = root / "val" / "val_annotations.txt"
+    whole = table.read_text()
+    table.write_text(whole.replace(IDS[0], "n00000000"))
+    refused("n00000000 is no class of wnids.txt", dataset="tiny-imagenet", root=tmp_path)
+    table.write_text("")
+    refused("no images", str(root / "val"), dataset="tiny-imagenet", root=tmp_path)
+    table.write_text(whole)
+    broken = root / "train" / IDS[1] / "images" / f"{IDS[1]}_3.JPEG"
+    broken.write_bytes(broken.read_bytes()[:100])
+    refused(f"cannot read {broken}", "remove it", dataset="tiny-imagenet", root=tmp_path)
+    broken.unlink()
+    assert len(load_data("tiny-imagenet", str(tmp_path)).train) == 19
+    (root / "wnids.txt").write_text("n01443537\n")
+    refused("n01629819 is no class", dataset="tiny-imagenet", root=tmp_path)
+
+
+def test_a_folder_in_another_size(tmp_path):
+    root = make_folder(tmp_path / "images") or tmp_path / "images"
+    assert load_data("folder", str(root)).train.images.shape[2:] == (32, 32)
+    assert load_data("folder", str(root), 20).test.images.shape[2:] == (20, 20)
+
+
+def test_every_fault_of_the_data_has_a_way_out(tmp_path):
+    """Also those of the images as a set, which know no files."""
+    make_tiny_imagenet(tmp_path)
+    (tmp_path / "wnids.txt").write_text(f"{IDS[0]}\n")
+    (tmp_path / "val" / "val_annotations.txt").write_text(f"val_0.JPEG\t{IDS[0]}\n")
+    refused("two classes or more", "tiny-imagenet-200/", dataset="tiny-imagenet", root=tmp_path)
