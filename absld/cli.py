@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, fields
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -111,14 +111,15 @@ ALIASES = {"epsilon": ["--eps"]}
 
 
 def with_settings(
-    of: type[Settings],
+    of: type[Settings], without: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command every setting of a class as an option, in place of its `**settings`."""
+    """Give a command every setting of a class, but those `without`, as an option, in place of its
+    `**settings`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
         kinds = get_type_hints(of)
-        options = [option(f, kinds[f.name]) for f in fields(of)]
+        options = [option(f, kinds[f.name]) for f in fields(of) if f.name not in without]
         command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]  # inspect reads it
         del command.__annotations__["settings"]
         command.__annotations__ |= {p.name: p.annotation for p in options}
@@ -267,6 +268,94 @@ def evaluate(
             f"{len(result.warnings)} checks warn: {'; '.join(result.warnings)}",
             "docs/evaluation.md says what each means",
         )
+
+
+@app.command()
+@with_settings(Config, without=("method", "seed"))
+def compare(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="finished runs")
+    ] = None,
+    *,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help=f"of {', '.join(METHOD_RECIPES)}, package.module:Class, and recipe files",
+        ),
+    ] = "",
+    seeds: Annotated[
+        str, typer.Option(metavar="N", help="so many, from 0 on; or numbers with commas")
+    ] = "",
+    baseline: Annotated[
+        str, typer.Option(metavar="NAME", help="what the others are compared with; the first")
+    ] = "",
+    attacks: Annotated[
+        str, typer.Option(metavar="NAMES", help="as of absld evaluate")
+    ] = EvaluationConfig.attacks,
+    examples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="so many test images only")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="FILE.toml", help="settings of all, name = value")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+    **settings: Any,
+) -> None:
+    """Methods beside each other: same images, same teachers, same schedule, several seeds.
+
+    [bold]Examples[/]
+
+    [cyan]absld compare --methods rslad,absld --seeds 5[/]   on the digits, in ten minutes
+
+    [cyan]absld compare --methods absld,mine.methods:Mart,warm.toml[/]   a method of your own
+
+    [cyan]absld compare RUN RUN RUN[/]   runs that are there
+
+    Mean and standard deviation over the seeds, differences to the first method with intervals, and
+    a plot. Runs that are there are used again; the same command goes on after an interruption.
+    """
+    named = given(settings)
+    evaluation = EvaluationConfig(
+        attacks=attacks, examples=examples, device=named.get("device", "auto")
+    )
+    if bool(runs) == bool(methods):
+        raise UsageError("what is to be compared?", "--methods NAMES, or runs, and not both")
+    if runs and (extra := sorted({*named, *(["seeds"] if seeds else [])} - {"out", "device"})):
+        raise UsageError(
+            f"runs are what they are: {', '.join(extra)} cannot be set", "leave it out"
+        )
+
+    from absld import comparison, document
+    from absld.comparison_view import ComparisonView
+
+    stream = sys.stderr if as_json else sys.stdout
+    with Stop() as stop, ComparisonView(stream, stop) as view, contextlib.redirect_stdout(stream):
+        if runs:
+            out = named.get("out", "")
+            result = comparison.compare_runs(runs, evaluation, baseline, out, view)
+        else:
+            configs = comparison.configs_of(
+                methods.split(","), seed_list(seeds), (from_toml(recipe) if recipe else {}) | named
+            )
+            result = comparison.compare_methods(configs, evaluation, baseline, view)
+    if as_json:
+        typer.echo(document.to_json(result.document), nl=False)
+    else:
+        view.result(result)
+
+
+def seed_list(text: str) -> list[int]:
+    """5 as the seeds 0 to 4, or the numbers that are listed; one seed where nothing is said."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()] or [1]
+    except ValueError:
+        raise UsageError(f"seeds takes whole numbers, not {text!r}", "5, or 0,3,7") from None
+    seeds = numbers if "," in text else list(range(numbers[0]))
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds takes different numbers, not {text!r}", "5, or 0,3,7")
+    return seeds
 
 
 @app.command()

@@ -105,39 +105,51 @@ class Evaluation:
 
 class Differences(NamedTuple):
     """The differences in each metric, ours minus theirs, clean and robust, and rho, with paired
-    bootstrap intervals."""
+    bootstrap intervals over the images."""
 
     clean: dict[str, Interval]
     robust: dict[str, Interval]
     rho: Interval
 
 
-def paired(ours: Evaluation, theirs: Evaluation) -> Differences:
-    """Two networks on the same images. Raises UsageError if they are not the same.
+def paired(
+    ours: "Evaluation | Sequence[Evaluation]", theirs: "Evaluation | Sequence[Evaluation]"
+) -> Differences:
+    """Two networks on the same images; or as many of one kind as of another, pair by pair, such as
+    those of several seeds: then the means over the pairs. An image that is drawn counts for all
+    networks. Raises UsageError if the images are not the same.
 
     Source: spec, peers (rho).
     """
-    check_same_images(ours, theirs)
+    ours = [ours] if isinstance(ours, Evaluation) else ours
+    theirs = [theirs] if isinstance(theirs, Evaluation) else theirs
+    first = ours[0]
+    for each in (*ours, *theirs):
+        check_same_images(first, each)
 
-    def pair(ours_right: Tensor, theirs_right: Tensor) -> tuple[Tensor, Tensor]:
-        """Accuracies (2,p) of the classes, and (2,r,p) of resampled images."""
-        right = torch.stack([ours_right, theirs_right])
-        accuracy = torch.stack([present(ours.class_accuracy(row)) for row in right])
-        replicates = resampled(right, ours.labels, generator("bootstrap", ours.seed))
-        return accuracy, replicates.transpose(0, 1)
+    def both(right: Callable[[Evaluation], Tensor]) -> tuple[Tensor, Tensor]:
+        """Accuracies (2,pairs,p) of the classes, and (2,pairs,r,p) of resampled images."""
+        stacked = torch.stack([right(each) for each in (*ours, *theirs)])
+        accuracy = torch.stack([present(first.class_accuracy(row)) for row in stacked])
+        replicates = resampled(stacked, first.labels, generator("bootstrap", first.seed))
+        apart = 2, len(ours)
+        return (
+            accuracy.reshape(*apart, *accuracy.shape[1:]),
+            replicates.transpose(0, 1).reshape(*apart, *replicates[:, 0].shape),
+        )
 
     def differences(accuracy: Tensor, replicates: Tensor) -> dict[str, Interval]:
         result = {}
         for name, metric in METRICS.items():
             (mine, other), (mine_r, other_r) = metric(accuracy), metric(replicates)
-            result[name] = bootstrap((mine - other).item(), mine_r - other_r)
+            result[name] = bootstrap((mine - other).mean().item(), (mine_r - other_r).mean(0))
         return result
 
-    accuracy, replicates = pair(ours.withstood, theirs.withstood)
+    accuracy, replicates = both(lambda each: each.withstood)
     return Differences(
-        clean=differences(*pair(ours.right[0], theirs.right[0])),
+        clean=differences(*both(lambda each: each.right[0])),
         robust=differences(accuracy, replicates),
-        rho=bootstrap(rho(*accuracy).item(), rho(*replicates)),
+        rho=bootstrap(rho(*accuracy).mean().item(), rho(*replicates).mean(0)),
     )
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -44,6 +44,14 @@ class Observer(Protocol):
         """The training that began last has ended."""
 
 
+class Stops(Protocol):
+    """What ends a training early; see absld.cli.Stop."""
+
+    training: bool
+
+    def check(self) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """A finished run: accuracies (C,) on the test images, digests of the networks' weights."""
@@ -71,26 +79,46 @@ class Result:
         }
 
 
-def train(config: Config, observer: Observer, *, resume: bool = False) -> Result:
+class Plan(NamedTuple):
+    """What a run starts from: images, networks, digests of both, and the run's directory."""
+
+    splits: Splits
+    student: Network
+    teacher: Network | None
+    inputs: dict[str, str]
+    run: RunDirectory
+
+
+def plan(config: Config, splits: Splits | None = None) -> Plan:
+    """Read all that is given, before hours are spent on a teacher. splits: the images, if they are
+    there already. Raises AbsldError."""
+    splits = splits or load_data(config.dataset, config.data, config.image_size)
+    if config.select_on == "test":
+        splits = splits._replace(validation=splits.test)
+    student = load_network(config.student, splits.train.num_classes, (config.seed, "student"))
+    check_network(student.model, splits.train, config.student)
+    needs_teacher = method_class(config.method).needs_teacher
+    teacher = given_teacher(config, splits) if needs_teacher and config.teacher else None
+    inputs = digests(splits) | {"initial_weights": digest(student.model.state_dict())}
+    if teacher:
+        inputs["teacher_weights"] = digest(teacher.model.state_dict())
+    name = run_name(config, config.method, settings(config) | inputs)
+    return Plan(splits, student, teacher, inputs, RunDirectory(Path(config.out) / name))
+
+
+def train(
+    config: Config, observer: Observer, *, resume: bool = False, splits: Splits | None = None
+) -> Result:
     """Train a student, and a teacher before it where none is given, and test the student.
 
     The run gets a directory of its own in `config.out`; a teacher that is made here, too, and is
-    used again by every run with the same images and settings. Raises AbsldError.
+    used again by every run with the same images and settings. splits: the images, if they are
+    there already. Raises AbsldError.
     """
     device = resolve_device(config.device)
-    splits = load_data(config.dataset, config.data, config.image_size)
-    if config.select_on == "test":
-        splits = splits._replace(validation=splits.test)
+    splits, student, given, inputs, run = plan(config, splits)
+    check_resume(run, config, inputs, resume)
     classes = splits.train.classes
-    # What is given is looked at before hours are spent on a teacher.
-    student = load_network(config.student, len(classes), (config.seed, "student"))
-    check_network(student.model, splits.train, config.student)
-    needs_teacher = method_class(config.method).needs_teacher
-    given = given_teacher(config, splits) if needs_teacher and config.teacher else None
-    inputs = digests(splits) | {"initial_weights": digest(student.model.state_dict())}
-    if given:
-        inputs["teacher_weights"] = digest(given.model.state_dict())
-    run = student_run(config, inputs, resume)
     observer.note(f"seed {config.seed}, device {device}, torch {torch.__version__}")
     for note in [*student.notes, *(given.notes if given else ())]:
         observer.note(note)
@@ -100,7 +128,7 @@ def train(config: Config, observer: Observer, *, resume: bool = False) -> Result
         if config.select_on == "test":
             observer.note(SELECTED_ON_TEST)
         teacher = teacher_sha = None
-        if needs_teacher:
+        if method_class(config.method).needs_teacher:
             teacher, name = (
                 (given.model, config.teacher) if given else made_teacher(config, splits, observer)
             )
@@ -186,11 +214,8 @@ def made_teacher(config: Config, splits: Splits, observer: Observer) -> tuple[nn
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher"}
 
 
-def student_run(config: Config, inputs: dict[str, str], resume: bool) -> RunDirectory:
-    """The directory of a student's run. Raises UsageError if there is a run and it is not to be
-    resumed, or the other way round."""
-    made_of = settings(config) | inputs
-    run = RunDirectory(Path(config.out) / run_name(config, config.method, made_of))
+def check_resume(run: RunDirectory, config: Config, inputs: dict[str, str], resume: bool) -> None:
+    """Raise UsageError if there is a run and it is not to be resumed, or the other way round."""
     if run.exists() and not resume:
         raise UsageError(
             f"{run.path} holds a run with these settings ({run.status()})",
@@ -198,7 +223,6 @@ def student_run(config: Config, inputs: dict[str, str], resume: bool) -> RunDire
         )
     if resume and not run.exists():
         refuse_unknown(config, inputs)
-    return run
 
 
 def run_name(config: Config, kind: str, made_of: Mapping[str, Any]) -> str:

@@ -147,3 +147,15 @@ def bootstrap(
     low, high = (2 * value - ends).tolist()
     # Where all replicates lie on one side, the figure itself is the end.
     return Interval(value, min(max(low, lowest), value), max(min(high, highest), value))
+
+
+def over_seeds(values: Float[Tensor, " s"]) -> Interval:
+    """The mean of figures of several seeds, with Student's interval for others of their kind; NaN
+    ends for one seed, which says nothing of others. Source: decided here."""
+    from scipy.special import stdtrit
+
+    mean, count = values.mean().item(), len(values)
+    if count < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    half = float(stdtrit(count - 1, 0.975)) * values.std().item() / count**0.5
+    return Interval(mean, mean - half, mean + half)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import IO, Protocol
+from typing import IO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,20 +12,12 @@ from rich.text import Text
 from torch import Tensor
 
 from absld.config import TrainConfig
-from absld.job import Result
+from absld.job import Result, Stops
 from absld.metrics import fairness, worst_tenth
 from absld.trainer import EpochReport, Role, StepReport
 
 HEAD = "epoch     lr    loss  clean robust  worst    NSD temperatures seconds images/s"
 SHOWN_CLASSES = 12
-
-
-class Stops(Protocol):
-    """What ends a training early; see absld.cli.Stop."""
-
-    training: bool
-
-    def check(self) -> None: ...
 
 
 class View:

@@ -17,19 +17,19 @@ LAYERS = [
     {"errors"},
     {"config", "seeding", "summary", "class_mean", "importing"},
     {"attack", "temperature", "loss", "metrics", "models", "data", "checkpoint", "runtime"}
-    | {"reweighting"}
+    | {"reweighting", "comparison_tables"}
     | {"svg", "plots"},
-    {"autoattack", "validation", "methods", "loading", "sources"},
+    {"autoattack", "validation", "methods", "loading", "sources", "comparison_plot"},
     {"suite", "teacher"},
     {"evaluation", "trainer"},
     {"sanity", "document", "environment"},
     {"assessment", "job", "report"},
-    {"view"},
-    {"evaluation_view"},
+    {"view", "comparison"},
+    {"evaluation_view", "comparison_view"},
     {"cli"},
     {"__main__"},
 ]
-TERMINAL = {"typer": {"cli"}, "rich": {"view", "evaluation_view"}}
+TERMINAL = {"typer": {"cli"}, "rich": {"view", "evaluation_view", "comparison_view"}}
 
 
 def imported(module):

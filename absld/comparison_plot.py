@@ -1,0 +1,53 @@
+"""Average against worst class robustness, every seed a point, by matplotlib, which is optional."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absld.checkpoint import replacing
+from absld.errors import UsageError
+from absld.summary import clip
+
+# Colours that the colour-blind tell apart, each with a marker of its own.
+COLOURS = ("#0b5cad", "#c77700", "#1b7f4d", "#a3307f", "#56a0d3", "#7a5c00", "#a33300", "#444c56")
+MARKERS = "osD^vP*Xp<>"
+TEXT, GRID = "#1c2128", "#e3e7ec"
+
+
+def plot(document: Mapping[str, Any], path: Path) -> None:
+    """Write the picture, in the format of the path's suffix. Raises UsageError without
+    matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(f"{path}: {error}", "pip install 'absld[plots]'") from error
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for k, method in enumerate(document["methods"]):
+        average, worst = (
+            [100 * value for value in method["figures"][name]["values"]]
+            for name in ("robust_average", "robust_worst")
+        )
+        look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+        axes.plot(average, worst, linestyle="none", markersize=5, alpha=0.55, **look)
+        centre = [sum(average) / len(average)], [sum(worst) / len(worst)]
+        axes.plot(
+            *centre,
+            linestyle="none",
+            markersize=10,
+            markeredgecolor="white",
+            label=clip(method["name"], 40).replace("$", r"\$"),
+            **look,
+        )
+    axes.set_xlabel("robust average, %", color=TEXT)
+    axes.set_ylabel("robust, worst class, %", color=TEXT)
+    axes.grid(color=GRID)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    data = document["data"]
+    axes.set_title(
+        f"{data['dataset']}: each seed a point, means large", loc="left", color=TEXT, size=10
+    )
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=160, metadata={})

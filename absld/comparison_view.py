@@ -1,0 +1,116 @@
+"""What a person sees of a comparison: a line for each run, and on a terminal a bar below them."""
+
+import time
+from typing import IO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from absld.comparison import Comparison, Member
+from absld.comparison_tables import shown, terminal
+from absld.config import TrainConfig
+from absld.evaluation import Progress
+from absld.job import Stops
+from absld.sanity import Check
+from absld.trainer import EpochReport, Role, StepReport
+from absld.view import time_text
+
+
+class ComparisonView:
+    """An observer of absld.comparison."""
+
+    def __init__(self, stream: IO[str], stop: Stops) -> None:
+        self.stream, self.stop = stream, stop
+        console = Console(file=stream)
+        self.live = Live(console=console, transient=True) if console.is_terminal else None
+        self.title, self.what = "", ""
+        self.number, self.total = 0, 1
+        self.took: list[float] = []  # seconds of the runs that had to be trained
+        self.epochs = 1
+        self.trained: set[str] = set()
+
+    def __enter__(self) -> "ComparisonView":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.live.update("")
+            self.live.stop()
+
+    def line(self, text: str) -> None:
+        if self.live:
+            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """What the parts of a run note is in their own files."""
+
+    def run(self, label: str, seed: int, number: int, total: int) -> None:
+        self.title, self.number, self.total = f"{label}, seed {seed}", number, total
+        self.started = time.perf_counter()
+        self.show("looking for it", 0.0)
+
+    def begin(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
+        self.stop.training = True
+        self.what, self.epochs = role, config.epochs
+
+    def step(self, report: StepReport) -> None:
+        within = report.done / report.total if report.phase == "training" else 1.0
+        done = (report.epoch - 1 + within) / self.epochs
+        self.show(f"{self.what} {report.epoch}/{self.epochs}", done)
+        self.stop.check()
+
+    def epoch(self, report: EpochReport) -> None:
+        pass
+
+    def end(self) -> None:
+        self.stop.check()
+        self.stop.training = False
+
+    def batch(self, progress: Progress) -> None:
+        done, whole = progress.cost
+        self.show(f"{progress.attack} {progress.done}/{progress.total}", done / max(whole, 1e-9))
+
+    def check(self, check: Check) -> None:
+        self.show("checking", 1.0)
+
+    def done(self, member: Member, reused: bool) -> None:
+        if not reused:
+            self.took.append(time.perf_counter() - self.started)
+        figures = member.figures()
+        told = ", ".join(
+            f"{words} {shown(figures[name], name)}"
+            for name, words in (
+                ("clean_average", "clean"),
+                ("robust_average", "robust"),
+                ("robust_worst", "worst class"),
+            )
+        )
+        how = "was there" if reused else f"{member.seconds:.0f} s"
+        self.line(f"{self.number}/{self.total} {self.title}: {told}, {how}{self.left()}")
+
+    def left(self) -> str:
+        """The time left, if runs that are still to come take as long as those before."""
+        rest = self.total - self.number
+        if not rest or not self.took:
+            return ""
+        return f"; about {time_text(rest * sum(self.took) / len(self.took))} left"
+
+    def show(self, what: str, done: float) -> None:
+        """The run at hand, and how far its present part is."""
+        if self.live:
+            row = Table.grid(padding=(0, 1))
+            bar = ProgressBar(total=1.0, completed=done, width=20)
+            row.add_row(f"{self.number}/{self.total} {self.title}", bar, what)
+            self.live.update(row)
+
+    def result(self, comparison: Comparison) -> None:
+        self.line("")
+        for text in terminal(comparison.document):
+            self.line(text)
+        self.line(str(comparison.folder))

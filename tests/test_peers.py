@@ -1,0 +1,403 @@
+"""The methods that ABSLD is compared with: whole steps on a linear network against NumPy, where
+every gradient is known in closed form, and the class weights and margins against their formulas."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import strategies as draw
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import nn
+
+import absld
+from absld.config import TrainConfig, resolve
+from absld.data import Batch
+from absld.errors import UsageError
+from absld.methods import METHODS, Absld, Counting, Method, build_method, method_class
+from absld.reweighting import class_margins, class_weights
+from absld.trainer import train_step
+
+C, N, D = 3, 9, 12
+EPSILON, STEP_SIZE, STEPS = 0.1, 0.03, 4
+LEARNING_RATE, MOMENTUM, DECAY = 0.5, 0.9, 0.01
+
+
+# --- Two steps of every method, in NumPy ---
+
+
+def softmax(z):
+    powers = np.exp(z - z.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def one_hot(labels):
+    return np.eye(C)[labels]
+
+
+def per_class(values, labels):
+    return np.array([values[labels == k].mean() for k in range(C)])
+
+
+class ByHand:
+    """A method on linear networks z = x W' + b: attack, gradient of the loss, SGD; all by hand."""
+
+    def __init__(self, name, config, student, teacher):
+        self.name, self.config = name, config
+        self.w, self.b = student
+        self.tw, self.tb = teacher
+        self.velocity = [np.zeros_like(self.w), np.zeros_like(self.b)]
+        self.temperature = np.ones((2, C))
+        self.weight, self.margin = np.ones(C), np.ones(C)
+        self.seen = []
+
+    def logits(self, x):
+        return x @ self.w.T + self.b
+
+    def taught(self, x):
+        return x @ self.tw.T + self.tb
+
+    def slope(self, x, soft_adv, labels):
+        """The gradient by the image of what the attack climbs."""
+        q = softmax(self.logits(x))
+        if self.name in ("sat", "ard"):
+            return (q - one_hot(labels)) @ self.w
+        if self.name == "adaad":
+            p = softmax(self.taught(x))
+            log_ratio = np.log(p) - np.log(q)
+            kl = (p * log_ratio).sum(1, keepdims=True)
+            return (q - p) @ self.w + (p * (log_ratio - kl)) @ self.tw
+        return (q - soft_adv) @ self.w
+
+    def attacked(self, x_nat, noise, labels, soft_adv):
+        epsilon = EPSILON
+        if self.name == "absld-margins":
+            epsilon = EPSILON * self.margin[labels][:, None]
+        x, self.withstood = x_nat + noise, np.zeros(len(labels))
+        for _ in range(STEPS):
+            self.withstood += self.logits(x).argmax(1) == labels
+            x = x + STEP_SIZE * np.sign(self.slope(x, soft_adv, labels))
+            x = np.clip(np.clip(x, x_nat - epsilon, x_nat + epsilon), 0, 1)
+        return x
+
+    def step(self, x_nat, labels, noise):
+        """The loss, and its gradients by the logits of adversarial and clean images."""
+        y, a, n = one_hot(labels), self.config.adv_weight, len(labels)
+        v = self.taught(x_nat)
+        soft_adv, soft_nat = (softmax(v / t[labels][:, None]) for t in self.temperature)
+        if self.name == "trades":
+            soft_adv = softmax(self.logits(x_nat))
+        x_adv = self.attacked(x_nat, noise, labels, soft_adv)
+        z_adv, z_nat = self.logits(x_adv), self.logits(x_nat)
+        p, q = softmax(z_adv), softmax(z_nat)
+
+        def kl(one, other):
+            return (one * (np.log(one) - np.log(other))).sum(1)
+
+        hard_adv, hard_nat = -np.log((p * y).sum(1)), -np.log((q * y).sum(1))
+        if self.name == "sat":
+            loss, by_adv, by_nat = hard_adv, p - y, 0 * q
+        elif self.name == "trades":
+            robust = kl(q, p)
+            loss, by_adv = hard_nat + 6 * robust, 6 * (p - q)
+            by_nat = q - y + 6 * q * (np.log(q) - np.log(p) - robust[:, None])
+        elif self.name == "ard":
+            t = 30.0
+            soft, own = softmax(v / t), softmax(z_adv / t)
+            loss = a * t * t * kl(soft, own) + (1 - a) * hard_nat
+            by_adv, by_nat = a * t * (own - soft), (1 - a) * (q - y)
+        else:
+            if self.name == "adaad":
+                soft_adv = softmax(self.taught(x_adv))
+            w = self.weight[labels] if self.name in ("fair-rslad", "absld-weights") else np.ones(n)
+            loss = w * (a * kl(soft_adv, p) + (1 - a) * kl(soft_nat, q))
+            by_adv = w[:, None] * a * (p - soft_adv)
+            by_nat = w[:, None] * (1 - a) * (q - soft_nat)
+        self.seen.append((labels, self.withstood, p.argmax(1) == labels, hard_adv, hard_nat))
+        gradients = [
+            (by_adv.T @ x_adv + by_nat.T @ x_nat) / n,
+            (by_adv + by_nat).sum(0) / n,
+        ]
+        for k, (weight, gradient) in enumerate(zip((self.w, self.b), gradients, strict=True)):
+            self.velocity[k] = MOMENTUM * self.velocity[k] + gradient + DECAY * weight
+            weight -= LEARNING_RATE * self.velocity[k]
+        return loss.mean()
+
+    def end_epoch(self, rate):
+        labels, withstood, right, *risks = (
+            np.concatenate(parts) for parts in zip(*self.seen, strict=True)
+        )
+        self.seen = []
+        if self.name.startswith("absld"):
+            for t, risk in zip(self.temperature, risks, strict=True):
+                gap = per_class(risk, labels) - per_class(risk, labels).mean()
+                t[:] = np.clip(t - rate * gap / abs(gap).max(), 0.5, 5)
+        if self.name in ("fair-rslad", "absld-weights"):
+            inverse = np.maximum(per_class(withstood, labels), 1e-9) ** -2.0  # 0: the limit
+            self.weight = np.clip(C * inverse / inverse.sum(), 5 / 6, 5 / 2)
+        if self.name == "absld-margins":
+            self.margin = 0.3 + per_class(right.astype(float), labels)
+
+
+def linear(seed, scale=1.0):
+    random = torch.Generator().manual_seed(seed)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(D, C, dtype=draw.DTYPE))
+    for weight in net.parameters():
+        weight.data = scale * torch.randn(weight.shape, generator=random, dtype=draw.DTYPE)
+    return net
+
+
+def parameters(net):
+    return [weight.detach().numpy().copy() for weight in net.parameters()]
+
+
+def batch(seed, start="normal"):
+    random = torch.Generator().manual_seed(seed)
+    x = draw.images(seed, N, side=2)
+    labels = torch.arange(N) % C  # each class in each batch
+    noise = torch.rand(x.shape, generator=random, dtype=draw.DTYPE) * 2 - 1
+    return Batch(x, labels, (EPSILON if start == "uniform" else 0.001) * noise)
+
+
+ATTACK = absld.TrainingAttack(EPSILON, STEP_SIZE, STEPS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("adv_weight", [None, 0.7])
+def test_two_epochs_of_two_steps_are_those_by_hand(name, adv_weight):
+    """Attack, loss, gradients, momentum, and what an epoch changes: to the weights after each."""
+    given = {"method": name, "epochs": 20} | ({"adv_weight": adv_weight} if adv_weight else {})
+    config = resolve(given).training()
+    student, teacher = linear(1), linear(2, 2.0).requires_grad_(False)
+    ours = build_method(config, C)
+    if isinstance(ours, Absld):  # or an epoch's temperatures would be known to float32 alone
+        ours.temperature = absld.ClassTemperature(C, dtype=draw.DTYPE)
+    by_hand = ByHand(name, config, parameters(student), parameters(teacher))
+    optimizer = torch.optim.SGD(
+        student.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=DECAY
+    )
+    for epoch in range(2):
+        for number in range(2):
+            given = batch(10 * epoch + number, config.start)
+            losses = train_step(ours, student, teacher, given, ATTACK, optimizer)
+            x_nat, labels, noise = (
+                part.flatten(1).numpy() if part.ndim > 1 else part.numpy() for part in given
+            )
+            assert losses["loss"] == pytest.approx(by_hand.step(x_nat, labels, noise), rel=1e-6)
+            for mine, theirs in zip(student.parameters(), (by_hand.w, by_hand.b), strict=True):
+                np.testing.assert_allclose(mine.detach().numpy(), theirs, rtol=1e-5, atol=1e-6)
+        report = ours.end_epoch(0.3)
+        by_hand.end_epoch(0.3)
+        expected = {"class_weight": by_hand.weight, "class_margin": by_hand.margin}
+        expected["temperature_adv"], expected["temperature_nat"] = by_hand.temperature
+        for key in expected.keys() & report.keys():
+            np.testing.assert_allclose(report[key].numpy(), expected[key], rtol=1e-5, err_msg=key)
+
+
+MOVES = {
+    "absld-weights": "class_weight", "fair-rslad": "class_weight", "absld-margins": "class_margin",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_the_second_epoch_differs_from_the_first(name):
+    """Or the test above would say nothing of weights and margins."""
+    ours = build_method(TrainConfig(method=name, epochs=20), C)
+    losses = []
+    for _ in range(2):
+        losses.append(ours.step(linear(1), linear(2, 2.0), batch(0), ATTACK).loss.item())
+        moved = ours.end_epoch(0.0)[MOVES[name]]
+        assert (moved != 1).any()
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_goes_on_from_its_state_in_the_middle_of_an_epoch(name):
+    config = TrainConfig(method=name, epochs=20)
+    whole, taken_up = build_method(config, C), build_method(config, C)
+    teacher = linear(2, 2.0).requires_grad_(False)
+    whole.step(linear(1), teacher, batch(0), ATTACK)
+    whole.end_epoch(0.1)
+    whole.step(linear(1), teacher, batch(1), ATTACK)
+    state = whole.state_dict()
+    kept = {key: value.clone() for key, value in state.items()}
+    taken_up.load_state_dict(state)
+    results = []
+    for ours in (whole, taken_up):
+        told = {k: v.tolist() for k, v in ours.end_epoch(0.1).items()}
+        loss = ours.step(linear(1), teacher, batch(2), ATTACK).loss.item()
+        results.append((loss, told, {k: v.tolist() for k, v in ours.state_dict().items()}))
+    assert results[0] == results[1]
+    assert all(torch.equal(state[key], kept[key]) for key in kept), "a state is a copy"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_leaves_the_student_in_train_mode_and_the_teacher_alone(name):
+    student, teacher = linear(1), linear(2).eval().requires_grad_(False)
+    before = absld.digest(teacher.state_dict())
+    step = build_method(resolve({"method": name}).training(), C).step(
+        student.eval(), teacher, batch(3), ATTACK
+    )
+    assert step.loss.requires_grad and not any(part.requires_grad for part in step.parts.values())
+    assert all(module.training for module in student.modules())
+    assert all(weight.requires_grad and weight.grad is None for weight in student.parameters())
+    assert not teacher.training and absld.digest(teacher.state_dict()) == before
+    assert all(weight.grad is None for weight in teacher.parameters())
+
+
+NEED = [name for name in METHODS if name not in ("sat", "trades")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_who_needs_a_teacher(name):
+    built = build_method(TrainConfig(method=name), C)
+    assert built.needs_teacher == (name in NEED)
+    if name in NEED:
+        with pytest.raises(UsageError, match="needs a teacher"):
+            built.step(linear(1), None, batch(0), ATTACK)
+
+
+def test_ard_s_gradient_survives_its_temperature():
+    """t^2 keeps the KL's gradient of the size that it has at temperature 1, about."""
+    step = build_method(TrainConfig(method="ard", adv_weight=1.0), C).step(
+        linear(1), linear(2).requires_grad_(False), batch(0), ATTACK
+    )
+    assert step.parts["adv_kl"] > 0.01
+
+
+@pytest.mark.parametrize("name", ["adaad"])
+def test_the_attack_sees_the_teacher_move(name):
+    """With the student for a teacher there is nothing to climb: the images stay where they start."""
+    student = linear(1)
+    seen = []
+    student.register_forward_pre_hook(lambda module, x: seen.append(x[0].detach().clone()))
+    twin = linear(1).requires_grad_(False)
+    given = batch(4)
+    build_method(TrainConfig(method=name), C).step(student, twin, given, ATTACK)
+    last_attacked = seen[STEPS - 1]  # where the last step began
+    assert (last_attacked - given.x_nat).abs().max() <= EPSILON + 1e-9
+    other = linear(7, 3.0).requires_grad_(False)
+    student_apart = linear(1)
+    step = build_method(TrainConfig(method=name, adv_weight=1.0), C).step(
+        student_apart, other, given, ATTACK
+    )
+    plain = build_method(TrainConfig(method="rslad", adv_weight=1.0), C).step(
+        linear(1), other, given, ATTACK
+    )
+    assert step.loss.item() != pytest.approx(plain.loss.item(), rel=1e-3)
+
+
+# --- Class weights and margins ---
+
+steps_of_classes = st.lists(st.just(0.0) | st.floats(1e-6, 10), min_size=2, max_size=8)
+
+
+@given(steps_of_classes)
+@example([0.0, 0.0, 10.0])
+@example([1e-100, 10.0])
+@example([5.0, 5.0, 5.0])
+def test_class_weights_are_the_formula(kappa):
+    """Brute force in exact limits: where some withstand nothing, they share all."""
+    weights = class_weights(torch.tensor(kappa, dtype=draw.DTYPE), lower=5 / 6, upper=5 / 2)
+    zeros = kappa.count(0.0)
+    count = len(kappa)
+    for value, weight in zip(kappa, weights.tolist(), strict=True):
+        if zeros:
+            plain = count / zeros if value == 0 else 0.0
+        else:
+            plain = count / math.fsum((value / other) ** 2 for other in kappa)
+        assert weight == pytest.approx(min(max(plain, 5 / 6), 5 / 2), rel=1e-9)
+
+
+@given(steps_of_classes, st.randoms())
+def test_class_weights_laws(kappa, random):
+    """A class that gives way earlier weighs no less; classes are told by their figures alone;
+    equal ones weigh 1; the mean is 1 where nothing is clipped."""
+    tensor = torch.tensor(kappa, dtype=draw.DTYPE)
+    weights = class_weights(tensor, lower=0.0, upper=math.inf)
+    assert weights.mean().item() == pytest.approx(1)
+    by_steps = tensor.argsort(stable=True)
+    assert (weights[by_steps].diff() <= 1e-12).all()
+    order = list(range(len(kappa)))
+    random.shuffle(order)
+    shuffled = class_weights(tensor[order], lower=0.0, upper=math.inf)
+    torch.testing.assert_close(shuffled, weights[order], rtol=1e-12, atol=0)
+    same = class_weights(torch.full((4,), kappa[0], dtype=draw.DTYPE), lower=5 / 6, upper=5 / 2)
+    assert same.tolist() == [1.0] * 4
+
+
+def test_an_absent_class_keeps_its_weight_and_does_not_count():
+    nan = float("nan")
+    with_absent = class_weights(torch.tensor([2.0, nan, 4.0]), lower=0.0, upper=9.0)
+    without = class_weights(torch.tensor([2.0, 4.0]), lower=0.0, upper=9.0)
+    assert with_absent[1] == 1 and with_absent[[0, 2]].tolist() == without.tolist()
+    assert class_weights(torch.tensor([nan, nan]), lower=0.0, upper=9.0).tolist() == [1.0, 1.0]
+
+
+def test_class_margins_are_the_formula():
+    margins = class_margins(torch.tensor([0.0, 0.5, 1.0, float("nan")]), 0.3)
+    torch.testing.assert_close(margins, torch.tensor([0.3, 0.8, 1.3, 1.0]))
+
+
+@pytest.mark.parametrize(("epochs", "begins"), [(20, 1), (40, 2), (200, 10), (4, 1)])
+def test_margins_begin_after_a_twentieth_of_the_run(epochs, begins):
+    ours = build_method(TrainConfig(method="absld-margins", epochs=epochs), C)
+    teacher = linear(2, 2.0).requires_grad_(False)
+    for epoch in range(1, begins + 1):
+        ours.step(linear(1), teacher, batch(epoch), ATTACK)
+        assert (ours.end_epoch(0.1)["class_margin"] != 1).any() == (epoch >= begins)
+
+
+def test_a_margin_is_the_epsilon_of_its_images():
+    ours = build_method(TrainConfig(method="absld-margins"), C)
+    ours.margin = torch.tensor([0.0, 0.5, 1.3])
+    student, seen = linear(1), []
+    student.register_forward_pre_hook(lambda module, x: seen.append(x[0].detach().clone()))
+    given = batch(5)
+    attack = replace(ATTACK, step_size=EPSILON)
+    ours.step(student, linear(2).requires_grad_(False), given, attack)
+    moved = (seen[STEPS] - given.x_nat).abs().amax((1, 2, 3))
+    for k, factor in enumerate([0.0, 0.5, 1.3]):
+        reached = moved[given.labels == k]
+        assert (reached <= EPSILON * factor + 1e-7).all()
+        assert reached.max() > 0.9 * EPSILON * factor - 1e-12
+
+
+def test_counting_counts_what_each_step_finds():
+    labels = torch.tensor([0, 1])
+    counting = Counting(lambda logits: logits.sum() * 3, labels)
+    for logits in ([[1.0, 0], [1, 0]], [[1.0, 0], [0, 1]], [[0.0, 1], [0, 1]]):
+        assert counting(torch.tensor(logits)) == 6
+    assert counting.right.tolist() == [2, 2]
+
+
+# --- Methods of other people ---
+
+
+class Mine(Method):
+    needs_teacher = False
+
+
+def test_a_method_by_import_path(monkeypatch, tmp_path):
+    (tmp_path / "minez.py").write_text(
+        "from absld.methods import Sat\nclass Own(Sat):\n    beta = 3\nclass No:\n    pass\nx = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    built = build_method(TrainConfig(method="minez:Own"), C)
+    assert type(built).__name__ == "Own" and built.config.method == "minez:Own"
+    for spec, said in {
+        "minez:No": "no method", "minez:x": "no method", "minez:nothing": "nothing",
+        "no_such_module:X": "no_such_module",
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError, match=said) as caught:
+            method_class(spec)
+        assert caught.value.way_out
+
+
+def test_a_method_without_a_step_says_so():
+    with pytest.raises(NotImplementedError):
+        Mine(TrainConfig(), C).step(linear(1), None, batch(0), ATTACK)
+    assert Mine(TrainConfig(), C).end_epoch(0.1) == {} == Mine(TrainConfig(), C).state_dict()
