@@ -26,7 +26,14 @@ from absld.config import (
     resolve,
     source,
 )
-from absld.errors import AbsldError, Interrupted, Stopped, UnreliableError, UsageError
+from absld.errors import (
+    AbsldError,
+    CheckpointError,
+    Interrupted,
+    Stopped,
+    UnreliableError,
+    UsageError,
+)
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -36,6 +43,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+teacher_app = typer.Typer(no_args_is_help=True)
+app.add_typer(teacher_app, name="teacher")
 
 
 @app.callback()
@@ -344,6 +353,56 @@ def compare(
         typer.echo(document.to_json(result.document), nl=False)
     else:
         view.result(result)
+
+
+@teacher_app.callback()
+def about_teachers() -> None:
+    """Teachers: is this network fit to be one?
+
+    [bold]Example[/]
+
+    [cyan]absld teacher check FILE --dataset cifar10[/]
+    """
+
+
+@teacher_app.command()
+@with_settings(EvaluationConfig, without=("attacks", "split", "restarts", "each", "checks", "out"))
+def check(
+    target: Annotated[str, typer.Argument(help="a file, a run, or package.module:factory")],
+    *,
+    as_json: AsJson = False,
+    debug: Debug = False,
+    **settings: Any,
+) -> None:
+    """What is this network, how robust is each class, what are its soft labels like?
+
+    [bold]Examples[/]
+
+    [cyan]absld teacher check trades.pt --dataset cifar10[/]   a file of weights from anywhere
+
+    [cyan]absld teacher check trades.pt --dataset cifar10 --examples 200[/]   a quick look
+
+    On validation images, held out of the training images. Exit code 4 if it is unfit.
+    """
+    typed = {name: parse(name, v, EvaluationConfig) for name, v in given(settings).items()}
+    config = EvaluationConfig(**typed, split="validation")
+
+    from absld import document
+    from absld.evaluation_view import EvaluationView
+    from absld.teacher_check import inspect_teacher
+    from absld.teacher_view import teacher_lines
+
+    stream = sys.stderr if as_json else sys.stdout
+    with Stop(), EvaluationView(stream, goes_on=False) as view, contextlib.redirect_stdout(stream):
+        found = inspect_teacher(target, config, view)
+    if as_json:
+        typer.echo(document.to_json(found), nl=False)
+    else:
+        typer.echo("\n".join(teacher_lines(found)))
+    if found["verdict"] == "unfit":
+        raise CheckpointError(
+            f"{target}: {'; '.join(found['reasons'])}", "needed: a better teacher"
+        )
 
 
 def seed_list(text: str) -> list[int]:

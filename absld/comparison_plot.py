@@ -28,16 +28,16 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
             [100 * value for value in method["figures"][name]["values"]]
             for name in ("robust_average", "robust_worst")
         )
-        look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
-        axes.plot(average, worst, linestyle="none", markersize=5, alpha=0.55, **look)
+        colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
+        axes.plot(average, worst, marker, color=colour, markersize=5, alpha=0.55)
         centre = [sum(average) / len(average)], [sum(worst) / len(worst)]
         axes.plot(
             *centre,
-            linestyle="none",
+            marker,
+            color=colour,
             markersize=10,
             markeredgecolor="white",
             label=clip(method["name"], 40).replace("$", r"\$"),
-            **look,
         )
     axes.set_xlabel("robust average, %", color=TEXT)
     axes.set_ylabel("robust, worst class, %", color=TEXT)

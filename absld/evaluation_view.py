@@ -24,8 +24,8 @@ NAMES = {name: label.replace("\N{NBSP}", " ") for name, label in METRICS.items()
 class EvaluationView:
     """An observer of absld.assessment: plain lines, and on a terminal a bar below them."""
 
-    def __init__(self, stream: IO[str]) -> None:
-        self.stream = stream
+    def __init__(self, stream: IO[str], *, goes_on: bool = True) -> None:
+        self.stream, self.goes_on = stream, goes_on
         console = Console(file=stream)
         self.live = Live(console=console, transient=True) if console.is_terminal else None
         # The clock starts with the first batch: what was done before an interruption took no time.
@@ -42,7 +42,8 @@ class EvaluationView:
             self.live.update("")
             self.live.stop()
         if kind in (KeyboardInterrupt, Stopped):
-            print("stopped; the same command goes on from here", file=sys.stderr)
+            after = "; the same command goes on from here" if self.goes_on else ""
+            print(f"stopped{after}", file=sys.stderr)
 
     def line(self, text: str) -> None:
         if self.live:

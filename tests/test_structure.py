@@ -17,15 +17,16 @@ LAYERS = [
     {"errors"},
     {"config", "seeding", "summary", "class_mean", "importing"},
     {"attack", "temperature", "loss", "metrics", "models", "data", "checkpoint", "runtime"}
-    | {"reweighting", "comparison_tables"}
+    | {"reweighting", "comparison_tables", "calibration"}
     | {"svg", "plots"},
     {"autoattack", "validation", "methods", "loading", "sources", "comparison_plot"},
     {"suite", "teacher"},
     {"evaluation", "trainer"},
     {"sanity", "document", "environment"},
     {"assessment", "job", "report"},
-    {"view", "comparison"},
+    {"view", "comparison", "teacher_check"},
     {"evaluation_view", "comparison_view"},
+    {"teacher_view"},
     {"cli"},
     {"__main__"},
 ]
