@@ -39,6 +39,9 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
             markeredgecolor="white",
             label=clip(method["name"], 40).replace("$", r"\$"),
         )
+    low, high = axes.get_ylim()
+    if high - low < 4:  # per cent; or noise would fill the picture
+        axes.set_ylim((low + high) / 2 - 2, (low + high) / 2 + 2)
     axes.set_xlabel("robust average, %", color=TEXT)
     axes.set_ylabel("robust, worst class, %", color=TEXT)
     axes.grid(color=GRID)

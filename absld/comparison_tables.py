@@ -3,7 +3,8 @@ CSV as fractions. `document` is that of docs/comparing.md."""
 
 import csv
 import io
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absld.summary import ABSENT, LOWER_IS_BETTER, MANY, RATIOS, budget, columns, plain
@@ -131,16 +132,16 @@ def verdict(each: Mapping[str, Any], name: str) -> str:
 # --- Formats ---
 
 
-def aligned(table: list[list[str]]) -> list[str]:
-    """Rows in columns, the first to the left, the others to the right."""
+def aligned(table: list[list[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Rows in columns, those of the numbers `left` to the left, the others to the right."""
     widths = [max(columns(row[k]) for row in table) for k in range(len(table[0]))]
 
-    def fill(text: str, width: int, left: bool) -> str:
+    def fill(text: str, width: int, to_the_left: bool) -> str:
         space = " " * (width - columns(text))
-        return text + space if left else space + text
+        return text + space if to_the_left else space + text
 
     return [
-        "  ".join(fill(text, widths[k], k == 0) for k, text in enumerate(row)).rstrip()
+        "  ".join(fill(text, widths[k], k in left) for k, text in enumerate(row)).rstrip()
         for row in table
     ]
 
@@ -149,16 +150,20 @@ def terminal(document: Mapping[str, Any]) -> list[str]:
     """The tables as lines; the columns of figures are narrow, so a method has one line."""
     short = {"clean average": "clean", "clean worst": "worst", "robust average": "robust"}
     heads = [short.get(text, text.removeprefix("robust ")) for text in headings(document).values()]
-    lines = [title(document), explanation(document), ""]
+    lines = [*wrapped(title(document)), *wrapped(explanation(document)), ""]
     lines += aligned([["", *heads], *rows(document, "±")])
     if told := difference_rows(document):
-        lines += ["", MEANING.format(baseline=document["baseline"]), ""]
-        lines += aligned([DIFFERENCES, *told])
-    lines += [f"note: {note}" for note in document["notes"]]
+        lines += ["", *wrapped(MEANING.format(baseline=document["baseline"])), ""]
+        lines += aligned([DIFFERENCES, *told], left=(0, 1, 5))
+    lines += ["", *(line for note in document["notes"] for line in wrapped(f"note: {note}"))]
     for method in document["methods"]:
         if method["warnings"]:
-            lines.append(f"WARN {method['name']}: {'; '.join(method['warnings'])}")
+            lines += wrapped(f"WARN {method['name']}: {'; '.join(method['warnings'])}")
     return [plain(line) for line in lines]
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(plain(text), 100)
 
 
 def markdown(document: Mapping[str, Any]) -> str:
