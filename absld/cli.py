@@ -305,6 +305,7 @@ def compare(
     examples: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="so many test images only")
     ] = None,
+    checks: Annotated[bool, typer.Option(help="as of absld evaluate")] = True,
     recipe: Annotated[
         str | None, typer.Option(metavar="FILE.toml", help="settings of all, name = value")
     ] = None,
@@ -327,7 +328,7 @@ def compare(
     """
     named = given(settings)
     evaluation = EvaluationConfig(
-        attacks=attacks, examples=examples, device=named.get("device", "auto")
+        attacks=attacks, examples=examples, checks=checks, device=named.get("device", "auto")
     )
     if bool(runs) == bool(methods):
         raise UsageError("what is to be compared?", "--methods NAMES, or runs, and not both")
@@ -345,10 +346,11 @@ def compare(
             out = named.get("out", "")
             result = comparison.compare_runs(runs, evaluation, baseline, out, view)
         else:
-            configs = comparison.configs_of(
-                methods.split(","), seed_list(seeds), (from_toml(recipe) if recipe else {}) | named
+            of_all = (from_toml(recipe) if recipe else {}) | named
+            names = [name.strip() for name in methods.split(",") if name.strip()]
+            result = comparison.compare_methods(
+                names, seed_list(seeds), of_all, evaluation, baseline, view
             )
-            result = comparison.compare_methods(configs, evaluation, baseline, view)
     if as_json:
         typer.echo(document.to_json(result.document), nl=False)
     else:

@@ -35,8 +35,10 @@ from absld.evaluation import Differences, Evaluation, paired
 from absld.metrics import METRICS, Interval, over_seeds, present, rho
 from absld.runtime import resolve_device
 from absld.sources import load_data
+from absld.suite import parse_attacks
 
 SCHEMA = "absld-comparison-1"
+OF_A_METHOD = ("Method", "Attack", "Training")  # groups of settings
 FIGURES = [f"{kind}_{name}" for kind in ("clean", "robust") for name in METRICS]
 
 
@@ -85,33 +87,35 @@ class Comparison:
 
 def configs_of(
     methods: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]
-) -> list[Config]:
-    """The configurations of a comparison, all methods of the first seed first.
+) -> tuple[list[Config], list[str]]:
+    """The configurations of a comparison, all methods of the first seed first; and notes.
 
-    methods: names, package.module:Class, or recipe files (.toml), which say what is different about
-    a method: their settings of groups Method and Attack. given: settings of all runs. Raises
-    UsageError.
+    methods: names, package.module:Class, or recipe files (.toml) that say what is different about a
+    method. A recipe's schedule is left out: all methods train alike. given: settings of all runs.
+    Raises UsageError.
     """
-    recipes: list[dict[str, Any]] = []
+    recipes, found = [], []
     for name in methods:
         recipe: dict[str, Any] = {"method": name}
         if name.endswith(".toml"):
-            recipe = {"method": "absld"} | from_toml(name)
-            other = [key for key in recipe if GROUPS[key] not in ("Method", "Attack")]
-            if other:
+            recipe = from_toml(name)
+            if other := [key for key in recipe if GROUPS[key] not in OF_A_METHOD]:
                 raise UsageError(
                     f"{name} sets {', '.join(other)}, which is not a method's",
                     "give it as a flag, to all methods alike",
                 )
+            if schedule := [key for key in recipe if GROUPS[key] == "Training"]:
+                found.append(f"{name}: {', '.join(schedule)} left out, all methods train alike")
+            recipe = {key: value for key, value in recipe.items() if key not in schedule}
         recipes.append(recipe)
+    if len(recipes) < 2:
+        raise UsageError("one method is no comparison", f"there are: {', '.join(METHOD_RECIPES)}")
     configs = [
         resolve({**given, **recipe, "seed": seed}, schedule_of_method=False)
         for seed in seeds
         for recipe in recipes
     ]
-    if len(configs) < 2 or len(recipes) < 2:
-        raise UsageError("one method is no comparison", f"there are: {', '.join(METHOD_RECIPES)}")
-    return configs
+    return configs, found
 
 
 def labels_of(configs: Sequence[Config]) -> list[str]:
@@ -137,13 +141,20 @@ def labels_of(configs: Sequence[Config]) -> list[str]:
 
 
 def compare_methods(
-    configs: Sequence[Config], evaluation: EvaluationConfig, baseline: str, observer: Observer
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    given: Mapping[str, Any],
+    evaluation: EvaluationConfig,
+    baseline: str,
+    observer: Observer,
 ) -> Comparison:
     """Train what is not trained, evaluate all, and compare with `baseline` (the first method where
-    it is empty). Raises AbsldError."""
+    it is empty). methods, seeds, given: see `configs_of`. Raises AbsldError."""
+    configs, found = configs_of(methods, seeds, given)
     labels = labels_of(configs)
     baseline = known(baseline, labels)
     splits = load_data(configs[0].dataset, configs[0].data, configs[0].image_size)
+    parse_attacks(evaluation.attacks, splits.test.num_classes, 1)  # before hours of training
     members = []
     for number, (label, config) in enumerate(zip(labels, configs, strict=True), 1):
         observer.run(label, config.seed, number, len(configs))
@@ -157,7 +168,7 @@ def compare_methods(
                 raise
         members.append(member_of(label, run.path, evaluation, splits, observer))
         observer.done(members[-1], reused)
-    return compared(members, evaluation, baseline, Path(configs[0].out))
+    return compared(members, evaluation, baseline, Path(configs[0].out), found)
 
 
 def compare_runs(
@@ -216,7 +227,11 @@ def member_of(
 
 
 def compared(
-    members: Sequence[Member], evaluation: EvaluationConfig, baseline: str, out: Path
+    members: Sequence[Member],
+    evaluation: EvaluationConfig,
+    baseline: str,
+    out: Path,
+    found: Sequence[str] = (),
 ) -> Comparison:
     """The document and the files of a comparison."""
     check_alike(members)
@@ -236,7 +251,7 @@ def compared(
         "data": first["data"],
         "settings": first["settings"],
         "baseline": baseline,
-        "notes": notes(groups),
+        "notes": [*found, *notes(groups)],
         "methods": [
             method_document(label, list(of_label.values()), pairs_of(of_label, groups[baseline]))
             for label, of_label in groups.items()
