@@ -44,6 +44,13 @@ FLAGS = {
         "--debug",
     },
     "absld report": {"--out", "--debug", "--help"},
+    "absld compare": flags_of(absld.config.Config) - {"--method", "--seed"}
+    | {"--methods", "--seeds", "--baseline", "--attacks", "--examples", "--no-checks"}
+    | {"--recipe", "--json", "--debug"},
+    "absld recipe": {"--method", "--help"},
+    "absld teacher": flags_of(absld.config.EvaluationConfig)
+    - {"--attacks", "--split", "--restarts", "--each", "--checks", "--out"}
+    | {"--eps", "--json", "--debug"},
 }
 
 
@@ -63,7 +70,7 @@ def test_flags_exist(path):
 def test_commands_have_the_flags_they_are_given(path):
     text = read(path).replace("\\\n", " ")
     for program, rest in re.findall(
-        r"(absld_min\.py|absld (?:train|evaluate|report))\b([^`\n]*)", text
+        r"(absld_min\.py|absld (?:train|evaluate|report|compare|recipe|teacher))\b([^`\n]*)", text
     ):
         assert flags_in(rest) <= FLAGS[program], f"{program}{rest}"
 
