@@ -132,13 +132,17 @@ def test_help_and_recipes_cost_no_torch_and_start_with_examples(flags):
     [
         ("train", Config, ["recipe", "resume", "json", "debug"]),
         ("evaluate", EvaluationConfig, ["eps", "against", "strict", "json", "debug"]),
+        ("compare", Config, ["methods", "seeds", "baseline", "attacks", "examples", "recipe"]),
     ],
 )
 def test_every_setting_is_a_flag(command, config, others, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(command, "--help") == 0
     text = capfd.readouterr().out
-    for name in [*(f.name.replace("_", "-") for f in fields(config)), *others]:
+    own = [f.name for f in fields(config)]
+    if command == "compare":  # which has lists of these two
+        own = [name for name in own if name not in ("method", "seed")]
+    for name in [*(name.replace("_", "-") for name in own), *others]:
         assert re.search(rf"[ ,]--{name}[ ,]", text), name
 
 
@@ -147,6 +151,15 @@ def test_without_a_command_there_is_help_and_no_error_without_a_text(flags, capf
     main(*flags)
     printed = capfd.readouterr()
     assert "Usage" in printed.out + printed.err and "error: \n" not in printed.err
+
+
+def test_a_method_s_recipe_is_shown_with_sources(capfd):
+    assert main("recipe", "show", "cifar10", "--method", "ard") == 0
+    told = {line.split()[0]: line.split()[1:4] for line in capfd.readouterr().out.splitlines()}
+    assert told["epochs"][:2] == ["200", "ARD"] and told["start"][:2] == ["uniform", "ARD"]
+    assert told["momentum"] == ["0.9", "the", "authors'"]
+    refused(capfd, 2, "not 'art'", "did you mean 'ard'", "recipe", "show", "digits",
+            "--method", "art")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)

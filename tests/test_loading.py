@@ -165,6 +165,20 @@ def shapes_of_resnet(blocks, layers):
     return named | {"linear.weight": (C, width_in), "linear.bias": (C,)}
 
 
+def shapes_of_preactresnet():
+    named, width_in = {"conv1.weight": (64, 3, 3, 3)}, 64
+    for i in range(4):
+        width = 64 * 2**i
+        for j in range(2):
+            at = f"layer{i + 1}.{j}"
+            named |= norm(f"{at}.bn1", width_in) | {f"{at}.conv1.weight": (width, width_in, 3, 3)}
+            named |= norm(f"{at}.bn2", width) | {f"{at}.conv2.weight": (width, width, 3, 3)}
+            if width_in != width:
+                named[f"{at}.shortcut.0.weight"] = (width, width_in, 1, 1)
+            width_in = width
+    return named | norm("bn", 512) | {"linear.weight": (C, 512), "linear.bias": (C,)}
+
+
 def shapes_of_mobilenet():
     named = {"conv1.weight": (32, 3, 3, 3)} | norm("bn1", 32)
     plan = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2)]
@@ -208,6 +222,7 @@ PUBLISHED = {
     "resnet18": shapes_of_resnet([2, 2, 2, 2], 2),
     "resnet34": shapes_of_resnet([3, 4, 6, 3], 2),
     "resnet50": shapes_of_resnet([3, 4, 6, 3], 3),
+    "preactresnet18": shapes_of_preactresnet(),
     "mobilenetv2": shapes_of_mobilenet(),
     "wrn-28-4": shapes_of_wide(28, 4),
     "wrn-28-10": shapes_of_wide(28, 10),
@@ -242,6 +257,19 @@ def test_a_published_file_gives_the_outputs_that_it_had(name, tmp_path):
     said = " ".join(network.notes)
     assert "1 tensors sub_block1.* left out" in said and "counters of batch norms" in said
     assert f"{len(state)} tensors without their prefix" in said
+
+
+def test_the_published_teacher(tmp_path):
+    """TRADES' WideResNet-34-10, bare, with its unused group in full, of the shapes of block1."""
+    model = build_model("wrn-34-10", 10, "published").eval()
+    state = model.state_dict()
+    unused = {f"sub_{k}": v for k, v in state.items() if k.startswith("block1.")}
+    network = load_network(file_of(tmp_path, state | unused), 10, KEY)
+    assert network.architecture == "wrn-34-10"
+    (note,) = network.notes
+    assert f"{len(unused)} tensors sub_block1.* left out: no forward uses them" in note
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(network.model.eval()(x), model(x))
 
 
 @pytest.mark.parametrize(

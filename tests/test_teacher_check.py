@@ -1,0 +1,167 @@
+"""absld teacher check: what it says of good, weak and broken networks, and exit codes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import few_digits, main, refused
+
+import absld
+from absld.checkpoint import digest, load, save
+from absld.models import build_model
+from absld.sources import load_data
+from absld.teacher_view import teacher_lines
+
+CPU = ["--device", "cpu"]
+DIGITS = ["--dataset", "digits", *CPU]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The run of a teacher that is somewhat robust."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ["--method", "trades", "--epochs", "12", "--out", folder, *CPU]
+    assert main("train", *flags) == 0
+    (run,) = folder.glob("digits-trades-*")
+    return str(run)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def checked(capfd, *flags, code=0):
+    assert main("teacher", "check", *flags, "--json") == code
+    printed = capfd.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_what_is_said_of_a_teacher(teacher, capfd):
+    """Counted again: accuracies, soft labels, calibration, on the validation images."""
+    document, _ = checked(capfd, teacher, *CPU)
+    model = absld.load_network(teacher, 10, ("x",)).model.eval()
+    data = load_data("digits", "").validation
+    with torch.no_grad():
+        logits = model(data.images / 255)
+    right = logits.argmax(1) == data.labels
+    soft = logits.softmax(1)
+    network = document["network"]
+    assert network["architecture"] == "convnet"
+    assert network["parameters"] == sum(p.numel() for p in model.parameters())
+    assert network["weights_sha256"] == digest(model.state_dict())
+    assert document["data"]["split"] == "validation" and document["data"]["images"] == 180
+    for k in range(10):
+        own = data.labels == k
+        clean, labels = document["clean"]["classes"][k], document["soft_labels"][k]
+        assert (clean["right"], clean["images"]) == (int(right[own].sum()), int(own.sum()))
+        robust = document["robust"]["classes"][k]
+        assert robust["right"] <= clean["right"] and robust["low"] <= robust["value"]
+        assert labels["true_probability"] == pytest.approx(soft[own, k].mean().item(), rel=1e-5)
+        entropy = -(soft * soft.log()).sum(1)[own].mean().item()
+        assert labels["entropy"] == pytest.approx(entropy, rel=1e-5)
+    calibration = document["calibration"]
+    assert calibration["accuracy"] == pytest.approx(right.double().mean().item())
+    assert calibration["confidence"] == pytest.approx(soft.amax(1).mean().item(), rel=1e-5)
+    assert document["verdict"] == "fit" and document["reasons"] == []
+    # PGD-20 of validation, which selects epochs, is near: another start, the same attack.
+    accuracies = absld.validate(model, data, epsilon=0.1)
+    average = document["robust"]["metrics"]["average"]["value"]
+    assert average == pytest.approx(accuracies.robust.mean().item(), abs=0.03)
+
+
+def test_it_is_shown_in_80_columns(teacher, capfd):
+    assert main("teacher", "check", f"{teacher}/best.pt", *DIGITS, "--examples", "60") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[-1] == "verdict: fit"
+    assert any(
+        line.startswith("60 of 180 validation images of digits, epsilon 0.1") for line in lines
+    )
+    (shown,) = [line for line in lines if line.startswith("teacher sha256: ")]
+    assert shown.split()[-1] == digest(load(f"{teacher}/best.pt")["model"])
+    assert any(line.startswith("temperature of least cross-entropy") for line in lines)
+
+
+def test_a_class_without_images_has_no_figures(teacher, capfd):
+    document, _ = checked(capfd, teacher, *CPU, "--examples", "4")
+    absent = [c["class"] for c in document["clean"]["classes"] if not c["images"]]
+    assert len(absent) == 6
+    for labels in document["soft_labels"]:
+        assert (labels["entropy"] is None) == (labels["class"] in absent)
+    assert max(map(len, teacher_lines(document)[:-1])) <= 80
+
+
+def test_a_network_near_chance_is_unfit(capfd):
+    save({"model": build_model("convnet", 10, "untrained").state_dict()}, Path("new.pt"))
+    document, errors = checked(capfd, "new.pt", *DIGITS, code=4)
+    assert document["verdict"] == "unfit"
+    assert "error: new.pt: near chance on clean images" in errors
+
+
+NETS = """
+import torch
+from torch import nn
+import absld
+
+class Changed(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = absld.load_network({teacher!r}, 10, ("nets",)).model, change
+    def forward(self, x):
+        return self.change(self.net(x))
+
+def honest(): return Changed(lambda z: z)
+def sharp(): return Changed(lambda z: 1000 * z)
+def blind(): return Changed(lambda z: torch.cat([z[:, :9], z[:, 9:] - 100], 1))
+def narrow(): return Changed(lambda z: z[:, :9])
+def nan(): return Changed(lambda z: z * torch.nan)
+"""
+
+
+@pytest.fixture
+def nets(teacher):
+    Path("nets.py").write_text(NETS.format(teacher=teacher))
+    yield
+    sys.modules.pop("nets", None)
+
+
+def test_doubts_have_reasons(nets, capfd):
+    document, _ = checked(capfd, "nets:sharp", *DIGITS)
+    assert document["verdict"] == "doubtful" and document["calibration"]["temperature"] == (
+        pytest.approx(20, rel=0.01)
+    )
+    assert ["nearly hard" in reason for reason in document["reasons"]][-1]
+    document, _ = checked(capfd, "nets:blind", *DIGITS)
+    assert any("class 9 is hardly robust, 0.0%" in reason for reason in document["reasons"])
+    # The whole box for a budget: nothing withstands it.
+    document, _ = checked(capfd, "nets:honest", *DIGITS, "--eps", "1")
+    assert document["reasons"][0].startswith("not robust, ")
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [("narrow", "needed are logits"), ("nan", "NaN or infinity"), ("none", "none")],
+)
+def test_networks_that_cannot_teach(net, said, nets, capfd):
+    code = 2 if net == "none" else 4
+    refused(capfd, code, said, "needed", "teacher", "check", f"nets:{net}", *DIGITS)
+
+
+def test_bad_files(capfd):
+    Path("page.pt").write_text("<!DOCTYPE html><html>sign in</html>")
+    refused(capfd, 4, "HTML page", "download", "teacher", "check", "page.pt", *DIGITS)
+    refused(capfd, 4, "no such run or file", "check the path", "teacher", "check", "no.pt", *DIGITS)
+    refused(capfd, 2, "which images?", "--dataset", "teacher", "check", "page.pt")
+    save({"model": build_model("convnet", 7, "x").state_dict()}, Path("seven.pt"))
+    refused(capfd, 4, "needed is (10, 64)", "number of classes", "teacher", "check", "seven.pt", *DIGITS)  # fmt: skip
+
+
+def test_what_was_stripped_is_said(teacher, capfd):
+    state = {f"module.{k}": v for k, v in load(f"{teacher}/best.pt")["model"].items()}
+    torch.save({"state_dict": state}, "wrapped.pt")
+    document, errors = checked(capfd, "wrapped.pt", *DIGITS, "--examples", "20")
+    assert "without their prefix" in errors and len(document["network"]["notes"]) == 1
+    assert few_digits().train.classes == tuple(document["data"]["classes"])
