@@ -158,8 +158,8 @@ def test_a_method_s_recipe_is_shown_with_sources(capfd):
     told = {line.split()[0]: line.split()[1:4] for line in capfd.readouterr().out.splitlines()}
     assert told["epochs"][:2] == ["200", "ARD"] and told["start"][:2] == ["uniform", "ARD"]
     assert told["momentum"] == ["0.9", "the", "authors'"]
-    refused(capfd, 2, "not 'art'", "did you mean 'ard'", "recipe", "show", "digits",
-            "--method", "art")  # fmt: skip
+    refused(capfd, 2, "not 'ardd'", "did you mean 'ard'", "recipe", "show", "digits",
+            "--method", "ardd")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)
