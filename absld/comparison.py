@@ -367,7 +367,7 @@ def notes(groups: Mapping[str, Mapping[int, Member]]) -> list[str]:
     # A method may have its own attack; how long it trains, on what, is to be the same.
     alike = [f.name for f in fields(Config) if GROUPS[f.name] in ("Training", "Data", "Networks")]
     for name in alike:
-        if name in ("seed", "data", "allow_weak_teacher"):
+        if name in ("seed", "data", "allow_weak_teacher", "bank_gib"):
             continue
         values = {
             label: repr(getattr(next(iter(of_label.values())).config, name))

@@ -173,6 +173,9 @@ class Config(TrainConfig):
     teacher_epochs: int = setting(
         76, "Networks", "of a teacher that is made here", "TRADES", low=1.0
     )
+    bank_gib: float = setting(
+        2.0, "Networks", "GiB that a teacher's remembered logits may take; 0: none", OWN
+    )
     allow_weak_teacher: bool = setting(
         False, "Networks", "go on with a teacher that is near chance", OWN
     )

@@ -21,7 +21,7 @@ from absld.metrics import fairness
 from absld.runtime import arithmetic, in_precision, resolve_device
 from absld.sources import load_data
 from absld.teacher import check_teacher
-from absld.trainer import EpochReport, Role, StepReport, compare, fit, plain
+from absld.trainer import Bank, EpochReport, Role, StepReport, compare, fit, plain
 from absld.validation import ClassAccuracies, check_network, validate
 
 
@@ -148,6 +148,7 @@ def train(
             run=run,
             about={"architecture": student.architecture, "classes": list(classes)},
             on_step=observer.step,
+            bank=Bank(Path(config.out) / "banks", config.bank_gib),
         ):
             observer.epoch(report)
         observer.end()
@@ -211,7 +212,7 @@ def made_teacher(config: Config, splits: Splits, observer: Observer) -> tuple[nn
 # --- The record of a run ---
 
 # Settings that say where things are, not what is computed; a given teacher counts by its weights.
-PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher"}
+PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "bank_gib"}
 
 
 def check_resume(run: RunDirectory, config: Config, inputs: dict[str, str], resume: bool) -> None:

@@ -36,6 +36,7 @@ class Method:
     """What the trainer asks of a method. A class, so that it may carry state between batches."""
 
     needs_teacher = True
+    asks_clean_views = True  # alone, of the teacher: then its answers can be remembered
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         self.config = config
@@ -301,6 +302,8 @@ class Ard(Method):
 class AdaAd(Method):
     """Adaptive Adversarial Distillation: the attack drives student and teacher apart, and the
     teacher says of those images what they are. Source: spec, peers."""
+
+    asks_clean_views = False
 
     def step(
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, attack: TrainingAttack

@@ -8,15 +8,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from absld.attack import TrainingAttack
+from absld.bank import RememberingTeacher, bank_bytes, open_bank, rows_of
 from absld.checkpoint import RunDirectory, digest, load, save
 from absld.config import TrainConfig
-from absld.data import Batch, ImageSet, Views, batches, steps_per_epoch
+from absld.data import Batch, ImageSet, Views, draws, steps_per_epoch
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
 from absld.methods import Method, build_method
 from absld.metrics import Fairness, fairness
@@ -36,6 +38,13 @@ class StepReport:
     phase: Literal["training", "validation"]
     done: int
     total: int
+
+
+class Bank(NamedTuple):
+    """Where banks of teachers' logits are, and how many GiB one may take."""
+
+    folder: Path
+    gib: float
 
 
 OnStep = Callable[[StepReport], None]
@@ -153,6 +162,7 @@ def fit(
     role: Role = "student",
     about: Mapping[str, Any] | None = None,
     on_step: OnStep = lambda step: None,
+    bank: Bank | None = None,
 ) -> Iterator[EpochReport]:
     """Train `student` in place, with a report an epoch; in the end it has its best weights.
 
@@ -164,13 +174,14 @@ def fit(
     a training that was interrupted continues, with bit-equal results on the CPU. `about` (plain
     values) goes into its checkpoints. on_step hears of every batch and may raise Interrupted: the
     training so far is then saved, to the step. role: part of the keys of all random numbers.
+    bank: where the teacher's logits of clean views are remembered; by default nowhere.
 
     Raises UsageError if the method needs a teacher and there is none, DataError if the images do not fill a batch, CheckpointError if a network does not fit
     the images or `run` holds another training, NonFiniteError if the loss, or the student, becomes
     NaN or infinite.
     """
     saved = None
-    training = Training(student, teacher, train, validation, config, role, on_step)
+    training = Training(student, teacher, train, validation, config, role, on_step, bank)
     if run is not None:
         same = identity(student, teacher, train, validation, config, role)
         saved = Saved(training, run, dict(about or {}), same)
@@ -201,6 +212,7 @@ class Training:
         config: TrainConfig,
         role: Role,
         on_step: OnStep,
+        bank: Bank | None = None,
     ) -> None:
         self.student, self.config, self.role, self.on_step = student, config, role, on_step
         device = next(student.parameters()).device
@@ -214,9 +226,10 @@ class Training:
         check_network(student, self.train, "student")
         if teacher is not None:
             check_network(teacher.to(device), self.train, "teacher")
+        self.teacher = None
         if teacher is not None:
-            teacher = in_precision(freeze(teacher), config.precision)
-        self.teacher, self.called = teacher, in_precision(student, config.precision)
+            self.teacher = in_precision(freeze(teacher), config.precision)
+        self.called = in_precision(student, config.precision)
         self.method = build_method(config, train.num_classes)
         if self.method.needs_teacher and teacher is None:
             raise UsageError(f"{config.method} needs a teacher", "pass one, or method='trades'")
@@ -230,6 +243,13 @@ class Training:
             config.epsilon, config.epsilon * config.relative_step_size, config.attack_steps
         )
         self.views = Views(self.train, config.padding)
+        if (
+            bank
+            and teacher is not None
+            and self.teacher is not None
+            and self.method.asks_clean_views
+        ):
+            self.teacher = remembering(self.teacher, teacher, self.views, config, bank)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
 
@@ -274,7 +294,7 @@ class Training:
         config, progress = self.config, self.progress
         key, device = (config.seed, self.role, progress.epoch), self.train.labels.device
         start = time.perf_counter() - progress.seconds
-        for batch in batches(
+        for draw in draws(
             self.views,
             *key,
             batch_size=config.batch_size,
@@ -284,6 +304,9 @@ class Training:
             steps=self.steps,
             first_step=progress.step,
         ):
+            batch = self.views.batch(draw)
+            if isinstance(self.teacher, RememberingTeacher):
+                self.teacher.about_to_see(batch.x_nat, self.views.numbers(draw))
             # Nothing here draws from torch's global state, but a student with dropout does.
             with global_generator(*key, progress.step, "student", device=device):
                 losses = train_step(
@@ -352,6 +375,18 @@ class Saved:
         self.run.keep_records(finished)
         if finished:
             training.best = load(self.run.best)["model"]
+
+
+def remembering(
+    called: nn.Module, teacher: nn.Module, views: Views, config: TrainConfig, bank: Bank
+) -> nn.Module:
+    """The teacher with its bank, where that fits; else the teacher to call."""
+    rows = rows_of(views, config.flip)
+    fits = bank_bytes(rows, views.data.num_classes) <= bank.gib * 2**30
+    if not fits or next(teacher.parameters()).dtype != torch.float32:
+        return called
+    found = open_bank(bank.folder, teacher, views, flip=config.flip, precision=config.precision)
+    return RememberingTeacher(called, found)
 
 
 def identity(

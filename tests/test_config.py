@@ -38,7 +38,7 @@ VALUES = (
     | {"method": st.sampled_from([*METHOD_RECIPES, "mine.methods:Mart"])}
     | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))
     | dict.fromkeys(("learning_rate", "weight_decay", "kl_scale"), numbers(0, 1e300))
-    | dict.fromkeys(("start_noise", "relative_step_size"), numbers(0, 1e300))
+    | dict.fromkeys(("start_noise", "relative_step_size", "bank_gib"), numbers(0, 1e300))
     | dict.fromkeys(("epochs", "batch_size", "max_steps", "teacher_epochs"), st.integers(1, 10**20))
     | {"attack_steps": st.integers(1, 10**20), "padding": st.integers(0, 10**20)}
     | {"image_size": st.integers(1, 10**20)}
@@ -159,7 +159,7 @@ RANGES = {
     "momentum": (0, 1), "temperature_lower": (1e-3, 1), "temperature_upper": (1, 1e3),
 }  # fmt: skip
 LEAST = {
-    "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 1, "padding": 0, "start_noise": 0,
+    "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 1, "padding": 0, "start_noise": 0, "bank_gib": 0,
     "relative_step_size": 0, "learning_rate": 0, "weight_decay": 0, "kl_scale": 0,
     "teacher_epochs": 1, "image_size": 1,
 }  # fmt: skip

@@ -109,10 +109,16 @@ MUTANTS = {
     "the release read as the paper": alike(
         "temperature", 'fidelity == "released"', 'fidelity == "read"', RELEASED
     ),
-    "risks set, not added": alike(
-        "temperature",
-        "torch.where(member, risk.unsqueeze(1), 0).sum(0)",
-        "risk.new_zeros(num_classes).index_put((labels,), risk)",
+    "risks set, not added": apart(
+        "class_mean",
+        (
+            "torch.where(member, risk.unsqueeze(1), 0).sum(0)",
+            "risk.new_zeros(num_classes).index_put((labels,), risk)",
+        ),
+        (
+            "torch.where(member, values.unsqueeze(1), 0).sum(0)",
+            "values.new_zeros(num_classes).index_put((labels,), values)",
+        ),
         on_both("test_temperature.py::test_class_risk_is_the_formula"),
     ),
     "no bounds": alike(
@@ -148,8 +154,8 @@ MUTANTS = {
     ),
     "uniform start": apart(
         "data",
-        ("0.001 * torch.randn(", "0.001 * torch.rand("),
-        ("= torch.randn(", "= 2 * torch.rand("),
+        ("0.001 * torch.randn(", "0.002 * torch.rand("),
+        ("torch.randn if start", "torch.rand if start"),
         [
             "tests/test_data.py::test_images_stay_in_range_and_noise_is_small",
             "tests/test_equivalence.py::test_batches",

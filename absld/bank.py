@@ -1,0 +1,153 @@
+"""The bank of a teacher's logits: a teacher that sees clean views only need see each view once.
+
+A crop with padding p and a mirror has 2 (2p+1)^2 views of an image. The bank is a memory-mapped
+file with a row for each, filled as views come up or ahead of time, and shared by all runs with the
+same teacher and images. Each row carries a checksum: a row that was never written, was written in
+part, or has changed since, is computed again. So nothing has to be locked.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from absld.checkpoint import digest, key_of, write_text
+from absld.data import Views
+from absld.errors import CheckpointError
+
+VERSION = 1
+CHECK_OF_ZEROS = 0x5EED  # not 0, or an empty row would be a row of zeros
+MODULUS = 2**32
+
+
+def rows_of(views: Views, flip: float) -> int:
+    """How many rows the bank of a training has: without mirrors half of the views."""
+    return len(views) if flip else len(views) // 2
+
+
+def bank_bytes(rows: int, num_classes: int) -> int:
+    """The size of a bank's file: float32 logits and a checksum for each row."""
+    return 4 * rows * (num_classes + 1)
+
+
+def checksums(words: Int[Tensor, "n c"]) -> Int[Tensor, " n"]:
+    """A 32-bit checksum of each row of 32-bit words.
+
+    The words are weighed by odd numbers, which have inverses modulo 2^32: a change of any one word
+    changes it.
+    """
+    weights = 2 * torch.arange(words.shape[1], device=words.device) * 40503 + 1
+    total = ((words.long() % MODULUS) * (weights % 65536)) % MODULUS
+    return (total.sum(1) + CHECK_OF_ZEROS) % MODULUS
+
+
+class LogitBank:
+    """The rows of a bank. `rows` (images * views, C + 1) int32: the bits of the logits, and their
+    checksum."""
+
+    def __init__(self, rows: Int[Tensor, "v c"]) -> None:
+        self.rows = rows
+
+    @classmethod
+    def open(cls, folder: Path, about: dict[str, Any], rows: int, num_classes: int) -> "LogitBank":
+        """The bank of `about` (plain values: digests of teacher and images, and the like) in
+        `folder`, made if it is not there. Raises CheckpointError if the file is of another size.
+        """
+        path = folder / f"{key_of(about)}.bank"
+        folder.mkdir(parents=True, exist_ok=True)
+        size = bank_bytes(rows, num_classes)
+        if not path.exists():
+            write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+            with path.open("ab") as file:  # two processes may make it at once
+                file.truncate(size)
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes, needed are {size}", "remove it"
+            )
+        mapped = torch.from_file(
+            str(path), shared=True, size=rows * (num_classes + 1), dtype=torch.int32
+        )
+        return cls(mapped.view(rows, num_classes + 1))
+
+    def read(self, index: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n c"], Bool[Tensor, " n"]]:
+        """The logits of rows, and whether each is there and whole."""
+        rows = self.rows[index.to(self.rows.device)]
+        words = rows[:, :-1].contiguous()
+        whole = checksums(words) == rows[:, -1].long() % MODULUS
+        return words.view(torch.float32), whole
+
+    def write(self, index: Int[Tensor, " n"], logits: Float[Tensor, "n c"]) -> None:
+        """Remember the logits of rows."""
+        words = logits.detach().to(self.rows.device).contiguous().view(torch.int32)
+        check = checksums(words)
+        check = torch.where(check >= MODULUS // 2, check - MODULUS, check).to(torch.int32)
+        self.rows[index.to(self.rows.device)] = torch.cat([words, check.unsqueeze(1)], dim=1)
+
+    def filled(self, chunk: int = 2**16) -> float:
+        """The share of rows that are there and whole."""
+        parts = torch.split(torch.arange(len(self.rows)), chunk)
+        return sum([int(self.read(part)[1].sum()) for part in parts]) / len(self.rows)
+
+
+class RememberingTeacher(nn.Module):
+    """A frozen teacher that is asked for a clean view only if its bank has not got it.
+
+    It knows clean views by the tensor: `about_to_see` announces the next batch; any other images,
+    such as attacked ones, go to the teacher itself.
+    """
+
+    def __init__(self, teacher: nn.Module, bank: LogitBank) -> None:
+        super().__init__()
+        self.teacher, self.bank = teacher, bank
+        self.announced: tuple[Tensor, Tensor] | None = None
+
+    def about_to_see(self, x_nat: Tensor, views: Int[Tensor, " n"]) -> None:
+        """The next clean images, and the numbers of their views (`Views.number`)."""
+        self.announced = x_nat, views
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.announced is None or x is not self.announced[0]:
+            logits: Tensor = self.teacher(x)
+            return logits
+        x_nat, views = self.announced
+        known, whole = self.bank.read(views)
+        if whole.all():
+            return known.to(x.device)
+        missing = (~whole).nonzero().squeeze(1)
+        # One image alone may be multiplied by another routine than several, with other rounding.
+        asked = missing if len(missing) > 1 or len(x) == 1 else missing.repeat(2)
+        with torch.no_grad():
+            fresh = self.teacher(x_nat[asked.to(x.device)])[: len(missing)].float()
+        self.bank.write(views.to(missing.device)[missing], fresh)
+        known[missing] = fresh.to(known.device)
+        return known.to(x.device)
+
+
+def open_bank(
+    folder: Path, teacher: nn.Module, views: Views, *, flip: float, precision: str
+) -> LogitBank:
+    """The bank of a teacher's logits of all views of a set of images, in `folder`."""
+    about = {
+        "version": VERSION,
+        "teacher": digest(teacher.state_dict()),
+        "images": views.data.digest(),
+        "padding": views.padding,
+        "precision": precision,
+        "device": views.data.labels.device.type,
+        "torch": torch.__version__,
+    }
+    return LogitBank.open(folder, about, rows_of(views, flip), views.data.num_classes)
+
+
+def fill(teacher: RememberingTeacher, views: Views, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Fill what is missing in a bank; yields the views done, and how many there are."""
+    total = len(teacher.bank.rows)
+    for part in torch.split(torch.arange(total, device=views.data.labels.device), batch_size):
+        x_nat = views.of_numbers(part)
+        teacher.about_to_see(x_nat, part)
+        teacher(x_nat)
+        yield int(part[-1]) + 1, total

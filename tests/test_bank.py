@@ -1,0 +1,287 @@
+"""The bank of a teacher's logits: each view asked for once, whatever happens to the file."""
+
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import strategies as draw
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_trainer import CONFIG, TRAIN, VALIDATION, network
+
+import absld
+from absld.bank import (
+    LogitBank,
+    RememberingTeacher,
+    bank_bytes,
+    checksums,
+    fill,
+    open_bank,
+    rows_of,
+)
+from absld.data import Views, batches, draws
+from absld.errors import CheckpointError
+from absld.trainer import Bank, Training
+
+C = len(TRAIN.classes)
+
+
+def counted(teacher):
+    """A teacher that is in eval mode, and the number of images that it has been asked for."""
+    asked = []
+    teacher.eval().requires_grad_(False)
+    teacher.register_forward_pre_hook(lambda module, x: asked.append(len(x[0])))
+    return teacher, asked
+
+
+ALL = len(Views(TRAIN, 1))
+
+
+def empty(folder, rows=ALL, about="x"):
+    return LogitBank.open(folder, {"about": about}, rows, C)
+
+
+# --- Views by number ---
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_a_view_has_a_number_of_its_own(padding):
+    views = Views(TRAIN, padding)
+    assert len(views) == 2 * (2 * padding + 1) ** 2 * len(TRAIN)
+    seen = {}
+    for epoch in range(20):
+        for drawn in draws(
+            views, "x", epoch, batch_size=6, flip=0.5, radius=0.1, steps=len(TRAIN) // 6
+        ):
+            batch, numbers = views.batch(drawn), views.numbers(drawn)
+            assert torch.equal(views.of_numbers(numbers), batch.x_nat)
+            for number, image, place in zip(
+                numbers.tolist(), drawn.images.tolist(),
+                zip(*(part.tolist() for part in drawn[1:4]), strict=True), strict=True,
+            ):  # fmt: skip
+                assert seen.setdefault(number, (image, place)) == (image, place)
+                assert 0 <= number < len(views)
+    assert len(set(seen.values())) == len(seen)
+
+
+def test_without_mirrors_numbers_are_in_the_first_half():
+    views = Views(TRAIN, 1)
+    for drawn in draws(views, "x", batch_size=6, flip=0.0, radius=0.1, steps=2):
+        assert views.numbers(drawn).max() < rows_of(views, 0.0) == len(views) // 2
+
+
+def test_batches_are_those_of_their_draws():
+    views = Views(TRAIN, 1)
+    settings = {"batch_size": 6, "flip": 0.5, "radius": 0.1, "steps": 2}
+    for batch, drawn in zip(
+        batches(views, "k", **settings), draws(views, "k", **settings), strict=True
+    ):
+        again = views.batch(drawn)
+        assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+
+
+# --- Rows ---
+
+words = st.integers(-(2**31), 2**31 - 1)
+
+
+@given(st.lists(words, min_size=1, max_size=12), st.data())
+def test_a_change_of_one_word_is_noticed(row, data):
+    before = torch.tensor([row], dtype=torch.int32)
+    at = data.draw(st.integers(0, len(row) - 1))
+    after = before.clone()
+    after[0, at] = data.draw(words.filter(lambda word: word != row[at]))
+    assert checksums(before) != checksums(after)
+
+
+@given(st.integers(2, 200), draw.seeds)
+def test_what_is_written_is_read_and_nothing_else_is_there(columns, seed):
+    random = torch.Generator().manual_seed(seed)
+    bank = LogitBank(torch.zeros(20, columns + 1, dtype=torch.int32))
+    logits = torch.randn(5, columns, generator=random) * 10
+    index = torch.randperm(20, generator=random)[:5]
+    assert not bank.read(torch.arange(20))[1].any()
+    bank.write(index, logits)
+    read, whole = bank.read(index)
+    assert torch.equal(read, logits) and whole.all()
+    assert bank.read(torch.arange(20))[1].sum() == 5 and bank.filled() == 0.25
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    """In a file: at 200 places, of logits and of checksums."""
+    bank = empty(tmp_path, rows=50)
+    index = torch.arange(50)
+    random = torch.Generator().manual_seed(0)
+    bank.write(index, torch.randn(50, C, generator=random))
+    (path,) = tmp_path.glob("*.bank")
+    content = bytearray(path.read_bytes())
+    for place in torch.randint(len(content), (200,), generator=random).tolist():
+        bit = 1 << place % 8
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(bytes([content[place] ^ bit]))
+        whole = empty(tmp_path, rows=50).read(index)[1]
+        assert (~whole).nonzero().flatten().tolist() == [place // (4 * (C + 1))]
+        path.write_bytes(content)
+    assert empty(tmp_path, rows=50).read(index)[1].all()
+
+
+def test_a_bank_is_a_file_of_its_size_and_says_what_it_is_of(tmp_path):
+    bank = empty(tmp_path)
+    (path,) = tmp_path.glob("*.bank")
+    assert path.stat().st_size == bank_bytes(len(bank.rows), C) == 4 * len(bank.rows) * (C + 1)
+    assert '"about": "x"' in path.with_suffix(".json").read_text()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="bytes, needed are") as caught:
+        empty(tmp_path)
+    assert caught.value.way_out == "remove it"
+
+
+def test_another_teacher_or_other_images_have_another_bank(tmp_path):
+    views = Views(TRAIN, 1)
+    others = [
+        (network("a"), views, 0.5, "fp32"),
+        (network("b"), views, 0.5, "fp32"),
+        (network("a"), Views(VALIDATION, 1), 0.5, "fp32"),
+        (network("a"), Views(TRAIN, 2), 0.5, "fp32"),
+        (network("a"), views, 0.5, "bf16"),
+    ]
+    for count, (teacher, of, flip, precision) in enumerate(others, 1):
+        open_bank(tmp_path, teacher, of, flip=flip, precision=precision)
+        assert len(list(tmp_path.glob("*.bank"))) == count
+    open_bank(tmp_path, network("a"), views, flip=0.5, precision="fp32")
+    assert len(list(tmp_path.glob("*.bank"))) == count
+
+
+# --- The teacher ---
+
+
+def test_a_view_is_asked_for_once(tmp_path):
+    teacher, asked = counted(network("t"))
+    views = Views(TRAIN, 1)
+    remembering = RememberingTeacher(teacher, empty(tmp_path))
+    for _ in range(2):
+        for drawn in draws(views, "x", batch_size=6, flip=0.5, radius=0.1, steps=2):
+            batch = views.batch(drawn)
+            expected = teacher(batch.x_nat)
+            asked.pop()
+            remembering.about_to_see(batch.x_nat, views.numbers(drawn))
+            assert torch.equal(remembering(batch.x_nat), expected)
+            assert torch.equal(remembering(batch.x_nat), expected)
+    assert asked == [6, 6]
+
+
+def test_other_images_go_to_the_teacher(tmp_path):
+    """Also a copy of the announced ones: who knows what was done to it."""
+    teacher, asked = counted(network("t"))
+    views = Views(TRAIN, 1)
+    remembering = RememberingTeacher(teacher, empty(tmp_path))
+    x = torch.rand(4, *TRAIN.images.shape[1:])
+    assert torch.equal(remembering(x), teacher(x))
+    (drawn,) = draws(views, "x", batch_size=6, flip=0.5, radius=0.1, steps=1)
+    batch = views.batch(drawn)
+    remembering.about_to_see(batch.x_nat, views.numbers(drawn))
+    copy = batch.x_nat.clone()
+    assert torch.equal(remembering(copy), teacher(copy))
+    assert not remembering.bank.read(views.numbers(drawn))[1].any() and asked == [4, 4, 6, 6]
+
+
+def test_filling_is_ahead_and_goes_on(tmp_path):
+    teacher, asked = counted(network("t"))
+    views = Views(TRAIN, 1)
+    remembering = RememberingTeacher(teacher, empty(tmp_path))
+    steps = fill(remembering, views, 50)
+    first = [next(steps) for _ in range(2)]
+    assert first == [(50, len(views)), (100, len(views))]
+    assert remembering.bank.filled() == 100 / len(views)
+    *_, last = fill(remembering, views, 30)
+    assert last == (len(views), len(views)) and remembering.bank.filled() == 1
+    assert len(views) <= sum(asked) <= len(views) + 1
+    every = torch.arange(len(views))
+    torch.testing.assert_close(
+        remembering.bank.read(every)[0], teacher(views.of_numbers(every)), rtol=0, atol=1e-6
+    )
+
+
+# --- Trainings ---
+
+
+def trained(folder, config=CONFIG, gib=1.0, seed="student"):
+    student, (teacher, asked) = network(seed), counted(network("teacher"))
+    bank = Bank(Path(folder), gib) if folder else None
+    reports = list(absld.fit(student, teacher, TRAIN, VALIDATION, config, bank=bank))
+    return absld.digest(student.state_dict()), [r.loss for r in reports], sum(asked)
+
+
+@pytest.mark.parametrize("method", ["absld", "rslad", "fair-rslad", "ard"])
+def test_a_training_is_the_same_with_a_bank(method, tmp_path):
+    """To the bits, on a CPU, in the first run with it and in those that find it filled."""
+    config = replace(CONFIG, method=method, epochs=3)
+    without = trained(None, config)
+    first, second = trained(tmp_path, config), trained(tmp_path, config)
+    assert first[:2] == without[:2] == second[:2]
+    assert second[2] < first[2] <= without[2]
+    # What is left are the two images of the check that the network fits.
+    assert second[2] == 2
+
+
+def test_damage_is_mended_and_changes_nothing(tmp_path):
+    first = trained(tmp_path)
+    (path,) = tmp_path.glob("*.bank")
+    content = bytearray(path.read_bytes())
+    for place in range(0, len(content), 97):
+        content[place] ^= 255
+    path.write_bytes(content)
+    again = trained(tmp_path)
+    assert again[:2] == first[:2] and again[2] > 2
+    assert trained(tmp_path)[2] == 2
+
+
+def test_where_there_is_no_bank(tmp_path):
+    """It does not fit, it is not wanted, the method has its teacher judge attacked images, or
+    the networks are not of float32."""
+    small = bank_bytes(rows_of(Views(TRAIN, CONFIG.padding), CONFIG.flip), C) / 2**30
+    assert trained(tmp_path, gib=0.0)[2] == trained(tmp_path, gib=small * 0.99)[2] > 2
+    assert not list(tmp_path.iterdir())
+    trained(tmp_path, replace(CONFIG, method="adaad", epochs=1))
+    assert not list(tmp_path.iterdir())
+    double = Training(
+        network("s").double(), network("t").double(),
+        absld.ImageSet(TRAIN.images.double() / 255, TRAIN.labels, TRAIN.classes),
+        absld.ImageSet(VALIDATION.images.double() / 255, VALIDATION.labels, VALIDATION.classes),
+        CONFIG, "student", lambda step: None, Bank(tmp_path, 1.0),
+    )  # fmt: skip
+    assert not isinstance(double.teacher, RememberingTeacher) and not list(tmp_path.iterdir())
+    trained(tmp_path, gib=small)
+    assert len(list(tmp_path.glob("*.bank"))) == 1
+
+
+def fill_from_another_process(folder, seed):
+    torch.set_num_threads(1)
+    trained(folder, replace(CONFIG, seed=seed, epochs=2))
+
+
+def test_two_processes_share_a_bank(tmp_path):
+    """At the same time, from nothing: what they leave is whole, and of the teacher."""
+    context = multiprocessing.get_context("spawn")
+    children = [
+        context.Process(target=fill_from_another_process, args=(tmp_path, seed)) for seed in (0, 1)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    (path,) = tmp_path.glob("*.bank")
+    views = Views(TRAIN, CONFIG.padding)
+    bank = open_bank(
+        tmp_path, network("teacher"), views, flip=CONFIG.flip, precision=CONFIG.precision
+    )
+    there = bank.read(torch.arange(len(bank.rows)))[1].nonzero().flatten()
+    assert len(there) > 30 and len(list(tmp_path.glob("*.bank"))) == 1 and path.exists()
+    teacher, _ = counted(network("teacher"))
+    torch.testing.assert_close(
+        bank.read(there)[0], teacher(views.of_numbers(there)), rtol=0, atol=1e-6
+    )
