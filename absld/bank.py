@@ -7,6 +7,7 @@ part, or has changed since, is computed again. So nothing has to be locked.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,14 @@ class LogitBank:
         path = folder / f"{key_of(about)}.bank"
         folder.mkdir(parents=True, exist_ok=True)
         size = bank_bytes(rows, num_classes)
-        if not path.exists():
+        try:
+            path.open("xb").close()
+        except FileExistsError:
+            pass
+        else:  # of two processes that begin at once, one says what it is
             write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
-            with path.open("ab") as file:  # two processes may make it at once
-                file.truncate(size)
+        if path.stat().st_size == 0:
+            os.truncate(path, size)
         if path.stat().st_size != size:
             raise CheckpointError(
                 f"{path}: {path.stat().st_size} bytes, needed are {size}", "remove it"

@@ -407,6 +407,41 @@ def check(
         )
 
 
+OF_A_BANK = [
+    *("dataset", "data", "image_size", "padding", "flip", "teacher", "teacher_model"),
+    *("bank_gib", "precision", "batch_size", "device", "out"),
+]
+
+
+@teacher_app.command()
+@with_settings(Config, without=[f.name for f in fields(Config) if f.name not in OF_A_BANK])
+def bank(*, debug: Debug = False, **settings: Any) -> None:
+    """Ask a teacher once for every view of the training images, ahead of all runs with it.
+
+    [bold]Example[/]
+
+    [cyan]absld teacher bank --dataset cifar10 --teacher trades.pt[/]   162 views of each image
+
+    A run fills what it needs of the bank by itself; this fills all of it. It may be stopped: what
+    is remembered is not asked for again.
+    """
+    config = resolve(given(settings))
+
+    import time
+
+    from absld.job import fill_bank
+    from absld.view import time_text
+
+    with Stop():
+        started = told = time.perf_counter()
+        for done, total in fill_bank(config, typer.echo):
+            now = time.perf_counter()
+            if now - told > 10 or done == total:
+                left = time_text((now - started) * (total - done) / done)
+                typer.echo(f"{done:,} of {total:,} views, about {left} left")
+                told = now
+
+
 def seed_list(text: str) -> list[int]:
     """5 as the seeds 0 to 4, or the numbers that are listed; one seed where nothing is said."""
     try:

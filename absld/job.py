@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from absld.bank import RememberingTeacher, bank_bytes, fill, open_bank, rows_of
 from absld.checkpoint import RunDirectory, digest, key_of, load
 from absld.config import Config, TrainConfig, from_toml, resolve, to_toml
-from absld.data import Splits
+from absld.data import Splits, Views
 from absld.environment import environment
 from absld.errors import UsageError
 from absld.loading import Network, load_network, load_state
@@ -20,7 +21,7 @@ from absld.methods import method_class
 from absld.metrics import fairness
 from absld.runtime import arithmetic, in_precision, resolve_device
 from absld.sources import load_data
-from absld.teacher import check_teacher
+from absld.teacher import check_teacher, freeze
 from absld.trainer import Bank, EpochReport, Role, StepReport, compare, fit, plain
 from absld.validation import ClassAccuracies, check_network, validate
 
@@ -207,6 +208,31 @@ def made_teacher(config: Config, splits: Splits, observer: Observer) -> tuple[nn
                 observer.epoch(report)
             observer.end()
     return teacher.model, str(run.path)
+
+
+def fill_bank(config: Config, note: Callable[[str], None]) -> Iterator[tuple[int, int]]:
+    """Remember the logits of the given teacher for every view of the training images, so that no
+    later run asks for them; yields the views done, and how many there are. Raises AbsldError."""
+    if not config.teacher:
+        raise UsageError("whose logits?", "--teacher FILE, a run or package.module:factory")
+    device = resolve_device(config.device)
+    splits = load_data(config.dataset, config.data, config.image_size)
+    given = given_teacher(config, splits)
+    for text in given.notes:
+        note(text)
+    views = Views(splits.train.to(device), config.padding)
+    size = bank_bytes(rows_of(views, config.flip), splits.train.num_classes)
+    folder = Path(config.out) / "banks"
+    note(f"{folder}: {size / 2**20:,.1f} MiB for {rows_of(views, config.flip):,} views")
+    if size > config.bank_gib * 2**30:
+        raise UsageError(
+            f"a bank of {size / 2**30:.2g} GiB is more than --bank-gib {config.bank_gib:g}",
+            "a larger --bank-gib, or no bank: the teacher is then asked in every step",
+        )
+    with arithmetic(config.precision):
+        called = in_precision(freeze(given.model.to(device)), config.precision)
+        bank = open_bank(folder, given.model, views, flip=config.flip, precision=config.precision)
+        yield from fill(RememberingTeacher(called, bank), views, config.batch_size)
 
 
 # --- The record of a run ---

@@ -1,6 +1,7 @@
 """The bank of a teacher's logits: each view asked for once, whatever happens to the file."""
 
 import multiprocessing
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import strategies as draw
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cli import few_digits, main, refused
 from test_trainer import CONFIG, TRAIN, VALIDATION, network
 
 import absld
@@ -21,6 +23,7 @@ from absld.bank import (
     open_bank,
     rows_of,
 )
+from absld.checkpoint import save
 from absld.data import Views, batches, draws
 from absld.errors import CheckpointError
 from absld.trainer import Bank, Training
@@ -285,3 +288,44 @@ def test_two_processes_share_a_bank(tmp_path):
     torch.testing.assert_close(
         bank.read(there)[0], teacher(views.of_numbers(there)), rtol=0, atol=1e-6
     )
+
+
+# --- absld teacher bank ---
+
+
+def test_a_bank_that_is_filled_ahead_answers_for_all_runs(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("absld.job.load_data", lambda *given: few_digits())
+    save({"model": absld.build_model("convnet", 10, "t").state_dict()}, Path("teacher.pt"))
+    given = ["--teacher", "teacher.pt", "--batch-size", "16", "--device", "cpu"]
+    assert main("teacher", "bank", *given) == 0
+    views = 9 * len(few_digits().train)
+    told = capfd.readouterr().out
+    assert f"runs/banks: 0.0 MiB for {views:,} views" in told and f"{views:,} of {views:,}" in told
+    (path,) = Path("runs/banks").glob("*.bank")
+    assert LogitBank(
+        torch.from_file(str(path), size=views * 11, dtype=torch.int32).view(views, 11)
+    ).filled() == 1  # fmt: skip
+    seen = []
+    ask = RememberingTeacher.forward
+    monkeypatch.setattr(
+        "absld.bank.RememberingTeacher.forward",
+        lambda self, x: seen.append(self.bank.read(self.announced[1])[1].all()) or ask(self, x),
+    )
+    quick = ["--epochs", "2", "--allow-weak-teacher", "--max-steps", "2", *given]
+    assert main("train", *quick) == 0
+    assert len(seen) == 4 and all(seen) and len(list(path.parent.glob("*.bank"))) == 1
+    digest = re.findall("student sha256: .*", capfd.readouterr().out)
+    assert main("train", *quick, "--bank-gib", "0", "--out", "other") == 0
+    assert digest == re.findall("student sha256: .*", capfd.readouterr().out)
+    assert not Path("other/banks").exists()
+
+
+def test_banks_that_cannot_be(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("absld.job.load_data", lambda *given: few_digits())
+    save({"model": absld.build_model("convnet", 10, "t").state_dict()}, Path("teacher.pt"))
+    refused(capfd, 2, "whose logits?", "--teacher", "teacher", "bank")
+    refused(capfd, 2, "is more than --bank-gib 0", "larger --bank-gib",
+            "teacher", "bank", "--teacher", "teacher.pt", "--bank-gib", "0")  # fmt: skip
+    refused(capfd, 4, "gone.pt", "path", "teacher", "bank", "--teacher", "gone.pt")

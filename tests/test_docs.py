@@ -50,7 +50,7 @@ FLAGS = {
     "absld recipe": {"--method", "--help"},
     "absld teacher": flags_of(absld.config.EvaluationConfig)
     - {"--attacks", "--split", "--restarts", "--each", "--checks", "--out"}
-    | {"--eps", "--json", "--debug"},
+    | {"--eps", "--json", "--debug", "--teacher", "--bank-gib"},
 }
 
 
