@@ -65,6 +65,10 @@ def about() -> None:
 
     [cyan]absld report RUN[/]   the result as a page to show
 
+    [cyan]absld compare --methods rslad,absld --seeds 5[/]   methods beside each other
+
+    [cyan]absld teacher check FILE --dataset cifar10[/]   is this network fit to teach?
+
     [cyan]absld recipe show cifar10[/]   every setting with its source
     """
 
@@ -282,9 +286,7 @@ def evaluate(
 @app.command()
 @with_settings(Config, without=("method", "seed"))
 def compare(
-    runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="finished runs")
-    ] = None,
+    runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="finished runs")] = None,
     *,
     methods: Annotated[
         str,
@@ -317,7 +319,7 @@ def compare(
 
     [bold]Examples[/]
 
-    [cyan]absld compare --methods rslad,absld --seeds 5[/]   on the digits, in ten minutes
+    [cyan]absld compare --methods rslad,absld --seeds 5[/]   on the digits
 
     [cyan]absld compare --methods absld,mine.methods:Mart,warm.toml[/]   a method of your own
 

@@ -30,7 +30,7 @@ from absld.config import (
 from absld.data import Splits
 from absld.document import to_json
 from absld.environment import environment
-from absld.errors import CheckpointError, Interrupted, UsageError
+from absld.errors import AbsldError, CheckpointError, Interrupted, UsageError
 from absld.evaluation import Differences, Evaluation, paired
 from absld.metrics import METRICS, Interval, over_seeds, present, rho
 from absld.runtime import resolve_device
@@ -166,6 +166,9 @@ def compare_methods(
             except Interrupted as stopped:
                 stopped.way_out = "the same command goes on from here"
                 raise
+            except AbsldError as error:
+                cause = f"{label}, seed {config.seed}: {error}"
+                raise type(error)(cause, error.way_out) from error
         members.append(member_of(label, run.path, evaluation, splits, observer))
         observer.done(members[-1], reused)
     return compared(members, evaluation, baseline, Path(configs[0].out), found)

@@ -374,6 +374,11 @@ def test_runs_that_cannot_be_compared(made, capfd):
     refused(capfd, 4, "nothing: no finished run", "--resume", "compare", rslad[0], "nothing")
 
 
+def test_a_run_that_fails_is_named(capfd):
+    refused(capfd, 5, "sat, seed 0: epoch 1, step ", "lower learning_rate",
+            "compare", "--methods", "sat,trades", *SETTINGS, "--learning-rate", "1e30")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("flags", "cause", "way_out"),
     [
