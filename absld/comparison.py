@@ -243,7 +243,7 @@ def compared(
         of_label = groups.setdefault(member.label, {})
         if member.seed in of_label:
             raise UsageError(
-                f"{member.run} and {of_label[member.seed].run} are the same, seed {member.seed}",
+                f"{member.run} and {of_label[member.seed].run} have the same settings and seed",
                 "give one of them",
             )
         of_label[member.seed] = member

@@ -187,12 +187,13 @@ class Config(TrainConfig):
         return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
 
     def teacher_training(self) -> TrainConfig:
-        """The settings of a teacher made for this run: TRADES, and nothing of the student's
-        method or its recipe, so that runs of different methods share it."""
+        """The settings of a teacher made for this run: TRADES, and nothing that is a method's or
+        that a recipe of one may bring, so that runs of different methods share it."""
+        brought = {name for recipe in METHOD_RECIPES.values() for name in recipe}
         of_the_method = {
             f.name: f.default
             for f in fields(TrainConfig)
-            if group(f) == "Method" or is_of_method(self, f.name)
+            if group(f) == "Method" or f.name in brought
         }
         given: dict[str, Any] = of_the_method | {"method": "trades", "epochs": self.teacher_epochs}
         return replace(self.training(), **given)

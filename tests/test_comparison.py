@@ -367,7 +367,7 @@ def test_runs_that_cannot_be_compared(made, capfd):
             "compare", rslad[0], other, "--device", "cpu", "--attacks", "fgsm")  # fmt: skip
     refused(capfd, 2, "one method is no comparison", "two methods", "compare", *rslad)
     copy = shutil.copytree(sat[0], "a copy")
-    refused(capfd, 2, "are the same, seed 0", "give one of them",
+    refused(capfd, 2, "have the same settings and seed", "give one of them",
             "compare", rslad[0], sat[0], copy, "--device", "cpu", "--attacks", "fgsm")  # fmt: skip
     (Path(copy) / "STATUS").write_text("interrupted\n")
     refused(capfd, 4, "a copy: no finished run", "--resume", "compare", rslad[0], copy)

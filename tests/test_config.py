@@ -317,6 +317,7 @@ def test_methods_have_the_names_that_are_there():
 METHOD = [
     *({"method": name} for name in METHOD_RECIPES if name != "absld"),
     {"method": "mine.methods:Mart"},
+    {"milestones": (0.5, 0.75)}, {"start": "uniform"}, {"weight_decay": 5e-4, "method": "sat"},
     {"fidelity": "released"}, {"temperature_rate": 0.0}, {"kl_scale": 0.1},
     {"adv_weight": 0.5}, {"temperature_lower": 0.9}, {"temperature_upper": 1.5}, {"epochs": 7},
 ]  # fmt: skip
