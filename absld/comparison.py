@@ -108,8 +108,6 @@ def configs_of(
                 found.append(f"{name}: {', '.join(schedule)} left out, all methods train alike")
             recipe = {key: value for key, value in recipe.items() if key not in schedule}
         recipes.append(recipe)
-    if len(recipes) < 2:
-        raise UsageError("one method is no comparison", f"there are: {', '.join(METHOD_RECIPES)}")
     configs = [
         resolve({**given, **recipe, "seed": seed}, schedule_of_method=False)
         for seed in seeds
@@ -120,24 +118,33 @@ def configs_of(
 
 def labels_of(configs: Sequence[Config]) -> list[str]:
     """A name for each configuration, the same for those that differ by their seed alone: the
-    method, and where two have the same, what is different about the second."""
-    names: dict[Any, str] = {}
+    method, and what is different from the first configuration with that method."""
     first: dict[str, dict[str, Any]] = {}
-    for config in configs:
-        own = job.settings(config)
-        del own["seed"]
-        key = tuple(own.items())
-        if key in names:
-            continue
-        standard = first.setdefault(config.method, own)
-        other = [f"{name}={own[name]}" for name in own if own[name] != standard[name]]
-        names[key] = " ".join([config.method, *other])
     labels = []
     for config in configs:
-        own = job.settings(config)
-        del own["seed"]
-        labels.append(names[tuple(own.items())])
+        own = job.settings(config) | {"seed": None}
+        standard = first.setdefault(config.method, own)
+        other = [f"{name}={own[name]}" for name in own if own[name] != standard[name]]
+        labels.append(" ".join([config.method, *other]))
     return labels
+
+
+def check_members(labels: Sequence[str], configs: Sequence[Config], baseline: str) -> str:
+    """The baseline, the first label where it is empty. Raises UsageError if there is no such
+    label, nothing to compare, or one thing twice."""
+    there = list(dict.fromkeys(labels))
+    if len(there) < 2:
+        raise UsageError("one method is no comparison", f"there are: {', '.join(METHOD_RECIPES)}")
+    if baseline and baseline not in there:
+        raise UsageError(
+            f"there is no {baseline!r} to compare with", f"there are: {', '.join(there)}"
+        )
+    seen = set()
+    for label, config in zip(labels, configs, strict=True):
+        if (label, config.seed) in seen:
+            raise UsageError(f"{label}, seed {config.seed}, is there twice", "give it once")
+        seen.add((label, config.seed))
+    return baseline or there[0]
 
 
 def compare_methods(
@@ -152,7 +159,7 @@ def compare_methods(
     it is empty). methods, seeds, given: see `configs_of`. Raises AbsldError."""
     configs, found = configs_of(methods, seeds, given)
     labels = labels_of(configs)
-    baseline = known(baseline, labels)
+    baseline = check_members(labels, configs, baseline)
     splits = load_data(configs[0].dataset, configs[0].data, configs[0].image_size)
     parse_attacks(evaluation.attacks, splits.test.num_classes, 1)  # before hours of training
     members = []
@@ -185,9 +192,7 @@ def compare_runs(
             raise CheckpointError(f"{path}: no finished run", "`absld train --resume` ends a run")
         configs.append(resolve(from_toml(str(run.path / "config.toml"))))
     labels = labels_of(configs)
-    baseline = known(baseline, labels)
-    if len(set(labels)) < 2:
-        raise UsageError("one method is no comparison", "needed: runs of two methods or settings")
+    baseline = check_members(labels, configs, baseline)
     sources = {(c.dataset, c.data, c.image_size) for c in configs}
     if len({dataset for dataset, _, _ in sources}) > 1:
         raise UsageError(
@@ -202,14 +207,6 @@ def compare_runs(
         members.append(member_of(label, Path(path), evaluation, splits, observer))
         observer.done(members[-1], True)
     return compared(members, evaluation, baseline, Path(out or Path(paths[0]).parent))
-
-
-def known(baseline: str, labels: Sequence[str]) -> str:
-    """The baseline, or the first label. Raises UsageError for one that there is not."""
-    if baseline and baseline not in labels:
-        there = ", ".join(dict.fromkeys(labels))
-        raise UsageError(f"there is no {baseline!r} to compare with", f"there are: {there}")
-    return baseline or labels[0]
 
 
 def member_of(
@@ -240,13 +237,7 @@ def compared(
     check_alike(members)
     groups: dict[str, dict[int, Member]] = {}
     for member in members:
-        of_label = groups.setdefault(member.label, {})
-        if member.seed in of_label:
-            raise UsageError(
-                f"{member.run} and {of_label[member.seed].run} have the same settings and seed",
-                "give one of them",
-            )
-        of_label[member.seed] = member
+        groups.setdefault(member.label, {})[member.seed] = member
     first = members[0].assessment.document
     document = {
         "schema": SCHEMA,
@@ -379,6 +370,9 @@ def notes(groups: Mapping[str, Mapping[int, Member]]) -> list[str]:
         if len(set(values.values())) > 1:
             each = ", ".join(f"{value} of {label}" for label, value in values.items())
             found.append(f"{name} is not the same: {each}")
+    for label, of_label in groups.items():
+        if any(member.config.select_on == "test" for member in of_label.values()):
+            found.append(f"{label}: {job.SELECTED_ON_TEST}")
     for seed in sorted({seed for of_label in groups.values() for seed in of_label}):
         of_seed = [of_label[seed] for of_label in groups.values() if seed in of_label]
         if len({sha for member in of_seed if (sha := teacher_of(member))}) > 1:

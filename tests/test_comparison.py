@@ -339,7 +339,7 @@ def trained(*flags):
 def test_what_is_not_alike_is_said(capfd):
     trained("--method", "rslad", "--seed", "1")
     trained("--epochs", "1", "--seed", "1", "--teacher-epochs", "2")
-    trained("--method", "sat", "--seed", "2")
+    trained("--method", "sat", "--seed", "2", "--select-on", "test")
     capfd.readouterr()
     runs = [run for kind in ("rslad", "absld", "sat") for run in runs_of("runs", kind)]
     assert (
@@ -351,6 +351,7 @@ def test_what_is_not_alike_is_said(capfd):
     assert "teacher_epochs is not the same" in notes
     assert "seed 1: the teachers are not the same" in notes
     assert "the seeds are not the same" in notes
+    assert "sat: warning: the best epoch is chosen on the test images" in notes
     assert document["methods"][2]["differences"] is None  # no seed in common
     assert (
         "the seeds are not the same"
@@ -365,10 +366,10 @@ def test_runs_that_cannot_be_compared(made, capfd):
     (other,) = runs_of("runs", "trades")
     refused(capfd, 2, "not evaluated alike: epsilon is 0.05", "same budget",
             "compare", rslad[0], other, "--device", "cpu", "--attacks", "fgsm")  # fmt: skip
-    refused(capfd, 2, "one method is no comparison", "two methods", "compare", *rslad)
+    refused(capfd, 2, "one method is no comparison", "fair-rslad", "compare", *rslad)
     copy = shutil.copytree(sat[0], "a copy")
-    refused(capfd, 2, "have the same settings and seed", "give one of them",
-            "compare", rslad[0], sat[0], copy, "--device", "cpu", "--attacks", "fgsm")  # fmt: skip
+    refused(capfd, 2, "sat, seed 0, is there twice", "give it once",
+            "compare", rslad[0], sat[0], copy)  # fmt: skip
     (Path(copy) / "STATUS").write_text("interrupted\n")
     refused(capfd, 4, "a copy: no finished run", "--resume", "compare", rslad[0], copy)
     refused(capfd, 4, "nothing: no finished run", "--resume", "compare", rslad[0], "nothing")
@@ -385,6 +386,7 @@ def test_a_run_that_fails_is_named(capfd):
         ([], "what is to be compared?", "--methods"),
         (["--methods", "rslad,absld", "a run"], "what is to be compared?", "not both"),
         (["--methods", "rslad"], "one method is no comparison", "absld-margins"),
+        (["--methods", "rslad,sat,rslad"], "rslad, seed 0, is there twice", "give it once"),
         (["--methods", "rslad,abslt"], "not 'abslt'", "did you mean 'absld'"),
         (["--methods", "rslad,absld", "--seeds", "few"], "not 'few'", "0,3,7"),
         (["--methods", "rslad,absld", "--seeds", "0"], "different numbers", "0,3,7"),
