@@ -410,7 +410,7 @@ def test_networks_by_name_file_run_and_factory(teacher, capfd):
     trained(f"{module}:plain", teacher)
     assert found[0]["teacher"] == digest(load(teacher)["model"])
     assert found[1]["teacher"] == found[0]["student"]
-    made = [load(run / "best.pt")["architecture"] for run in Path("runs").iterdir()]
+    made = [load(run / "best.pt")["architecture"] for run in Path("runs").glob("digits-*")]
     assert sorted(made) == ["convnet", "convnet", f"{module}:plain"]
 
 
@@ -418,7 +418,7 @@ def test_the_run_of_a_factory_teaches_with_that_factory(capfd):
     module = module_of(NETWORKS)
     assert train("--method", "trades", "--student", f"{module}:plain") == 0
     first = digests(capfd.readouterr().out)["student"]
-    (run,) = Path("runs").iterdir()
+    (run,) = Path("runs").glob("digits-*")
     assert train("--teacher", run, "--teacher-model", f"{module}:plain") == 0
     assert digests(capfd.readouterr().out)["teacher"] == first
     flags = ["train", *QUICK, "--seed", 2, "--student", run]
@@ -452,7 +452,7 @@ def test_methods_share_a_teacher_and_keep_their_runs(capfd):
     assert train("--method", "trades") == 0
     text = capfd.readouterr().out
     assert set(digests(text)) == {"student"}
-    kinds = sorted(path.name.split("-")[1] for path in Path("runs").iterdir())
+    kinds = sorted(path.name.split("-")[1] for path in Path("runs").glob("digits-*"))
     assert kinds == ["absld", "rslad", "teacher", "trades"]
 
 
@@ -537,7 +537,7 @@ def test_paths_with_spaces_and_letters_of_any_script(tmp_path, teacher, capfd):
     assert "\n日本 " in text and digests(text)["teacher"] == digest(made)
     assert main(*flags, "--resume") == 0
     assert digests(capfd.readouterr().out) == digests(text)
-    (run,) = Path("Läufe hier").iterdir()
+    (run,) = Path("Läufe hier").glob("digits-*")
     assert main("train", "--recipe", run / "config.toml", "--resume") == 0
 
 
@@ -809,4 +809,4 @@ def test_the_program_by_its_module_on_all_the_digits(single_thread):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
     assert len(digests(run.stdout)) == 2 and "\x1b" not in run.stdout
-    assert {path.name.split("-")[1] for path in Path("runs").iterdir()} == {"teacher", "absld"}
+    assert {path.name.split("-")[1] for path in Path("runs").glob("digits-*")} == {"teacher", "absld"}
