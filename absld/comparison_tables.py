@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absld.summary import ABSENT, LOWER_IS_BETTER, MANY, RATIOS, budget, columns, plain
+from absld.summary import ABSENT, LOWER_IS_BETTER, MANY, budget, columns, plain
 
 # Figure -> its heading. rho has no figure of its own: it is a difference.
 HEADINGS = {
@@ -42,10 +42,6 @@ def explanation(document: Mapping[str, Any]) -> str:
     seeds = max(len(method["seeds"]) for method in document["methods"])
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     return f"Per cent; {spread}. rho: relative gains in worst class and average, summed."
-
-
-def is_ratio(name: str) -> bool:
-    return name.removeprefix("robust_").removeprefix("clean_") in RATIOS
 
 
 def shown(value: float | None, name: str, sign: str = "") -> str:

@@ -537,7 +537,7 @@ def test_paths_with_spaces_and_letters_of_any_script(tmp_path, teacher, capfd):
     assert "\n日本 " in text and digests(text)["teacher"] == digest(made)
     assert main(*flags, "--resume") == 0
     assert digests(capfd.readouterr().out) == digests(text)
-    (run,) = Path("Läufe hier").glob("digits-*")
+    (run,) = Path("Läufe hier").glob("folder-*")
     assert main("train", "--recipe", run / "config.toml", "--resume") == 0
 
 
@@ -809,4 +809,7 @@ def test_the_program_by_its_module_on_all_the_digits(single_thread):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
     assert len(digests(run.stdout)) == 2 and "\x1b" not in run.stdout
-    assert {path.name.split("-")[1] for path in Path("runs").glob("digits-*")} == {"teacher", "absld"}
+    assert {path.name.split("-")[1] for path in Path("runs").glob("digits-*")} == {
+        "teacher",
+        "absld",
+    }

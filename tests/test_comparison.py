@@ -370,6 +370,10 @@ def test_runs_that_cannot_be_compared(made, capfd):
     copy = shutil.copytree(sat[0], "a copy")
     refused(capfd, 2, "sat, seed 0, is there twice", "give it once",
             "compare", rslad[0], sat[0], copy)  # fmt: skip
+    config = Path(copy) / "config.toml"
+    config.write_text(config.read_text().replace('dataset = "digits"', 'dataset = "cifar10"'))
+    refused(capfd, 2, "these runs are of cifar10 and digits", "the same images",
+            "compare", rslad[0], copy)  # fmt: skip
     (Path(copy) / "STATUS").write_text("interrupted\n")
     refused(capfd, 4, "a copy: no finished run", "--resume", "compare", rslad[0], copy)
     refused(capfd, 4, "nothing: no finished run", "--resume", "compare", rslad[0], "nothing")
