@@ -124,8 +124,7 @@ def paired(
     ours = [ours] if isinstance(ours, Evaluation) else ours
     theirs = [theirs] if isinstance(theirs, Evaluation) else theirs
     first = ours[0]
-    for each in (*ours, *theirs):
-        check_same_images(first, each)
+    check_same_images(*ours, *theirs)
 
     def both(right: Callable[[Evaluation], Tensor]) -> tuple[Tensor, Tensor]:
         """Accuracies (2,pairs,p) of the classes, and (2,pairs,r,p) of resampled images."""
@@ -153,13 +152,14 @@ def paired(
     )
 
 
-def check_same_images(ours: Evaluation, theirs: Evaluation) -> None:
-    """Raise UsageError if two evaluations are of different images."""
-    if not torch.equal(ours.index, theirs.index) or not torch.equal(ours.labels, theirs.labels):
-        raise UsageError(
-            "the two networks were not evaluated on the same images",
-            "give both the same --dataset, --data, --split and --examples",
-        )
+def check_same_images(first: Evaluation, *others: Evaluation) -> None:
+    """Raise UsageError if evaluations are of different images."""
+    for other in others:
+        if not torch.equal(first.index, other.index) or not torch.equal(first.labels, other.labels):
+            raise UsageError(
+                "the networks were not evaluated on the same images",
+                "give all the same --dataset, --data, --split and --examples",
+            )
 
 
 # --- Running the attacks ---
