@@ -115,13 +115,7 @@ def assess_network(
             "schema": document.SCHEMA,
             "environment": record,
             "seconds": time.perf_counter() - started,
-            "network": {
-                "target": target,
-                "architecture": network.architecture,
-                "parameters": sum(p.numel() for p in network.model.parameters()),
-                "weights_sha256": identity["weights_sha256"],
-                "notes": list(network.notes),
-            },
+            "network": document.about_network(target, network),
             "data": {
                 "dataset": config.dataset,
                 "split": config.split,

@@ -10,12 +10,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from absld.attack import frozen_eval
 from absld.checkpoint import digest, key_of, write_text
 from absld.data import Views
 from absld.errors import CheckpointError
@@ -68,7 +69,7 @@ class LogitBank:
         else:  # of two processes that begin at once, one says what it is
             write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
         if path.stat().st_size == 0:
-            os.truncate(path, size)
+            reserve(path, size)
         if path.stat().st_size != size:
             raise CheckpointError(
                 f"{path}: {path.stat().st_size} bytes, needed are {size}", "remove it"
@@ -98,6 +99,20 @@ class LogitBank:
         return sum([int(self.read(part)[1].sum()) for part in parts]) / len(self.rows)
 
 
+def reserve(path: Path, size: int) -> None:
+    """Give a file its size, and the disk for it: a mapped file has no error for a full disk, the
+    process would be killed. Raises OSError, and the file is empty again."""
+    with path.open("r+b") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        except OSError:
+            file.truncate(0)
+            raise
+
+
 class RememberingTeacher(nn.Module):
     """A frozen teacher that is asked for a clean view only if its bank has not got it.
 
@@ -111,14 +126,14 @@ class RememberingTeacher(nn.Module):
         self.announced: tuple[Tensor, Tensor] | None = None
 
     def about_to_see(self, x_nat: Tensor, views: Int[Tensor, " n"]) -> None:
-        """The next clean images, and the numbers of their views (`Views.number`)."""
+        """The next clean images, and the numbers of their views (`Views.numbers`)."""
         self.announced = x_nat, views
 
     def forward(self, x: Tensor) -> Tensor:
         if self.announced is None or x is not self.announced[0]:
             logits: Tensor = self.teacher(x)
             return logits
-        x_nat, views = self.announced
+        views = self.announced[1]
         known, whole = self.bank.read(views)
         if whole.all():
             return known.to(x.device)
@@ -126,7 +141,7 @@ class RememberingTeacher(nn.Module):
         # One image alone may be multiplied by another routine than several, with other rounding.
         asked = missing if len(missing) > 1 or len(x) == 1 else missing.repeat(2)
         with torch.no_grad():
-            fresh = self.teacher(x_nat[asked.to(x.device)])[: len(missing)].float()
+            fresh = self.teacher(x[asked.to(x.device)])[: len(missing)].float()
         self.bank.write(views.to(missing.device)[missing], fresh)
         known[missing] = fresh.to(known.device)
         return known.to(x.device)
@@ -135,17 +150,41 @@ class RememberingTeacher(nn.Module):
 def open_bank(
     folder: Path, teacher: nn.Module, views: Views, *, flip: float, precision: str
 ) -> LogitBank:
-    """The bank of a teacher's logits of all views of a set of images, in `folder`."""
+    """The bank of a teacher's logits of all views of a set of images, in `folder`. teacher: as it
+    is called, in its precision."""
+    # The same weights in other code, or with other rounding, are another teacher.
+    with frozen_eval(teacher), torch.no_grad():
+        outputs = teacher(views.of_numbers(torch.arange(2, device=views.data.labels.device)))
+    rows = rows_of(views, flip)
     about = {
         "version": VERSION,
         "teacher": digest(teacher.state_dict()),
+        "outputs": digest({"outputs": outputs}),
         "images": views.data.digest(),
         "padding": views.padding,
+        "rows": rows,
         "precision": precision,
         "device": views.data.labels.device.type,
         "torch": torch.__version__,
     }
-    return LogitBank.open(folder, about, rows_of(views, flip), views.data.num_classes)
+    return LogitBank.open(folder, about, rows, views.data.num_classes)
+
+
+class Bank(NamedTuple):
+    """Where banks are, and how many GiB one may take."""
+
+    folder: Path
+    gib: float
+
+    def remembering(
+        self, teacher: nn.Module, views: Views, *, flip: float, precision: str
+    ) -> nn.Module:
+        """The teacher with its bank where that fits, and logits are float32; else as it is."""
+        size = bank_bytes(rows_of(views, flip), views.data.num_classes)
+        if size > self.gib * 2**30 or next(teacher.parameters()).dtype != torch.float32:
+            return teacher
+        bank = open_bank(self.folder, teacher, views, flip=flip, precision=precision)
+        return RememberingTeacher(teacher, bank)
 
 
 def fill(teacher: RememberingTeacher, views: Views, batch_size: int) -> Iterator[tuple[int, int]]:

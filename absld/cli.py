@@ -334,7 +334,8 @@ def compare(
     )
     if bool(runs) == bool(methods):
         raise UsageError("what is to be compared?", "--methods NAMES, or runs, and not both")
-    if runs and (extra := sorted({*named, *(["seeds"] if seeds else [])} - {"out", "device"})):
+    told = {**named, **given({"seeds": seeds or None, "recipe": recipe})}
+    if runs and (extra := sorted(told.keys() - {"out", "device"})):
         raise UsageError(
             f"runs are what they are: {', '.join(extra)} cannot be set", "leave it out"
         )

@@ -176,7 +176,7 @@ def compare_methods(
             except AbsldError as error:
                 cause = f"{label}, seed {config.seed}: {error}"
                 raise type(error)(cause, error.way_out) from error
-        members.append(member_of(label, run.path, evaluation, splits, observer))
+        members.append(member_of(label, run.path, config, evaluation, splits, observer))
         observer.done(members[-1], reused)
     return compared(members, evaluation, baseline, Path(configs[0].out), found)
 
@@ -204,23 +204,26 @@ def compare_runs(
     for number, (label, path, config) in enumerate(zip(labels, paths, configs, strict=True), 1):
         observer.run(label, config.seed, number, len(paths))
         splits = read[config.dataset, config.data, config.image_size]
-        members.append(member_of(label, Path(path), evaluation, splits, observer))
+        members.append(member_of(label, Path(path), config, evaluation, splits, observer))
         observer.done(members[-1], True)
     return compared(members, evaluation, baseline, Path(out or Path(paths[0]).parent))
 
 
 def member_of(
-    label: str, path: Path, config: EvaluationConfig, splits: Splits, observer: Observer
+    label: str,
+    path: Path,
+    config: Config,
+    evaluation: EvaluationConfig,
+    splits: Splits,
+    observer: Observer,
 ) -> Member:
     """A finished run, evaluated."""
-    own = completed(config, str(path))
-    data = getattr(splits, config.split)
+    own = completed(evaluation, str(path))
+    data = getattr(splits, evaluation.split)
     network = network_of(str(path), own, data)
     assessment = assess_network(str(path), network, data, own, observer)
     seconds = sum(record["seconds"] for record in RunDirectory(path).records())
-    return Member(
-        label, path, resolve(from_toml(str(path / "config.toml"))), assessment, float(seconds)
-    )
+    return Member(label, path, config, assessment, float(seconds))
 
 
 # --- What they say ---
@@ -332,8 +335,7 @@ def differences(pairs: Pairs) -> dict[str, Any]:
         values = [each[name] for each in by_seed]
         seeds = over_seeds(torch.tensor(values, dtype=torch.float64))
         result[name] = {
-            "value": finite(seeds.value),
-            "values": [finite(value) for value in values],
+            **spread(values),
             "over_seeds": [finite(seeds.low), finite(seeds.high)],
             "over_images": [finite(images.low), finite(images.high)],
         }

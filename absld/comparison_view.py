@@ -3,8 +3,6 @@
 import time
 from typing import IO
 
-from rich.console import Console
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -15,37 +13,19 @@ from absld.evaluation import Progress
 from absld.job import Stops
 from absld.sanity import Check
 from absld.trainer import EpochReport, Role, StepReport
-from absld.view import time_text
+from absld.view import Lines, time_text
 
 
-class ComparisonView:
+class ComparisonView(Lines):
     """An observer of absld.comparison."""
 
     def __init__(self, stream: IO[str], stop: Stops) -> None:
-        self.stream, self.stop = stream, stop
-        console = Console(file=stream)
-        self.live = Live(console=console, transient=True) if console.is_terminal else None
+        super().__init__(stream)
+        self.stop = stop
         self.title, self.what = "", ""
         self.number, self.total = 0, 1
         self.took: list[float] = []  # seconds of the runs that had to be trained
         self.epochs = 1
-        self.trained: set[str] = set()
-
-    def __enter__(self) -> "ComparisonView":
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.live:
-            self.live.update("")
-            self.live.stop()
-
-    def line(self, text: str) -> None:
-        if self.live:
-            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self.stream, flush=True)
 
     def note(self, text: str) -> None:
         """What the parts of a run note is in their own files."""

@@ -67,7 +67,7 @@ class TrainConfig(Settings):
     method: str = setting(
         "absld",
         "Method",
-        "how the student is trained: a name, see `absld recipe`, or package.module:Class",
+        "how the student is trained: a name (`absld recipe show --help`) or package.module:Class",
         OWN,
     )
     fidelity: Literal["paper", "released"] = setting(
@@ -261,7 +261,7 @@ RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
     "tiny-imagenet": {"dataset": ("tiny-imagenet", OWN), "image_size": (64, "its images")},
     "folder": {"dataset": ("folder", OWN)},
 }
-HALVES = (100 / 200, 150 / 200)
+HALF_AND_THREE_QUARTERS = (100 / 200, 150 / 200)
 METHOD_RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
     "absld": {},  # the defaults
     "absld-weights": {},
@@ -272,12 +272,12 @@ METHOD_RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
         "start": ("uniform", "ARD"),
         "adv_weight": (1.0, "ARD"),
         "epochs": (200, "ARD"),
-        "milestones": (HALVES, "ARD"),
+        "milestones": (HALF_AND_THREE_QUARTERS, "ARD"),
     },
     "adaad": {
         "adv_weight": (1.0, "AdaAD"),
         "epochs": (200, "AdaAD"),
-        "milestones": (HALVES, "AdaAD"),
+        "milestones": (HALF_AND_THREE_QUARTERS, "AdaAD"),
         "weight_decay": (5e-4, "AdaAD"),
     },
     "trades": {

@@ -12,12 +12,25 @@ from typing import Any
 
 from torch import Tensor
 
+from absld.checkpoint import digest
 from absld.errors import CheckpointError
 from absld.evaluation import Differences, Evaluation
+from absld.loading import Network
 from absld.metrics import Interval
 from absld.suite import Attack
 
 SCHEMA = "absld-evaluation-1"
+
+
+def about_network(target: str, network: Network) -> dict[str, Any]:
+    """What was asked for, what it is, and what was done to it."""
+    return {
+        "target": target,
+        "architecture": network.architecture,
+        "parameters": sum(p.numel() for p in network.model.parameters()),
+        "weights_sha256": digest(network.model.state_dict()),
+        "notes": list(network.notes),
+    }
 
 
 def results(evaluation: Evaluation, attacks: Sequence[Attack]) -> dict[str, Any]:

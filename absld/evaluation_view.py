@@ -5,8 +5,6 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any
 
-from rich.console import Console
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -15,41 +13,27 @@ from absld.errors import Stopped
 from absld.evaluation import Progress
 from absld.sanity import Check
 from absld.summary import METRICS, worst
-from absld.view import time_text
+from absld.view import Lines, time_text
 
 EVERY = 30.0  # seconds between lines of progress where nothing can move
 NAMES = {name: label.replace("\N{NBSP}", " ") for name, label in METRICS.items()}
 
 
-class EvaluationView:
+class EvaluationView(Lines):
     """An observer of absld.assessment: plain lines, and on a terminal a bar below them."""
 
     def __init__(self, stream: IO[str], *, goes_on: bool = True) -> None:
-        self.stream, self.goes_on = stream, goes_on
-        console = Console(file=stream)
-        self.live = Live(console=console, transient=True) if console.is_terminal else None
+        super().__init__(stream)
+        self.goes_on = goes_on
         # The clock starts with the first batch: what was done before an interruption took no time.
         self.first: tuple[float, float] | None = None
         self.told = 0.0
 
-    def __enter__(self) -> "EvaluationView":
-        if self.live:
-            self.live.start()
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self.live:
-            self.live.update("")
-            self.live.stop()
+        super().__exit__(kind, *error)
         if kind in (KeyboardInterrupt, Stopped):
             after = "; the same command goes on from here" if self.goes_on else ""
             print(f"stopped{after}", file=sys.stderr)
-
-    def line(self, text: str) -> None:
-        if self.live:
-            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self.stream, flush=True)
 
     def note(self, text: str) -> None:
         self.line(text)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from absld.bank import RememberingTeacher, bank_bytes, fill, open_bank, rows_of
+from absld.bank import Bank, RememberingTeacher, bank_bytes, fill, open_bank, rows_of
 from absld.checkpoint import RunDirectory, digest, key_of, load
 from absld.config import Config, TrainConfig, from_toml, resolve, to_toml
 from absld.data import Splits, Views
@@ -22,7 +22,7 @@ from absld.metrics import fairness
 from absld.runtime import arithmetic, in_precision, resolve_device
 from absld.sources import load_data
 from absld.teacher import check_teacher, freeze
-from absld.trainer import Bank, EpochReport, Role, StepReport, compare, fit, plain
+from absld.trainer import EpochReport, Role, StepReport, compare, fit, plain
 from absld.validation import ClassAccuracies, check_network, validate
 
 
@@ -221,9 +221,9 @@ def fill_bank(config: Config, note: Callable[[str], None]) -> Iterator[tuple[int
     for text in given.notes:
         note(text)
     views = Views(splits.train.to(device), config.padding)
-    size = bank_bytes(rows_of(views, config.flip), splits.train.num_classes)
-    folder = Path(config.out) / "banks"
-    note(f"{folder}: {size / 2**20:,.1f} MiB for {rows_of(views, config.flip):,} views")
+    rows, folder = rows_of(views, config.flip), Path(config.out) / "banks"
+    size = bank_bytes(rows, splits.train.num_classes)
+    note(f"{folder}: {size / 2**20:,.1f} MiB for {rows:,} views")
     if size > config.bank_gib * 2**30:
         raise UsageError(
             f"a bank of {size / 2**30:.2g} GiB is more than --bank-gib {config.bank_gib:g}",
@@ -231,7 +231,7 @@ def fill_bank(config: Config, note: Callable[[str], None]) -> Iterator[tuple[int
         )
     with arithmetic(config.precision):
         called = in_precision(freeze(given.model.to(device)), config.precision)
-        bank = open_bank(folder, given.model, views, flip=config.flip, precision=config.precision)
+        bank = open_bank(folder, called, views, flip=config.flip, precision=config.precision)
         yield from fill(RememberingTeacher(called, bank), views, config.batch_size)
 
 

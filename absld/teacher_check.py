@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from absld.assessment import completed, images, network_at_fault, network_of
 from absld.attack import frozen_eval
 from absld.calibration import Calibration, calibration, entropies
-from absld.checkpoint import digest
 from absld.config import EvaluationConfig
 from absld.data import ImageSet, pixels
-from absld.document import results
+from absld.document import about_network, results
 from absld.environment import environment
 from absld.evaluation import Evaluation, Progress, evaluate
 from absld.metrics import present
@@ -69,13 +68,7 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
     return {
         "schema": SCHEMA,
         "environment": environment(device),
-        "network": {
-            "target": target,
-            "architecture": network.architecture,
-            "parameters": sum(p.numel() for p in network.model.parameters()),
-            "weights_sha256": digest(network.model.state_dict()),
-            "notes": list(network.notes),
-        },
+        "network": about_network(target, network),
         "data": {
             "dataset": config.dataset,
             "split": config.split,

@@ -8,14 +8,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from absld.attack import TrainingAttack
-from absld.bank import RememberingTeacher, bank_bytes, open_bank, rows_of
+from absld.bank import Bank, RememberingTeacher
 from absld.checkpoint import RunDirectory, digest, load, save
 from absld.config import TrainConfig
 from absld.data import Batch, ImageSet, Views, draws, steps_per_epoch
@@ -38,13 +37,6 @@ class StepReport:
     phase: Literal["training", "validation"]
     done: int
     total: int
-
-
-class Bank(NamedTuple):
-    """Where banks of teachers' logits are, and how many GiB one may take."""
-
-    folder: Path
-    gib: float
 
 
 OnStep = Callable[[StepReport], None]
@@ -224,14 +216,19 @@ class Training:
                 "needed: a smaller --batch-size, or more images",
             )
         check_network(student, self.train, "student")
-        if teacher is not None:
-            check_network(teacher.to(device), self.train, "teacher")
-        self.teacher = None
-        if teacher is not None:
-            self.teacher = in_precision(freeze(teacher), config.precision)
         self.called = in_precision(student, config.precision)
         self.method = build_method(config, train.num_classes)
-        if self.method.needs_teacher and teacher is None:
+        self.views = Views(self.train, config.padding)
+        self.teacher = None
+        if teacher is not None:
+            check_network(teacher.to(device), self.train, "teacher")
+            self.teacher = in_precision(freeze(teacher), config.precision)
+            if bank and self.method.asks_clean_views:
+                with arithmetic(config.precision):
+                    self.teacher = bank.remembering(
+                        self.teacher, self.views, flip=config.flip, precision=config.precision
+                    )
+        elif self.method.needs_teacher:
             raise UsageError(f"{config.method} needs a teacher", "pass one, or method='trades'")
         self.optimizer = torch.optim.SGD(
             student.parameters(),
@@ -242,14 +239,6 @@ class Training:
         self.attack = TrainingAttack(
             config.epsilon, config.epsilon * config.relative_step_size, config.attack_steps
         )
-        self.views = Views(self.train, config.padding)
-        if (
-            bank
-            and teacher is not None
-            and self.teacher is not None
-            and self.method.asks_clean_views
-        ):
-            self.teacher = remembering(self.teacher, teacher, self.views, config, bank)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
 
@@ -375,18 +364,6 @@ class Saved:
         self.run.keep_records(finished)
         if finished:
             training.best = load(self.run.best)["model"]
-
-
-def remembering(
-    called: nn.Module, teacher: nn.Module, views: Views, config: TrainConfig, bank: Bank
-) -> nn.Module:
-    """The teacher with its bank, where that fits; else the teacher to call."""
-    rows = rows_of(views, config.flip)
-    fits = bank_bytes(rows, views.data.num_classes) <= bank.gib * 2**30
-    if not fits or next(teacher.parameters()).dtype != torch.float32:
-        return called
-    found = open_bank(bank.folder, teacher, views, flip=config.flip, precision=config.precision)
-    return RememberingTeacher(called, found)
 
 
 def identity(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import IO
+from typing import IO, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,6 +18,32 @@ from absld.trainer import EpochReport, Role, StepReport
 
 HEAD = "epoch     lr    loss  clean robust  worst    NSD temperatures seconds images/s"
 SHOWN_CLASSES = 12
+Own = TypeVar("Own", bound="Lines")
+
+
+class Lines:
+    """Plain lines; on a terminal, what `live` shows moves below them and leaves nothing behind."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+        console = Console(file=stream)
+        self.live = Live(console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self: Own) -> Own:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self.live:
+            self.live.update("")
+            self.live.stop()
+
+    def line(self, text: str) -> None:
+        if self.live:
+            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
 
 
 class View:

@@ -1,5 +1,6 @@
 """The bank of a teacher's logits: each view asked for once, whatever happens to the file."""
 
+import errno
 import multiprocessing
 import re
 from dataclasses import replace
@@ -12,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import few_digits, main, refused
 from test_trainer import CONFIG, TRAIN, VALIDATION, network
+from torch import nn
 
 import absld
 from absld.bank import (
+    Bank,
     LogitBank,
     RememberingTeacher,
     bank_bytes,
@@ -26,7 +29,7 @@ from absld.bank import (
 from absld.checkpoint import save
 from absld.data import Views, batches, draws
 from absld.errors import CheckpointError
-from absld.trainer import Bank, Training
+from absld.trainer import Training
 
 C = len(TRAIN.classes)
 
@@ -142,6 +145,22 @@ def test_a_bank_is_a_file_of_its_size_and_says_what_it_is_of(tmp_path):
     assert caught.value.way_out == "remove it"
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_full_disk_is_an_error_and_leaves_no_file_of_a_wrong_size(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            empty(tmp_path)
+    assert not empty(tmp_path).read(torch.arange(5))[1].any()
+
+
 def test_another_teacher_or_other_images_have_another_bank(tmp_path):
     views = Views(TRAIN, 1)
     others = [
@@ -150,6 +169,8 @@ def test_another_teacher_or_other_images_have_another_bank(tmp_path):
         (network("a"), Views(VALIDATION, 1), 0.5, "fp32"),
         (network("a"), Views(TRAIN, 2), 0.5, "fp32"),
         (network("a"), views, 0.5, "bf16"),
+        (network("a"), views, 0.0, "fp32"),  # half as many views
+        (nn.Sequential(*network("a"), Doubled()), views, 0.5, "fp32"),  # the same weights
     ]
     for count, (teacher, of, flip, precision) in enumerate(others, 1):
         open_bank(tmp_path, teacher, of, flip=flip, precision=precision)
@@ -225,9 +246,8 @@ def test_a_training_is_the_same_with_a_bank(method, tmp_path):
     without = trained(None, config)
     first, second = trained(tmp_path, config), trained(tmp_path, config)
     assert first[:2] == without[:2] == second[:2]
-    assert second[2] < first[2] <= without[2]
-    # What is left are the two images of the check that the network fits.
-    assert second[2] == 2
+    # Two images for the check that the network fits, and two that name the bank.
+    assert 4 < first[2] <= without[2] + 2 and second[2] == 4
 
 
 def test_damage_is_mended_and_changes_nothing(tmp_path):
@@ -238,8 +258,8 @@ def test_damage_is_mended_and_changes_nothing(tmp_path):
         content[place] ^= 255
     path.write_bytes(content)
     again = trained(tmp_path)
-    assert again[:2] == first[:2] and again[2] > 2
-    assert trained(tmp_path)[2] == 2
+    assert again[:2] == first[:2] and again[2] > 4
+    assert trained(tmp_path)[2] == 4
 
 
 def test_where_there_is_no_bank(tmp_path):

@@ -140,11 +140,11 @@ def test_figures_are_those_of_the_predictions(made):
             values = [mine - base for mine, base in pairs]
             assert told[name]["values"] == pytest.approx(values)
             mean, std = statistics.fmean(values), statistics.stdev(values)
-            assert told[name]["value"] == pytest.approx(mean)
+            assert told[name]["mean"] == pytest.approx(mean)
             half = T_975[1] * std / 2**0.5
             assert told[name]["over_seeds"] == pytest.approx([mean - half, mean + half], abs=1e-6)
             low, high = told[name]["over_images"]
-            assert low <= told[name]["value"] + 1e-12 and told[name]["value"] <= high + 1e-12
+            assert low <= told[name]["mean"] + 1e-12 and told[name]["mean"] <= high + 1e-12
 
 
 def test_all_runs_of_a_seed_share_images_and_teacher(made):
@@ -398,6 +398,7 @@ def test_a_run_that_fails_is_named(capfd):
         (["--methods", "rslad,absld", "--baseline", "sat"], "no 'sat'", "rslad, absld"),
         (["--methods", "rslad,gone.toml"], "gone.toml", "name = value"),
         (["a run", "another", "--epochs", "3"], "epochs cannot be set", "leave it out"),
+        (["a run", "another", "--recipe", "my.toml"], "recipe cannot be set", "leave it out"),
         (["a run", "another", "--seeds", "3"], "seeds cannot be set", "leave it out"),
         (["--methods", "rslad,absld", "--attacks", "pgd"], "pgd", "pgd20"),
     ],
@@ -425,8 +426,13 @@ def test_labels_tell_settings_apart_but_not_seeds():
 
 def test_checks_that_warn_are_said(made, capfd):
     """Those of `absld evaluate`, whose evaluation this is."""
-    runs = runs_of(made, "sat")[:1] + runs_of(made, "rslad")[:1]
     given = ["--attacks", "fgsm,pgd2", "--device", "cpu", "--out", "checked"]
+    # Copies without the evaluations that other tests asked for.
+    plain = shutil.ignore_patterns("evaluations")
+    runs = [
+        str(shutil.copytree(run, Path(run).name, ignore=plain))
+        for run in runs_of(made, "sat")[:1] + runs_of(made, "rslad")[:1]
+    ]
     assert main("compare", *runs, *given) == 0
     warned = re.findall(r"^WARN (\S+): (.+)$", capfd.readouterr().out, re.MULTILINE)
     document = document_of("checked")
@@ -467,7 +473,8 @@ def a_document(**changes):
 
     first, second = method("rslad", 0.0), method("a_b & 100% | #1", 0.1)
     told = {
-        "value": 0.1,
+        "mean": 0.1,
+        "std": 0.0707106781,
         "values": [0.05, 0.15],
         "over_seeds": [0.02, 0.2],
         "over_images": [0.01, 0.2],
@@ -565,8 +572,8 @@ def test_one_seed_and_figures_that_are_not_there():
             each["values"], each["std"] = each["values"][:1], None
     told = document["methods"][1]["differences"]
     for each in told.values():
-        each.update(values=[0.1], over_seeds=[None, None])
-    told["rho"].update(value=None, values=[None], over_images=[None, None])
+        each.update(values=[0.1], std=None, over_seeds=[None, None])
+    told["rho"].update(mean=None, values=[None], over_images=[None, None])
     text = comparison_tables.markdown(document)
     assert "one seed" in text and "±" not in text.replace("mean ±", "")
     row = next(cells(line) for line in text.splitlines() if "| rho |" in line and "#1" in line)
