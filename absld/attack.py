@@ -7,6 +7,7 @@ live in the objective. Pixels, epsilon and step size are in [0,1] units.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -85,20 +86,20 @@ def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
 
 def kl(soft_labels: Float[Tensor, "n c"]) -> Objective:
     """Objective: KL(soft_labels || student), summed over classes and batch. Source: D2."""
+    return partial(kl_to, soft_labels)
 
-    def objective(logits: Tensor) -> Tensor:
-        return F.kl_div(F.log_softmax(logits, dim=1), soft_labels, reduction="sum")
 
-    return objective
+def kl_to(soft_labels: Float[Tensor, "n c"], logits: Float[Tensor, "n c"]) -> Float[Tensor, ""]:
+    return F.kl_div(F.log_softmax(logits, dim=1), soft_labels, reduction="sum")
 
 
 def cross_entropy(labels: Int[Tensor, " n"]) -> Objective:
     """Objective: cross-entropy with hard labels, summed over the batch. Source: spec, PGD-20."""
+    return partial(cross_entropy_of, labels)
 
-    def objective(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, reduction="sum")
 
-    return objective
+def cross_entropy_of(labels: Int[Tensor, " n"], logits: Float[Tensor, "n c"]) -> Float[Tensor, ""]:
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def margins(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import os
 import signal
 import sys
 import traceback
@@ -214,10 +215,19 @@ def train(
     config = resolve((from_toml(recipe) if recipe else {}) | given(settings))
 
     import absld.job
+    from absld.ranks import launched
     from absld.view import view_of
 
-    with Stop() as stop, view_of(sys.stderr if as_json else sys.stdout, stop) as view:
-        result = absld.job.train(config, view, resume=resume)
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(launched(config.device))
+        stream = sys.stderr if as_json else sys.stdout
+        if not ranks.first:
+            stream = stack.enter_context(open(os.devnull, "w"))
+        stop = stack.enter_context(Stop(patient=ranks.count > 1))
+        view = stack.enter_context(view_of(stream, stop))
+        result = absld.job.train(config, view, resume=resume, ranks=ranks)
+    if not ranks.first:
+        return
     if as_json:
         typer.echo(json.dumps(result.document() | {"config": asdict(config)}, indent=1))
     else:
@@ -412,7 +422,8 @@ def check(
 
 OF_A_BANK = [
     *("dataset", "data", "image_size", "padding", "flip", "teacher", "teacher_model"),
-    *("bank_gib", "precision", "batch_size", "device", "out"),
+    *("bank_gib", "precision", "teacher_precision", "channels_last"),
+    *("batch_size", "device", "out"),
 ]
 
 
@@ -458,6 +469,65 @@ def seed_list(text: str) -> list[int]:
 
 
 @app.command()
+def bench(
+    *,
+    student: Annotated[
+        str, typer.Option(metavar="NAME", help="the student's network")
+    ] = "resnet18",
+    teacher_model: Annotated[
+        str, typer.Option(metavar="NAME", help="the teacher's network")
+    ] = "wrn-34-10",
+    batch_size: Annotated[int, typer.Option(metavar="N", min=2, help="images a step")] = 128,
+    image_size: Annotated[int, typer.Option(metavar="N", min=1, help="their side")] = 32,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="counted steps of each")] = 5,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="try torch.compile, too")
+    ] = True,
+    device: Annotated[
+        str, typer.Option(metavar="TEXT", help="auto is cuda where there is one, else cpu")
+    ] = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """How fast is a training step here, and what is each technique worth?
+
+    [bold]Examples[/]
+
+    [cyan]absld bench[/]   the paper's networks and batch; on a CPU that is long
+
+    [cyan]absld bench --student mobilenetv2 --batch-size 16[/]   two cores, ten minutes
+
+    The plain step of absld_min.py and the engine take turns; techniques are added one by one, and
+    stay where they pay. The last line has the flags of absld train that pay on this machine.
+    """
+    from absld import document
+    from absld.bench import Bench, BenchConfig
+    from absld.bench_view import GROWTH_HEAD, HEAD, growth_line, legend, row_line
+
+    measured = Bench(
+        BenchConfig(
+            student=student,
+            teacher_model=teacher_model,
+            batch_size=batch_size,
+            image_size=image_size,
+            rounds=rounds,
+            compile=compiled,
+            device=device,
+        )
+    )
+    stream = sys.stderr if as_json else sys.stdout
+    with Stop():
+        print(HEAD, file=stream, flush=True)
+        for figures in measured.rows():
+            print(row_line(figures), file=stream, flush=True)
+        print(f"{legend(measured.document)}\n\n{GROWTH_HEAD}", file=stream, flush=True)
+        for figures in measured.growth():
+            print(growth_line(figures), file=stream, flush=True)
+    if as_json:
+        typer.echo(document.to_json(measured.document), nl=False)
+
+
+@app.command()
 def report(
     source: Annotated[str, typer.Argument(help="a run, or an evaluation.json")],
     *,
@@ -486,9 +556,10 @@ class Stop:
     """Ctrl-C and SIGTERM. While a training runs, the first asks it to stop after its step, when
     it saves itself; at other times, and the second time, the process ends at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.training = False
         self.received = 0
+        self.patient = patient  # torchrun passes on what the terminal has sent already
 
     def __enter__(self) -> "Stop":
         self.before = {n: signal.signal(n, self.hear) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -499,6 +570,8 @@ class Stop:
             signal.signal(number, handler)
 
     def hear(self, number: int, frame: object) -> None:
+        if self.received and self.patient:
+            return
         if self.received or not self.training:
             raise Stopped(128 + number)
         self.received = number

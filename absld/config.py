@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from absld.errors import UsageError
 
 T = TypeVar("T")
+Precision = Literal["fp32", "tf32", "bf16"]
 Dataset = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"]
 
 RELEASE = "the authors' release"
@@ -111,10 +112,6 @@ class TrainConfig(Settings):
     max_steps: int | None = setting(
         None, "Training", "for a trial: at most so many steps an epoch", OWN, low=1.0
     )
-    precision: Literal["fp32", "tf32", "bf16"] = setting(
-        "fp32", "Training", "of the networks' arithmetic; weights and losses stay fp32", OWN
-    )
-
     epsilon: float = setting(
         8 / 255, "Attack", "L-infinity budget, pixels in [0,1]", RELEASE, high=1.0
     )
@@ -130,6 +127,34 @@ class TrainConfig(Settings):
 
     padding: int = setting(4, "Data", "zero pixels around an image before the crop", RELEASE)
     flip: float = setting(0.5, "Data", "probability of a mirror image", RELEASE, high=1.0)
+
+    precision: Precision = setting(
+        "fp32", "Speed", "of the networks' arithmetic; weights and losses stay fp32", OWN
+    )
+    attack_precision: Precision | None = setting(
+        None, "Speed", "of the student under the training attack; as --precision", OWN
+    )
+    teacher_precision: Precision | None = setting(
+        None, "Speed", "of the teacher; as --precision", OWN
+    )
+    fold_batch_norm: bool = setting(
+        False, "Speed", "attack a copy whose batch norm is in its convolutions", OWN
+    )
+    channels_last: bool = setting(
+        False, "Speed", "the networks' memory format: the channels of a pixel together", OWN
+    )
+    compile: bool = setting(
+        False, "Speed", "the student's forwards by torch.compile, which needs a C++ compiler", OWN
+    )
+    cuda_graph: bool = setting(
+        False, "Speed", "the attack's steps as one CUDA graph, where the method allows it", OWN
+    )
+    sync_batch_norm: bool = setting(
+        False, "Speed", "on several CUDA devices, batch statistics over all of them", OWN
+    )
+    check_every: int = setting(
+        1, "Speed", "steps between looks for a NaN, for which an accelerator waits", OWN, low=1.0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,9 +256,7 @@ class EvaluationConfig(Settings):
     model: str = setting(
         "", "Network", "of a file that does not tell: a name or package.module:factory", OWN
     )
-    precision: Literal["fp32", "tf32", "bf16"] = setting(
-        "fp32", "Network", "of the network's arithmetic", OWN
-    )
+    precision: Precision = setting("fp32", "Network", "of the network's arithmetic", OWN)
 
     checks: bool = setting(True, "Run", "look for what would make the figures worth less", OWN)
     batch_size: int = setting(

@@ -43,6 +43,7 @@ class Interrupted(AbsldError):
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}", "--resume continues this run")
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from absld.bank import Bank, RememberingTeacher, bank_bytes, fill, open_bank, rows_of
-from absld.checkpoint import RunDirectory, digest, key_of, load
+from absld.checkpoint import ReadRunDirectory, RunDirectory, digest, key_of, load
 from absld.config import Config, TrainConfig, from_toml, resolve, to_toml
 from absld.data import Splits, Views
 from absld.environment import environment
@@ -19,7 +19,8 @@ from absld.errors import UsageError
 from absld.loading import Network, load_network, load_state
 from absld.methods import method_class
 from absld.metrics import fairness
-from absld.runtime import arithmetic, in_precision, resolve_device
+from absld.ranks import ALONE, Ranks
+from absld.runtime import arithmetic, in_precision, laid_out, resolve_device
 from absld.sources import load_data
 from absld.teacher import check_teacher, freeze
 from absld.trainer import EpochReport, Role, StepReport, compare, fit, plain
@@ -90,7 +91,7 @@ class Plan(NamedTuple):
     run: RunDirectory
 
 
-def plan(config: Config, splits: Splits | None = None) -> Plan:
+def plan(config: Config, splits: Splits | None = None, ranks: Ranks = ALONE) -> Plan:
     """Read all that is given, before hours are spent on a teacher. splits: the images, if they are
     there already. Raises AbsldError."""
     splits = splits or load_data(config.dataset, config.data, config.image_size)
@@ -104,34 +105,47 @@ def plan(config: Config, splits: Splits | None = None) -> Plan:
     if teacher:
         inputs["teacher_weights"] = digest(teacher.model.state_dict())
     name = run_name(config, config.method, settings(config) | inputs)
-    return Plan(splits, student, teacher, inputs, RunDirectory(Path(config.out) / name))
+    return Plan(splits, student, teacher, inputs, directory(Path(config.out) / name, ranks))
+
+
+def directory(path: Path, ranks: Ranks) -> RunDirectory:
+    """The directory of a run; of several processes one writes to it."""
+    return RunDirectory(path) if ranks.first else ReadRunDirectory(path)
 
 
 def train(
-    config: Config, observer: Observer, *, resume: bool = False, splits: Splits | None = None
+    config: Config,
+    observer: Observer,
+    *,
+    resume: bool = False,
+    splits: Splits | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Train a student, and a teacher before it where none is given, and test the student.
 
     The run gets a directory of its own in `config.out`; a teacher that is made here, too, and is
     used again by every run with the same images and settings. splits: the images, if they are
-    there already. Raises AbsldError.
+    there already. ranks: the processes that do this together. Raises AbsldError.
     """
-    device = resolve_device(config.device)
-    splits, student, given, inputs, run = plan(config, splits)
+    device = resolve_device(ranks.device(config.device))
+    splits, student, given, inputs, run = plan(config, splits, ranks)
     check_resume(run, config, inputs, resume)
+    ranks.wait()  # now all know what is there, and one may write
     classes = splits.train.classes
     observer.note(f"seed {config.seed}, device {device}, torch {torch.__version__}")
     for note in [*student.notes, *(given.notes if given else ())]:
         observer.note(note)
     splits = splits.to(device)
     with run:
-        record = Record(run, config, device, inputs)
+        record = Record(run, config, device, inputs, ranks)
         if config.select_on == "test":
             observer.note(SELECTED_ON_TEST)
         teacher = teacher_sha = None
         if method_class(config.method).needs_teacher:
             teacher, name = (
-                (given.model, config.teacher) if given else made_teacher(config, splits, observer)
+                (given.model, config.teacher)
+                if given
+                else made_teacher(config, splits, observer, ranks)
             )
             observer.note(f"teacher: {name}")
             with arithmetic(config.precision):
@@ -150,12 +164,13 @@ def train(
             about={"architecture": student.architecture, "classes": list(classes)},
             on_step=observer.step,
             bank=Bank(Path(config.out) / "banks", config.bank_gib),
+            ranks=ranks,
         ):
             observer.epoch(report)
         observer.end()
         with arithmetic(config.precision):
             tested = in_precision(student.model, config.precision)
-            clean, robust = validate(tested, splits.test, epsilon=config.epsilon)
+            clean, robust = validate(tested, splits.test, epsilon=config.epsilon, ranks=ranks)
         result = Result(
             run=run.path,
             classes=classes,
@@ -179,20 +194,25 @@ def given_teacher(config: Config, splits: Splits) -> Network:
     return teacher
 
 
-def made_teacher(config: Config, splits: Splits, observer: Observer) -> tuple[nn.Module, str]:
+def made_teacher(
+    config: Config, splits: Splits, observer: Observer, ranks: Ranks
+) -> tuple[nn.Module, str]:
     """A teacher by TRADES, and its run: found finished, continued, or trained."""
     classes, device = splits.train.classes, splits.train.labels.device
     teacher = load_network(config.teacher_model, len(classes), (config.seed, "teacher"))
     teacher.model.to(device)
     training = config.teacher_training()
     inputs = digests(splits) | {"initial_weights": digest(teacher.model.state_dict())}
-    run = RunDirectory(Path(config.out) / run_name(config, "teacher", asdict(training) | inputs))
-    if run.exists() and run.status() == "finished":
+    name = run_name(config, "teacher", asdict(training) | inputs)
+    run = directory(Path(config.out) / name, ranks)
+    finished = run.exists() and run.status() == "finished"
+    ranks.wait()
+    if finished:
         load_state(teacher.model, load(run.best)["model"], run.best)
     else:
         with run:
             itself = replace(config, **vars(training), student=config.teacher_model)
-            Record(run, itself, device, inputs)
+            Record(run, itself, device, inputs, ranks)
             observer.begin("teacher", training, classes)
             for report in fit(
                 teacher.model,
@@ -204,6 +224,7 @@ def made_teacher(config: Config, splits: Splits, observer: Observer) -> tuple[nn
                 role="teacher",
                 about={"architecture": teacher.architecture, "classes": list(classes)},
                 on_step=observer.step,
+                ranks=ranks,
             ):
                 observer.epoch(report)
             observer.end()
@@ -229,9 +250,11 @@ def fill_bank(config: Config, note: Callable[[str], None]) -> Iterator[tuple[int
             f"a bank of {size / 2**30:.2g} GiB is more than --bank-gib {config.bank_gib:g}",
             "a larger --bank-gib, or no bank: the teacher is then asked in every step",
         )
-    with arithmetic(config.precision):
-        called = in_precision(freeze(given.model.to(device)), config.precision)
-        bank = open_bank(folder, called, views, flip=config.flip, precision=config.precision)
+    precision = config.teacher_precision or config.precision
+    network = laid_out(freeze(given.model.to(device)), config.channels_last)
+    called = in_precision(network, precision)
+    with arithmetic(precision):
+        bank = open_bank(folder, called, views, flip=config.flip, precision=precision)
         yield from fill(RememberingTeacher(called, bank), views, config.batch_size)
 
 
@@ -297,10 +320,16 @@ class Record:
     """config.toml and environment.json of a run; one session more each time it is taken up."""
 
     def __init__(
-        self, run: RunDirectory, config: Config, device: torch.device, inputs: dict[str, str]
+        self,
+        run: RunDirectory,
+        config: Config,
+        device: torch.device,
+        inputs: dict[str, str],
+        ranks: Ranks,
     ) -> None:
         self.run = run
-        self.sessions = [*sessions(run.path), environment(device) | {"inputs": inputs}]
+        now = environment(device) | {"processes": ranks.count, "inputs": inputs}
+        self.sessions = [*sessions(run.path), now]
         self.write()
         run.write("config.toml", to_toml(config))  # last: a folder that has it has both
 

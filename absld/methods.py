@@ -47,6 +47,11 @@ class Method:
         """The loss of a batch. Leaves the student in train mode."""
         raise NotImplementedError
 
+    def class_means(self) -> list[ClassMean]:
+        """What is gathered over an epoch: where several processes train, summed over them before
+        it ends."""
+        return []
+
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         """Adapt, at temperature rate `rate`; what there is to report per class (C,), by name."""
         return {}
@@ -156,6 +161,9 @@ class Absld(Method):
         """Factors of the images in the loss; None where all count alike."""
         return None
 
+    def class_means(self) -> list[ClassMean]:
+        return [self.temperature.adv_risk, self.temperature.nat_risk]
+
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         risk = self.temperature.step(rate)
         return {
@@ -202,6 +210,9 @@ class AbsldWeights(Absld):
     def weights(self, labels: Int[Tensor, " n"]) -> Float[Tensor, " n"] | None:
         self.class_weight = self.class_weight.to(labels.device)
         return self.class_weight[labels]
+
+    def class_means(self) -> list[ClassMean]:
+        return [*super().class_means(), self.withstood]
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         withstood = self.withstood.mean()
@@ -255,6 +266,9 @@ class AbsldMargins(Absld):
         super().observe(adv_logits, nat_logits, labels)
         right = (adv_logits.argmax(1) == labels).float()
         self.robust.add(*class_sums(right, labels, len(self.margin)))
+
+    def class_means(self) -> list[ClassMean]:
+        return [*super().class_means(), self.robust]
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         self.epochs += 1

@@ -15,13 +15,22 @@ from torch import Tensor, nn
 
 from absld.attack import TrainingAttack
 from absld.bank import Bank, RememberingTeacher
-from absld.checkpoint import RunDirectory, digest, load, save
+from absld.checkpoint import RunDirectory, digest, load
 from absld.config import TrainConfig
-from absld.data import Batch, ImageSet, Views, draws, steps_per_epoch
+from absld.data import Batch, Draw, ImageSet, Views, draws, steps_per_epoch
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
 from absld.methods import Method, build_method
 from absld.metrics import Fairness, fairness
-from absld.runtime import arithmetic, in_precision
+from absld.ranks import ALONE, Ranks
+from absld.runtime import (
+    Engine,
+    arithmetic,
+    check_speed,
+    in_precision,
+    laid_out,
+    memory_format,
+    training_attack,
+)
 from absld.seeding import global_generator
 from absld.teacher import freeze
 from absld.validation import ClassAccuracies, check_network, validate
@@ -123,24 +132,23 @@ def train_step(
     batch: Batch,
     attack: TrainingAttack,
     optimizer: torch.optim.Optimizer,
-) -> dict[str, float]:
-    """One step of the optimiser on a batch: D1 to D5. Returns the loss and its parts, in nats.
+    look: Callable[[dict[str, Tensor]], None] = lambda figures: None,
+) -> dict[str, Tensor]:
+    """One step of the optimiser on a batch: D1 to D5. Returns its figures: the loss and its parts
+    in nats, and the norm of the gradient.
 
-    Raises NonFiniteError before the optimiser would spread a NaN to all weights.
+    look: sees them before the optimiser takes its step, and may raise: what is not finite would
+    spread to all weights.
     """
     step = method.step(student, teacher, batch, attack)
-    # All figures at once: an accelerator is waited for once a step.
-    values = torch.stack([step.loss.detach(), *step.parts.values()]).tolist()
-    losses = dict(zip(("loss", *step.parts), values, strict=True))
-    if not math.isfinite(losses["loss"]):
-        state = {name: plain(tensor) for name, tensor in method.state_dict().items()}
-        raise NonFiniteError(
-            f"{losses}, {state}", "a lower learning_rate may help; what was saved before stays"
-        )
     optimizer.zero_grad()
     step.loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    figures = {"loss": step.loss.detach(), **step.parts, "gradient": norm}
+    look(figures)
     optimizer.step()
-    return losses
+    return figures
 
 
 def fit(
@@ -155,6 +163,7 @@ def fit(
     about: Mapping[str, Any] | None = None,
     on_step: OnStep = lambda step: None,
     bank: Bank | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[EpochReport]:
     """Train `student` in place, with a report an epoch; in the end it has its best weights.
 
@@ -167,13 +176,16 @@ def fit(
     values) goes into its checkpoints. on_step hears of every batch and may raise Interrupted: the
     training so far is then saved, to the step. role: part of the keys of all random numbers.
     bank: where the teacher's logits of clean views are remembered; by default nowhere.
+    ranks: the processes that train this student together; each gets a part of every batch, and the
+    same reports.
 
-    Raises UsageError if the method needs a teacher and there is none, DataError if the images do not fill a batch, CheckpointError if a network does not fit
-    the images or `run` holds another training, NonFiniteError if the loss, or the student, becomes
-    NaN or infinite.
+    Raises UsageError if the method needs a teacher and there is none, or a technique cannot be used
+    here, DataError if the images do not fill a batch, CheckpointError if a network does not fit
+    the images or `run` holds another training, NonFiniteError if the loss, its gradient, or the
+    student becomes NaN or infinite.
     """
     saved = None
-    training = Training(student, teacher, train, validation, config, role, on_step, bank)
+    training = Training(student, teacher, train, validation, config, role, on_step, bank, ranks)
     if run is not None:
         same = identity(student, teacher, train, validation, config, role)
         saved = Saved(training, run, dict(about or {}), same)
@@ -205,9 +217,12 @@ class Training:
         role: Role,
         on_step: OnStep,
         bank: Bank | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.student, self.config, self.role, self.on_step = student, config, role, on_step
+        self.student, self.config, self.role = student, config, role
+        self.on_step, self.ranks = on_step, ranks
         device = next(student.parameters()).device
+        check_speed(config, device)
         self.train, self.validation = train.to(device), validation.to(device)
         self.steps = steps_per_epoch(len(train), config.batch_size, config.max_steps)
         if self.steps == 0:
@@ -215,19 +230,29 @@ class Training:
                 f"{len(train)} training images do not fill a batch of {config.batch_size}",
                 "needed: a smaller --batch-size, or more images",
             )
+        if config.batch_size % ranks.count:
+            raise UsageError(
+                f"{ranks.count} processes cannot share a batch of {config.batch_size} evenly",
+                "another --batch-size",
+            )
         check_network(student, self.train, "student")
-        self.called = in_precision(student, config.precision)
+        laid_out(student, config.channels_last)
+        self.engine = Engine(student, config, ranks)
+        self.attack = training_attack(config)
+        self.tested = in_precision(student, config.precision)
         self.method = build_method(config, train.num_classes)
         self.views = Views(self.train, config.padding)
         self.teacher = None
         if teacher is not None:
             check_network(teacher.to(device), self.train, "teacher")
-            self.teacher = in_precision(freeze(teacher), config.precision)
+            precision = config.teacher_precision or config.precision
+            network = freeze(laid_out(teacher, config.channels_last))
+            called = in_precision(network, precision, around=config.precision)
+            self.teacher = called
             if bank and self.method.asks_clean_views:
-                with arithmetic(config.precision):
-                    self.teacher = bank.remembering(
-                        self.teacher, self.views, flip=config.flip, precision=config.precision
-                    )
+                self.teacher = bank.remembering(
+                    called, self.views, flip=config.flip, precision=precision
+                )
         elif self.method.needs_teacher:
             raise UsageError(f"{config.method} needs a teacher", "pass one, or method='trades'")
         self.optimizer = torch.optim.SGD(
@@ -236,10 +261,8 @@ class Training:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        self.attack = TrainingAttack(
-            config.epsilon, config.epsilon * config.relative_step_size, config.attack_steps
-        )
         self.progress = Progress()
+        self.unseen: list[dict[str, Tensor]] = []  # figures of the last steps, not looked at yet
         self.best: dict[str, Tensor] = {}
 
     def epoch(self) -> EpochReport:
@@ -249,15 +272,11 @@ class Training:
         try:
             with arithmetic(config.precision):
                 self.remaining_steps()
-                accuracies = validate(
-                    self.called,
-                    self.validation,
-                    epsilon=config.epsilon,
-                    on_batch=lambda *done: self.on_step(StepReport(number, "validation", *done)),
-                )
+                self.look()
+                accuracies = self.validated()
         except NonFiniteError as error:
-            step = f"step {progress.step + 1}" if progress.step < self.steps else "validation"
-            raise NonFiniteError(f"epoch {number}, {step}: {error}", error.way_out) from error
+            raise NonFiniteError(f"epoch {number}, {error}", error.way_out) from error
+        self.sum_class_means()
         decayed = temperature_rate(config, number)
         losses = {name: total / self.steps for name, total in progress.losses.items()}
         report = EpochReport(
@@ -280,35 +299,125 @@ class Training:
 
     def remaining_steps(self) -> None:
         """The steps of the epoch from `progress.step` on."""
-        config, progress = self.config, self.progress
-        key, device = (config.seed, self.role, progress.epoch), self.train.labels.device
+        progress = self.progress
         start = time.perf_counter() - progress.seconds
-        for draw in draws(
+        for draw in self.draws():
+            self.step(draw)
+            progress.seconds = time.perf_counter() - start
+            self.tell(StepReport(progress.epoch, "training", progress.step, self.steps))
+
+    def key(self) -> tuple[int | str, ...]:
+        """Of all random numbers of the epoch."""
+        return self.config.seed, self.role, self.progress.epoch
+
+    def draws(self) -> Iterator[Draw]:
+        """What the batches of the epoch are made of, from `progress.step` on."""
+        config = self.config
+        return draws(
             self.views,
-            *key,
+            *self.key(),
             batch_size=config.batch_size,
             flip=config.flip,
             start=config.start,
             radius=config.start_noise if config.start == "normal" else config.epsilon,
             steps=self.steps,
-            first_step=progress.step,
-        ):
-            batch = self.views.batch(draw)
-            if isinstance(self.teacher, RememberingTeacher):
-                self.teacher.about_to_see(batch.x_nat, self.views.numbers(draw))
-            # Nothing here draws from torch's global state, but a student with dropout does.
-            with global_generator(*key, progress.step, "student", device=device):
-                losses = train_step(
-                    self.method, self.called, self.teacher, batch, self.attack, self.optimizer
+            first_step=self.progress.step,
+        )
+
+    def step(self, draw: Draw) -> None:
+        """The next step, with this process' part of a batch."""
+        ranks, progress, device = self.ranks, self.progress, self.train.labels.device
+        mine = Draw(*(each.chunk(ranks.count)[ranks.rank] for each in draw))
+        x_nat, labels, noise = self.views.batch(mine)
+        layout = memory_format(self.config.channels_last)
+        x_nat = x_nat.contiguous(memory_format=layout)
+        batch = Batch(x_nat, labels, noise.contiguous(memory_format=layout))
+        if isinstance(self.teacher, RememberingTeacher):
+            self.teacher.about_to_see(x_nat, self.views.numbers(mine))
+        # Nothing here draws from torch's global state, but a student with dropout does.
+        key = *self.key(), progress.step, "student", *ranks.key()
+        with global_generator(*key, device=device):
+            train_step(
+                self.method,
+                self.engine,
+                self.teacher,
+                batch,
+                self.attack,
+                self.optimizer,
+                self.see,
+            )
+        ranks.mean_(self.student.buffers())
+        progress.step += 1
+
+    def see(self, figures: dict[str, Tensor]) -> None:
+        """The figures of a step: looked at now or, to spare an accelerator the wait, later."""
+        self.unseen.append(figures)
+        if len(self.unseen) >= self.config.check_every:
+            self.look(before_the_step=True)
+
+    def look(self, *, before_the_step: bool = False) -> None:
+        """Take the figures that were not looked at into those of the epoch. Raises NonFiniteError,
+        which names the first step that is not finite."""
+        if not self.unseen:
+            return
+        together = torch.stack([torch.stack(list(each.values())) for each in self.unseen])
+        rows = (self.ranks.total(together) / self.ranks.count).tolist()
+        names, first = list(self.unseen[0]), self.progress.step + before_the_step - len(rows) + 1
+        self.unseen = []
+        for number, row in enumerate(rows, first):
+            figures = dict(zip(names, row, strict=True))
+            if not all(map(math.isfinite, row)):
+                state = {name: plain(tensor) for name, tensor in self.method.state_dict().items()}
+                raise NonFiniteError(
+                    f"step {number}: {figures}, {state}",
+                    "a lower learning_rate may help; what was saved before stays",
                 )
-            for name, value in losses.items():
-                progress.losses[name] = progress.losses.get(name, 0.0) + value
-            progress.step += 1
-            progress.seconds = time.perf_counter() - start
-            self.on_step(StepReport(progress.epoch, "training", progress.step, self.steps))
+            del figures["gradient"]
+            for name, value in figures.items():
+                self.progress.losses[name] = self.progress.losses.get(name, 0.0) + value
+
+    def tell(self, report: StepReport) -> None:
+        """Tell the observer of a batch; if it wants to stop, all processes stop at this step."""
+        stop = 0
+        try:
+            self.on_step(report)
+        except Interrupted as request:
+            stop = request.signal_number
+        if stop := self.ranks.greatest(stop, self.train.labels.device):
+            raise Interrupted(stop)
+
+    def sum_class_means(self) -> None:
+        """Of all processes, in each."""
+        device = self.train.labels.device
+        for mean in self.method.class_means():
+            mean.sums = self.ranks.total(mean.sums.to(device))
+            mean.counts = self.ranks.total(mean.counts.to(device))
+
+    def keep_class_means_once(self) -> None:
+        """In the first process only, where they are sums over all."""
+        if not self.ranks.first:
+            for mean in self.method.class_means():
+                mean.reset()
+
+    def validated(self) -> ClassAccuracies:
+        """The accuracies of the student on the validation images."""
+        number = self.progress.epoch
+        try:
+            return validate(
+                self.tested,
+                self.validation,
+                epsilon=self.config.epsilon,
+                on_batch=lambda *done: self.tell(StepReport(number, "validation", *done)),
+                ranks=self.ranks,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"validation: {error}", error.way_out) from error
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the training depends on, as tensors and plain values."""
+        self.look()
+        self.sum_class_means()
+        self.keep_class_means_once()
         return {
             "progress": asdict(self.progress),
             "model": self.student.state_dict(),
@@ -321,6 +430,7 @@ class Training:
         self.student.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
+        self.keep_class_means_once()
         self.progress = Progress(**state["progress"])
 
 
@@ -338,13 +448,13 @@ class Saved:
         dropped on resuming, and computed again."""
         if report.is_best:
             best = {"model": self.training.best, "record": report.record()}
-            save(self.about | best, self.run.best)
+            self.run.put(self.about | best, self.run.best)
         self.run.append(report.record())
         self.save_last()
 
     def save_last(self) -> None:
         rest = {"identity": self.identity, **self.training.state()}
-        save(self.about | rest, self.run.last)
+        self.run.put(self.about | rest, self.run.last)
 
     def resume(self) -> None:
         """Take up what is on the disk, if anything is. Raises CheckpointError if that is another

@@ -11,6 +11,7 @@ from absld.attack import cross_entropy, frozen_eval, pgd
 from absld.data import ImageSet, pixels
 from absld.errors import CheckpointError, NonFiniteError
 from absld.metrics import class_hits
+from absld.ranks import ALONE, Ranks
 from absld.seeding import generator
 
 
@@ -29,14 +30,15 @@ def validate(
     steps: int = 20,
     batch_size: int = 500,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> ClassAccuracies:
     """Class accuracies, clean and under PGD-20 in the TRADES style; what selects the best epoch.
 
     The attack: `steps` steps of 0.003 (for epsilon 8/255; in proportion otherwise) on the
     cross-entropy, from a uniform start in the ball, drawn from a fixed key. `model` is as before
-    afterwards. `on_batch` hears of every batch done. For figures to publish see `absld.evaluate`.
-    Raises NonFiniteError if the network's logits
-    of a clean image are not finite. Source: spec, Evaluation.
+    afterwards. `on_batch` hears of every batch done. ranks: processes that share the batches, and
+    all get the same accuracies. For figures to publish see `absld.evaluate`. Raises NonFiniteError
+    if the network's logits of a clean image are not finite. Source: spec, Evaluation.
     """
     random = generator("evaluate", device=data.labels.device)
     hits = torch.zeros(2, data.num_classes, dtype=torch.long, device=data.labels.device)
@@ -51,26 +53,29 @@ def validate(
             1,
         ):
             x_nat = pixels(images)
-            nat_logits = model(x_nat)
-            if not nat_logits.isfinite().all():
-                raise NonFiniteError(
-                    "the network gives NaN or infinity", "a lower learning_rate may help"
-                )
+            # Drawn for all batches, so that each has the same noise whoever takes it.
             noise = torch.empty_like(x_nat).uniform_(-epsilon, epsilon, generator=random)
-            x_adv = pgd(
-                model,
-                cross_entropy(labels),
-                x_nat,
-                noise,
-                epsilon=epsilon,
-                step_size=0.003 * epsilon / (8 / 255),
-                steps=steps,
-            )
-            for row, logits in zip(hits, (nat_logits, model(x_adv)), strict=True):
-                row += class_hits(logits.argmax(1), labels, data.num_classes)
-            on_batch(done, total)
+            if done % ranks.count == ranks.rank:
+                nat_logits = model(x_nat)
+                if not nat_logits.isfinite().all():
+                    raise NonFiniteError(
+                        "the network gives NaN or infinity", "a lower learning_rate may help"
+                    )
+                x_adv = pgd(
+                    model,
+                    cross_entropy(labels),
+                    x_nat,
+                    noise,
+                    epsilon=epsilon,
+                    step_size=0.003 * epsilon / (8 / 255),
+                    steps=steps,
+                )
+                for row, logits in zip(hits, (nat_logits, model(x_adv)), strict=True):
+                    row += class_hits(logits.argmax(1), labels, data.num_classes)
+            if done % ranks.count == 0 or done == total:
+                on_batch(done, total)
     # Integer counts over the whole set, never an average of averages.
-    clean, robust = hits / data.labels.bincount(minlength=data.num_classes)
+    clean, robust = ranks.total(hits) / data.labels.bincount(minlength=data.num_classes)
     return ClassAccuracies(clean, robust)
 
 

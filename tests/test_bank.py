@@ -24,6 +24,7 @@ from absld.bank import (
     checksums,
     fill,
     open_bank,
+    reserve,
     rows_of,
 )
 from absld.checkpoint import save
@@ -227,6 +228,13 @@ def test_filling_is_ahead_and_goes_on(tmp_path):
     torch.testing.assert_close(
         remembering.bank.read(every)[0], teacher(views.of_numbers(every)), rtol=0, atol=1e-6
     )
+
+
+def test_a_system_without_posix_fallocate_gets_its_file_as_well(tmp_path, monkeypatch):
+    monkeypatch.delattr("os.posix_fallocate", raising=False)
+    (tmp_path / "a file").touch()
+    reserve(tmp_path / "a file", 1000)
+    assert (tmp_path / "a file").read_bytes() == bytes(1000)
 
 
 # --- Trainings ---

@@ -196,7 +196,7 @@ def parsed(monkeypatch):
     def parse(*flags):
         seen = []
 
-        def stop(config, observer, *, resume):
+        def stop(config, observer, *, resume, ranks):
             seen.append((config, resume))
             raise AbsldError("seen", "enough")
 
@@ -575,7 +575,7 @@ def test_out_of_memory(teacher, capfd, monkeypatch):
 
 
 def test_a_disk_that_is_full(teacher, capfd, monkeypatch):
-    monkeypatch.setattr("absld.trainer.save", failing(OSError(28, "No space left on device")))
+    monkeypatch.setattr("absld.checkpoint.save", failing(OSError(28, "No space left on device")))
     flags = ["train", *QUICK, "--teacher", teacher]
     refused(capfd, 1, "No space left", "is there room", *flags)
     assert (the_run() / "STATUS").read_text().startswith("failed: ")

@@ -4,7 +4,7 @@ import inspect
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, fields, replace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import example, given
@@ -15,7 +15,9 @@ from absld.config import (
     RECIPES,
     Config,
     TrainConfig,
+    bare,
     from_toml,
+    is_choice,
     parse,
     resolve,
     source,
@@ -33,13 +35,15 @@ def numbers(low, high):
 # Lone surrogates are no text, for a file could not hold them.
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 VALUES = (
-    {k: st.sampled_from(get_args(kind)) for k, kind in TYPES.items() if get_origin(kind) is Literal}
+    {k: st.sampled_from(get_args(bare(kind))) for k, kind in TYPES.items() if is_choice(kind)}
+    | {k: st.booleans() for k, kind in TYPES.items() if kind is bool}
     | dict.fromkeys(("data", "student", "teacher", "teacher_model", "out", "device"), text)
     | {"method": st.sampled_from([*METHOD_RECIPES, "mine.methods:Mart"])}
     | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))
     | dict.fromkeys(("learning_rate", "weight_decay", "kl_scale"), numbers(0, 1e300))
     | dict.fromkeys(("start_noise", "relative_step_size", "bank_gib"), numbers(0, 1e300))
     | dict.fromkeys(("epochs", "batch_size", "max_steps", "teacher_epochs"), st.integers(1, 10**20))
+    | {"check_every": st.integers(1, 10**20)}
     | {"attack_steps": st.integers(1, 10**20), "padding": st.integers(0, 10**20)}
     | {"image_size": st.integers(1, 10**20)}
     | {
@@ -48,7 +52,6 @@ VALUES = (
         "temperature_lower": numbers(1e-3, 1),
         "temperature_upper": numbers(1, 1e3),
         "milestones": st.lists(numbers(0, 1), max_size=3).map(tuple),
-        "allow_weak_teacher": st.booleans(),
     }
 )
 settings = st.fixed_dictionaries({}, optional=VALUES)
@@ -161,7 +164,7 @@ RANGES = {
 LEAST = {
     "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 1, "padding": 0, "start_noise": 0, "bank_gib": 0,
     "relative_step_size": 0, "learning_rate": 0, "weight_decay": 0, "kl_scale": 0,
-    "teacher_epochs": 1, "image_size": 1,
+    "teacher_epochs": 1, "image_size": 1, "check_every": 1,
 }  # fmt: skip
 
 

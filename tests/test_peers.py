@@ -185,7 +185,9 @@ def test_two_epochs_of_two_steps_are_those_by_hand(name, adv_weight):
             x_nat, labels, noise = (
                 part.flatten(1).numpy() if part.ndim > 1 else part.numpy() for part in given
             )
-            assert losses["loss"] == pytest.approx(by_hand.step(x_nat, labels, noise), rel=1e-6)
+            assert losses["loss"].item() == pytest.approx(
+                by_hand.step(x_nat, labels, noise), rel=1e-6
+            )
             for mine, theirs in zip(student.parameters(), (by_hand.w, by_hand.b), strict=True):
                 np.testing.assert_allclose(mine.detach().numpy(), theirs, rtol=1e-5, atol=1e-6)
         report = ours.end_epoch(0.3)

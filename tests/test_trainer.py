@@ -395,6 +395,7 @@ def test_bf16_runs_and_gives_finite_float32_logits():
     assert logits.dtype == torch.float32 and logits.isfinite().all() and seen == [torch.bfloat16]
     assert digest(student.state_dict()) != digest(train()[0].state_dict())
     assert in_precision(student, "fp32") is in_precision(student, "tf32") is student
+    assert in_precision(student, "tf32", around="fp32") is not student
 
 
 # --- A loss that is not finite ---
