@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from absld.attack import frozen_eval
 from absld.checkpoint import digest, key_of, write_text
-from absld.data import Views
+from absld.data import Views, view_count
 from absld.errors import CheckpointError
 
 VERSION = 1
@@ -26,9 +26,10 @@ CHECK_OF_ZEROS = 0x5EED  # not 0, or an empty row would be a row of zeros
 MODULUS = 2**32
 
 
-def rows_of(views: Views, flip: float) -> int:
+def rows_of(images: int, padding: int, flip: float) -> int:
     """How many rows the bank of a training has: without mirrors half of the views."""
-    return len(views) if flip else len(views) // 2
+    views = view_count(images, padding)
+    return views if flip else views // 2
 
 
 def bank_bytes(rows: int, num_classes: int) -> int:
@@ -124,6 +125,13 @@ class RememberingTeacher(nn.Module):
         super().__init__()
         self.teacher, self.bank = teacher, bank
         self.announced: tuple[Tensor, Tensor] | None = None
+        self.held: Tensor | None = None  # all logits, on an accelerator
+
+    def hold(self, device: torch.device) -> None:
+        """Keep the logits on the device if all are there: checked once, and then no step waits for
+        the device to know whether one is missing."""
+        if self.bank.filled() == 1:
+            self.held = self.bank.read(torch.arange(len(self.bank.rows)))[0].to(device)
 
     def about_to_see(self, x_nat: Tensor, views: Int[Tensor, " n"]) -> None:
         """The next clean images, and the numbers of their views (`Views.numbers`)."""
@@ -134,6 +142,8 @@ class RememberingTeacher(nn.Module):
             logits: Tensor = self.teacher(x)
             return logits
         views = self.announced[1]
+        if self.held is not None:
+            return self.held[views]
         known, whole = self.bank.read(views)
         if whole.all():
             return known.to(x.device)
@@ -155,7 +165,7 @@ def open_bank(
     # The same weights in other code, or with other rounding, are another teacher.
     with frozen_eval(teacher), torch.no_grad():
         outputs = teacher(views.of_numbers(torch.arange(2, device=views.data.labels.device)))
-    rows = rows_of(views, flip)
+    rows = rows_of(len(views.data), views.padding, flip)
     about = {
         "version": VERSION,
         "teacher": digest(teacher.state_dict()),
@@ -180,11 +190,16 @@ class Bank(NamedTuple):
         self, teacher: nn.Module, views: Views, *, flip: float, precision: str
     ) -> nn.Module:
         """The teacher with its bank where that fits, and logits are float32; else as it is."""
-        size = bank_bytes(rows_of(views, flip), views.data.num_classes)
+        rows = rows_of(len(views.data), views.padding, flip)
+        size = bank_bytes(rows, views.data.num_classes)
         if size > self.gib * 2**30 or next(teacher.parameters()).dtype != torch.float32:
             return teacher
         bank = open_bank(self.folder, teacher, views, flip=flip, precision=precision)
-        return RememberingTeacher(teacher, bank)
+        remembering = RememberingTeacher(teacher, bank)
+        device = views.data.labels.device
+        if device.type == "cuda":
+            remembering.hold(device)
+        return remembering
 
 
 def fill(teacher: RememberingTeacher, views: Views, batch_size: int) -> Iterator[tuple[int, int]]:

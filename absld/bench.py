@@ -36,6 +36,7 @@ from absld.trainer import Training
 SCHEMA = "absld-bench-1"
 PARTS = ("teacher", "attack", "training")
 PAYS = 1.02  # a technique stays if it makes the median step faster by this factor
+SIZES = ((1_000, 10), (50_000, 10), (1_000, 200))  # images and classes, for growth
 STARTS = 4  # of the attack, whose spread is the yardstick of its fidelity
 
 
@@ -436,10 +437,9 @@ class Bench:
 
     def growth(self) -> Iterator[dict[str, Any]]:
         """What the engine, with the techniques that pay, costs for more images and more classes."""
-        sizes = [(1_000, 10), (50_000, 10), (1_000, 200)]
         settings = [
             Setting(replace(self.config, images=images, classes=classes), self.device)
-            for images, classes in sizes
+            for images, classes in SIZES
         ]
         with tempfile.TemporaryDirectory() as folder:
             contenders: list[Contender] = [
@@ -447,9 +447,9 @@ class Bench:
             ]
             first, *_ = times = take_turns(contenders, self.config.rounds, lambda: None)
             on_disk = {path.stat().st_size for path in Path(folder).glob("*.bank")}
-        for (images, classes), each, contender in zip(sizes, times, contenders, strict=True):
+        for (images, classes), each, contender in zip(SIZES, times, contenders, strict=True):
             assert isinstance(contender, EngineStep)
-            size = bank_bytes(rows_of(contender.training.views, 0.5), classes)
+            size = bank_bytes(rows_of(images, contender.training.config.padding, 0.5), classes)
             rates = [self.config.batch_size / total for total in each.totals()]
             figures = {
                 "name": f"{images:,} images, {classes} classes",

@@ -15,7 +15,7 @@ LEGEND = """\
 images/s: median (range); times plain: against absld_min.py's step of the same round; gain: of this
 technique; teacher, attack, train: seconds; matmul, conv: share of what a matrix product and a 3x3
 convolution reach here in the precision of the attack; MiB: taken by a step; objective: what the attack reaches,
-per cent of the plain attack, whose own starts reach {least:.1%} to {greatest:.1%}. Techniques that
+per cent of the plain attack, whose own starts reach {least:.3%} to {greatest:.3%}. Techniques that
 gain less than 2 % are left out of what follows."""
 
 
@@ -32,7 +32,7 @@ def row_line(figures: Mapping[str, Any]) -> str:
         + f"   {rate / 1e9:8.0f} {figures['shares']['matmul']:7.0%} "
         f"{figures['shares']['conv3x3']:6.0%} "
         f"{'-' if memory is None else format(memory / 2**20, '.0f'):>7} "
-        f"{figures['objective']['share']:9.2%}"
+        f"{figures['objective']['share']:9.3%}"
     )
 
 
@@ -56,6 +56,18 @@ def legend(document: Mapping[str, Any]) -> str:
         least=objective["least"],
         greatest=objective["greatest"],
     )
-    kept = [row["name"][2:] for row in document["rows"][2:] if row["kept"]]
-    flags = " ".join(name for name in kept if name.startswith("--"))
+    kept = [row["settings"] for row in document["rows"] if row["kept"]]
+    flags = flags_that_pay(kept[-1])
     return f"{said}\nhere: absld train {flags}" if flags else f"{said}\nhere: no flag pays"
+
+
+def flags_that_pay(settings: Mapping[str, Any]) -> str:
+    """The flags of `absld train` for these settings; a filled bank is used without one."""
+    told = {name: value for name, value in settings.items() if name != "bank"}
+    for part in ("teacher_precision", "attack_precision"):
+        if told.get(part) == told.get("precision", "fp32"):
+            told.pop(part, None)
+    return " ".join(
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in told.items()
+    )

@@ -130,6 +130,11 @@ class Draw(NamedTuple):
     noise: Float[Tensor, "n channels height width"]
 
 
+def view_count(images: int, padding: int) -> int:
+    """How many views so many images have: crops at every offset, and their mirrors."""
+    return 2 * (2 * padding + 1) ** 2 * images
+
+
 class Views:
     """The views of a set: every crop of the zero-padded image at its own size, and its mirror."""
 
@@ -159,7 +164,7 @@ class Views:
 
     def __len__(self) -> int:
         """The number of all views of all images."""
-        return 2 * self.side**2 * len(self.data)
+        return view_count(len(self.data), self.padding)
 
     def numbers(self, draw: Draw) -> Int[Tensor, " n"]:
         """The number of each view of a draw: mirrors come last, and those of an image together."""

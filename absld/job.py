@@ -152,6 +152,8 @@ def train(
                 teacher.to(device)
                 check_teacher(teacher, splits.validation, name, config.allow_weak_teacher)
             teacher_sha = record.taught_by(teacher)
+            if method_class(config.method).asks_clean_views:
+                observer.note(about_bank(config, splits))
         student.model.to(device)
         observer.begin("student", config, classes)
         for report in fit(
@@ -163,7 +165,7 @@ def train(
             run=run,
             about={"architecture": student.architecture, "classes": list(classes)},
             on_step=observer.step,
-            bank=Bank(Path(config.out) / "banks", config.bank_gib),
+            bank=Bank(bank_folder(config), config.bank_gib),
             ranks=ranks,
         ):
             observer.epoch(report)
@@ -242,20 +244,37 @@ def fill_bank(config: Config, note: Callable[[str], None]) -> Iterator[tuple[int
     for text in given.notes:
         note(text)
     views = Views(splits.train.to(device), config.padding)
-    rows, folder = rows_of(views, config.flip), Path(config.out) / "banks"
-    size = bank_bytes(rows, splits.train.num_classes)
-    note(f"{folder}: {size / 2**20:,.1f} MiB for {rows:,} views")
+    size = bank_size(config, splits)
     if size > config.bank_gib * 2**30:
         raise UsageError(
             f"a bank of {size / 2**30:.2g} GiB is more than --bank-gib {config.bank_gib:g}",
             "a larger --bank-gib, or no bank: the teacher is then asked in every step",
         )
+    note(about_bank(config, splits))
     precision = config.teacher_precision or config.precision
     network = laid_out(freeze(given.model.to(device)), config.channels_last)
     called = in_precision(network, precision)
     with arithmetic(precision):
-        bank = open_bank(folder, called, views, flip=config.flip, precision=precision)
+        bank = open_bank(bank_folder(config), called, views, flip=config.flip, precision=precision)
         yield from fill(RememberingTeacher(called, bank), views, config.batch_size)
+
+
+def bank_folder(config: Config) -> Path:
+    return Path(config.out) / "banks"
+
+
+def bank_size(config: Config, splits: Splits) -> int:
+    """In bytes."""
+    rows = rows_of(len(splits.train), config.padding, config.flip)
+    return bank_bytes(rows, splits.train.num_classes)
+
+
+def about_bank(config: Config, splits: Splits) -> str:
+    """What a bank takes, before it is made."""
+    size = f"teacher's logits of all views: {bank_size(config, splits) / 2**20:,.1f} MiB"
+    if bank_size(config, splits) <= config.bank_gib * 2**30:
+        return f"{size} in {bank_folder(config)}"
+    return f"{size}, more than --bank-gib {config.bank_gib:g}: asked in every step"
 
 
 # --- The record of a run ---

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed
@@ -72,11 +73,9 @@ class Ranks:
         if self.count == 1:
             return network
         parallel = nn.parallel.DistributedDataParallel
-        known = inspect.signature(parallel.__init__).parameters
-        newer = "forward_sync_buffers" in known
-        return parallel(
-            network, **{"forward_sync_buffers" if newer else "broadcast_buffers": False}
-        )
+        newer = "forward_sync_buffers" in inspect.signature(parallel.__init__).parameters
+        buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+        return parallel(network, **buffers)
 
 
 ALONE = Ranks()

@@ -250,9 +250,10 @@ class Training:
             called = in_precision(network, precision, around=config.precision)
             self.teacher = called
             if bank and self.method.asks_clean_views:
-                self.teacher = bank.remembering(
-                    called, self.views, flip=config.flip, precision=precision
-                )
+                with arithmetic(config.precision):
+                    self.teacher = bank.remembering(
+                        called, self.views, flip=config.flip, precision=precision
+                    )
         elif self.method.needs_teacher:
             raise UsageError(f"{config.method} needs a teacher", "pass one, or method='trades'")
         self.optimizer = torch.optim.SGD(

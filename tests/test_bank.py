@@ -76,7 +76,7 @@ def test_a_view_has_a_number_of_its_own(padding):
 def test_without_mirrors_numbers_are_in_the_first_half():
     views = Views(TRAIN, 1)
     for drawn in draws(views, "x", batch_size=6, flip=0.0, radius=0.1, steps=2):
-        assert views.numbers(drawn).max() < rows_of(views, 0.0) == len(views) // 2
+        assert views.numbers(drawn).max() < rows_of(len(TRAIN), 1, 0.0) == len(views) // 2
 
 
 def test_batches_are_those_of_their_draws():
@@ -237,6 +237,25 @@ def test_a_system_without_posix_fallocate_gets_its_file_as_well(tmp_path, monkey
     assert (tmp_path / "a file").read_bytes() == bytes(1000)
 
 
+def test_a_whole_bank_can_be_held_on_the_device(tmp_path):
+    """As on CUDA: then neither the file nor the teacher is asked any more."""
+    teacher, asked = counted(network("t"))
+    views = Views(TRAIN, 1)
+    remembering = RememberingTeacher(teacher, empty(tmp_path))
+    *_, _ = fill(remembering, views, 50)
+    remembering.bank.rows[3] += 1
+    remembering.hold(torch.device("cpu"))
+    assert remembering.held is None  # one is damaged
+    *_, _ = fill(remembering, views, 50)
+    remembering.hold(torch.device("cpu"))
+    index = torch.tensor([5, 0, 3])
+    expected = remembering.bank.read(index)[0]
+    remembering.bank.rows[:] = 0
+    before, x_nat = sum(asked), views.of_numbers(index)
+    remembering.about_to_see(x_nat, index)
+    assert torch.equal(remembering(x_nat), expected) and sum(asked) == before
+
+
 # --- Trainings ---
 
 
@@ -273,7 +292,7 @@ def test_damage_is_mended_and_changes_nothing(tmp_path):
 def test_where_there_is_no_bank(tmp_path):
     """It does not fit, it is not wanted, the method has its teacher judge attacked images, or
     the networks are not of float32."""
-    small = bank_bytes(rows_of(Views(TRAIN, CONFIG.padding), CONFIG.flip), C) / 2**30
+    small = bank_bytes(rows_of(len(TRAIN), CONFIG.padding, CONFIG.flip), C) / 2**30
     assert trained(tmp_path, gib=0.0)[2] == trained(tmp_path, gib=small * 0.99)[2] > 2
     assert not list(tmp_path.iterdir())
     trained(tmp_path, replace(CONFIG, method="adaad", epochs=1))
@@ -329,7 +348,10 @@ def test_a_bank_that_is_filled_ahead_answers_for_all_runs(tmp_path, monkeypatch,
     assert main("teacher", "bank", *given) == 0
     views = 9 * len(few_digits().train)
     told = capfd.readouterr().out
-    assert f"runs/banks: 0.0 MiB for {views:,} views" in told and f"{views:,} of {views:,}" in told
+    assert (
+        "teacher's logits of all views: 0.0 MiB in runs/banks" in told
+        and f"{views:,} of {views:,}" in told
+    )
     (path,) = Path("runs/banks").glob("*.bank")
     assert LogitBank(
         torch.from_file(str(path), size=views * 11, dtype=torch.int32).view(views, 11)

@@ -25,7 +25,7 @@ LAYERS = [
     {"trainer"},
     {"sanity", "document", "environment"},
     {"assessment", "job", "report", "bench"},
-    {"view", "comparison", "teacher_check"},
+    {"view", "comparison", "teacher_check", "bench_view"},
     {"evaluation_view", "comparison_view"},
     {"teacher_view"},
     {"cli"},

@@ -1,7 +1,8 @@
-"""What an epoch costs: absld train beside absld_min.py, on the digits, in pairs within one run.
+"""What an epoch costs: absld_min.py, absld train, and that with its engine on, on the digits.
 
 Both commands print a line an epoch; the time between two lines is a whole epoch: its steps, its
-validation, its saving and its printing. Usage: python docs/results/epoch_cost.py [PAIRS]
+validation, its saving and its printing. The commands take turns within one run.
+Usage: python docs/results/epoch_cost.py [ROUNDS]
 """
 
 import itertools
@@ -39,22 +40,30 @@ def seconds_per_epoch(command: list[str]) -> list[float]:
 
 
 def main() -> None:
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-    ratios = []
-    for pair in range(pairs):
-        commands = {"single file": ["absld_min.py"], "package": ["-m", "absld", "train"]}
-        order = list(commands) if pair % 2 else list(reversed(commands))
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
+    package = ["-m", "absld", "train"]
+    commands = {
+        "single file": ["absld_min.py"],
+        "package": package,
+        "engine on": [*package, "--fold-batch-norm", "--channels-last"],
+    }
+    ratios: dict[str, list[float]] = {"package / single file": [], "engine on / package": []}
+    for number in range(rounds):
+        order = list(commands)[number % 3 :] + list(commands)[: number % 3]
         cost = {name: statistics.median(seconds_per_epoch(commands[name])) for name in order}
-        ratios.append(cost["package"] / cost["single file"])
+        for pair, values in ratios.items():
+            above, below = pair.split(" / ")
+            values.append(cost[above] / cost[below])
         print(
-            f"single file {cost['single file']:.4f} s, package {cost['package']:.4f} s, "
-            f"ratio {ratios[-1]:.3f}",
+            ", ".join(f"{name} {cost[name]:.4f} s" for name in commands)
+            + "".join(f", {pair} {values[-1]:.3f}" for pair, values in ratios.items()),
             flush=True,
         )
-    print(
-        f"{pairs} pairs: median ratio {statistics.median(ratios):.3f}, "
-        f"{min(ratios):.3f} to {max(ratios):.3f}"
-    )
+    for pair, values in ratios.items():
+        print(
+            f"{pair}: median {statistics.median(values):.3f}, "
+            f"{min(values):.3f} to {max(values):.3f} in {rounds} rounds"
+        )
 
 
 if __name__ == "__main__":
