@@ -18,7 +18,7 @@ from torch import nn
 from absld import document
 from absld.attack import frozen_eval
 from absld.checkpoint import RunDirectory, digest, key_of, load, save, write_text
-from absld.config import Config, EvaluationConfig, from_toml, resolve
+from absld.config import Config, EvaluationConfig, of_run, resolve
 from absld.data import ImageSet, pixels
 from absld.environment import environment
 from absld.errors import AbsldError, CheckpointError, NonFiniteError, UsageError
@@ -171,7 +171,7 @@ def check_target(target: str) -> None:
 def run_config(target: str) -> Config | None:
     """The settings of a run, if `target` is one."""
     path = Path(target) / "config.toml"
-    return resolve(from_toml(str(path))) if path.is_file() else None
+    return of_run(path) if path.is_file() else None
 
 
 def completed(config: EvaluationConfig, target: str) -> EvaluationConfig:

@@ -152,7 +152,8 @@ class RememberingTeacher(nn.Module):
         asked = missing if len(missing) > 1 or len(x) == 1 else missing.repeat(2)
         with torch.no_grad():
             fresh = self.teacher(x[asked.to(x.device)])[: len(missing)].float()
-        self.bank.write(views.to(missing.device)[missing], fresh)
+        sound = fresh.isfinite().all(1).to(missing.device)  # no other is worth remembering
+        self.bank.write(views.to(missing.device)[missing][sound], fresh[sound.to(fresh.device)])
         known[missing] = fresh.to(known.device)
         return known.to(x.device)
 

@@ -11,6 +11,8 @@ import io
 import json
 import os
 import re
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -110,28 +112,74 @@ def load(path: str | Path) -> Any:
     """Read a file of tensors and plain values, on the CPU, executing nothing in it.
 
     A name that ends in .safetensors needs the library of that name. Raises CheckpointError, which
-    says what the file is instead, or that it has changed since it was written.
+    says what the file is instead, that it would take more memory than its size tells, or that it
+    has changed since it was written.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             content = load_safetensors(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            refuse_compressed(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of formats, where the content says all
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_inflated(content, path)
+        sealed = content.pop(SEAL, None) if isinstance(content, dict) else None
+        changed = sealed is not None and sealed != content_digest(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "check the path") from None
-    except UsageError:
+    except (UsageError, CheckpointError):
         raise
     except Exception as error:  # a broken file can make the unpickler raise anything
         raise CheckpointError(*diagnosis(path, error)) from error
-    if isinstance(content, dict) and SEAL in content:
-        sealed = content.pop(SEAL)
-        if sealed != content_digest(content):
-            raise CheckpointError(
-                f"{path}: its content has changed since its SHA-256 was taken",
-                "copy it again from where it came from",
-            )
+    if changed:
+        raise CheckpointError(
+            f"{path}: its content has changed since its SHA-256 was taken",
+            "copy it again from where it came from",
+        )
     return content
+
+
+MOST_VALUES = 1_000_000  # in a file; a network of a thousand tensors has a few thousand
+LITTLE = 2**20  # bytes for which nobody is refused
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raise CheckpointError if unpacking an archive makes more of it: torch.save compresses
+    nothing, so one that is compressed is not by torch, and a small one may hold any amount."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size + LITTLE:
+            raise CheckpointError(
+                f"{path}: its {path.stat().st_size:,} bytes would become {unpacked:,}",
+                "needed: a file by torch.save, which compresses nothing",
+            )
+
+
+def refuse_inflated(content: Any, path: Path) -> None:
+    """Raise CheckpointError if going through a content takes more than the file's size tells: one
+    that holds itself, or the same part many times over, or tensors that repeat their bytes."""
+    left = [content]
+    for _ in range(MOST_VALUES):
+        if not left:
+            return
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            left += value
+        elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            claimed = value.numel() * value.element_size()
+            if claimed > value.untyped_storage().nbytes() and claimed > LITTLE:
+                raise CheckpointError(
+                    f"{path}: a tensor of {tuple(value.shape)} repeats the bytes that it has",
+                    "where you trust it, save a .clone() of it",
+                )
+    raise CheckpointError(
+        f"{path}: holds more than {MOST_VALUES:,} values, or holds itself", "needed: weights"
+    )
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -241,14 +289,18 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl; a last line that was cut off is left out."""
+        """The records of metrics.jsonl; a last line that was cut off is left out. Raises
+        CheckpointError for a line that is no record."""
         if not self.metrics.exists():
             return []
-        records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
-            records.append(json.loads(line))
+        *whole, _ = self.metrics.read_bytes().split(b"\n")
+        try:
+            records: list[dict[str, Any]] = [json.loads(line) for line in whole]
+            _ = [(record["epoch"], record["seconds"]) for record in records]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.metrics}: damaged ({error})", "copy the run again from where it came from"
+            ) from error
         return records
 
     def keep_records(self, epochs: int) -> None:

@@ -25,6 +25,7 @@ from absld.config import (
     Config,
     EvaluationConfig,
     from_toml,
+    of_run,
     resolve,
 )
 from absld.data import Splits
@@ -190,7 +191,7 @@ def compare_runs(
         run = RunDirectory(path)
         if not (run.path / "config.toml").exists() or run.status() != "finished":
             raise CheckpointError(f"{path}: no finished run", "`absld train --resume` ends a run")
-        configs.append(resolve(from_toml(str(run.path / "config.toml"))))
+        configs.append(of_run(run.path / "config.toml"))
     labels = labels_of(configs)
     baseline = check_members(labels, configs, baseline)
     sources = {(c.dataset, c.data, c.image_size) for c in configs}

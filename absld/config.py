@@ -7,6 +7,7 @@ the records of runs are all made of the fields below. `RECIPES` holds what a dat
 """
 
 import difflib
+import hashlib
 import json
 import math
 import re
@@ -15,9 +16,10 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from absld.errors import UsageError
+from absld.errors import CheckpointError, UsageError
 
 T = TypeVar("T")
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -357,11 +359,32 @@ def is_of_method(config: Config, name: str) -> bool:
     )
 
 
+SEAL = "# SHA-256 of the lines above, which a run is read with: "
+
+
 def to_toml(config: Config) -> str:
-    """The settings as a recipe file, which `--recipe` reads back."""
+    """The settings as a recipe file, which `--recipe` reads back, sealed."""
     values = {f.name: getattr(config, f.name) for f in fields(Config)}
     lines = (f"{name} = {toml(value)}" for name, value in values.items() if value is not None)
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return f"{text}{SEAL}{sha256(text.encode())}\n"
+
+
+def sha256(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
+
+
+def of_run(path: Path) -> Config:
+    """The settings of a run, from its config.toml. Raises CheckpointError if they have changed
+    since the run wrote them, UsageError if they are no settings."""
+    values = from_toml(str(path))
+    text, seal, sealed = path.read_bytes().partition(SEAL.encode())
+    if seal and sealed.strip() != sha256(text).encode():
+        raise CheckpointError(
+            f"{path}: has changed since the run wrote it",
+            "copy it again; to train with other settings give it as --recipe",
+        )
+    return resolve(values)
 
 
 def toml(value: Any) -> str:
@@ -378,7 +401,7 @@ def from_toml(path: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             values = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: {error}", "needed: lines of name = value") from error
     return {name: parse(name, value) for name, value in values.items()}
 

@@ -91,7 +91,7 @@ def read(path: Path) -> dict[str, Any]:
     """The document in a file. Raises CheckpointError if it is none, or of another version."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: {cause}", NEEDED) from error
     schema = document.get("schema") if isinstance(document, dict) else None

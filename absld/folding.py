@@ -14,12 +14,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from absld.errors import UsageError
 
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm
+
 
 class Pair(NamedTuple):
     """A convolution, the batch norm behind it, and the convolution that does the work of both."""
 
     conv: nn.Conv2d
-    norm: nn.BatchNorm2d
+    norm: Norm
     both: nn.Conv2d
 
 
@@ -52,7 +54,7 @@ class Folded(nn.Module):
     def fold(self, first: fx.Node, second: fx.Node) -> Pair:
         """Put one convolution in the place of a convolution and a batch norm."""
         conv, norm = (self.net.get_submodule(str(node.target)) for node in (first, second))
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, Norm)
         both = copy.deepcopy(conv).requires_grad_(False)
         both.bias = nn.Parameter(torch.zeros_like(both.weight[:, 0, 0, 0]), requires_grad=False)
         name = f"folded_{str(first.target).replace('.', '_')}"
@@ -93,7 +95,7 @@ def foldable(net: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
     for second in calls:
         norm = net.get_submodule(str(second.target))
         first = second.args[0] if second.args else None
-        if not (isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None):
+        if not (isinstance(norm, Norm) and norm.running_mean is not None):
             continue
         if not (isinstance(first, fx.Node) and first.op == "call_module" and len(first.users) == 1):
             continue

@@ -12,10 +12,10 @@ from torch import nn
 
 from absld.bank import Bank, RememberingTeacher, bank_bytes, fill, open_bank, rows_of
 from absld.checkpoint import ReadRunDirectory, RunDirectory, digest, key_of, load
-from absld.config import Config, TrainConfig, from_toml, resolve, to_toml
+from absld.config import Config, TrainConfig, of_run, to_toml
 from absld.data import Splits, Views
 from absld.environment import environment
-from absld.errors import UsageError
+from absld.errors import CheckpointError, UsageError
 from absld.loading import Network, load_network, load_state
 from absld.methods import method_class
 from absld.metrics import fairness
@@ -309,7 +309,7 @@ def refuse_unknown(config: Config, inputs: dict[str, str]) -> None:
     differences = {}
     for path in sorted(Path(config.out).glob("*/config.toml")):
         if "-teacher-" not in path.parent.name and sessions(path.parent):
-            there = settings(resolve(from_toml(str(path)))) | sessions(path.parent)[-1]["inputs"]
+            there = settings(of_run(path)) | sessions(path.parent)[-1]["inputs"]
             differences[path.parent] = compare(there, settings(config) | inputs)
     if not differences:
         raise UsageError(f"nothing to resume in {config.out}", "leave out --resume to start a run")
@@ -331,7 +331,12 @@ def sessions(folder: Path) -> list[dict[str, Any]]:
     path = folder / "environment.json"
     found: list[dict[str, Any]] = []
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: damaged ({error})", "copy the run again from where it came from"
+            ) from error
     return found
 
 

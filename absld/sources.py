@@ -170,9 +170,11 @@ def lines(path: Path) -> list[str]:
 
 
 def from_folder(folder: str, image_size: int) -> Splits:
-    """Images in `folder`/{train,test}/CLASS/, of any format Pillow reads, resized."""
+    """Images in `folder`/{train,test}/CLASS/, and in folders below, of any format Pillow reads,
+    resized. Links are followed, but for those that lead round in a circle."""
     from torchvision import datasets
 
+    refuse_circles(folder)
     # isfile: a file that is no image is an error, not passed over.
     train, test = (
         datasets.ImageFolder(os.path.join(folder, part), is_valid_file=os.path.isfile)
@@ -184,6 +186,17 @@ def from_folder(folder: str, image_size: int) -> Splits:
             "both need the same folders, two or more, one for each class",
         )
     return hold_out(stacked(train, image_size), stacked(test, image_size), 0.05)
+
+
+def refuse_circles(folder: str, above: tuple[str, ...] = ()) -> None:
+    """Raise DataError if a folder holds, by a link, itself: its images would count many times."""
+    here = os.path.realpath(folder)
+    if here in above:
+        raise DataError(f"{folder}: a link to a folder that holds it", "remove it")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                refuse_circles(entry.path, (*above, here))
 
 
 def stacked(part: Any, side: int) -> ImageSet:

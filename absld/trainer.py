@@ -219,6 +219,8 @@ class Training:
         bank: Bank | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
+        if config.sync_batch_norm:
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
         self.student, self.config, self.role = student, config, role
         self.on_step, self.ranks = on_step, ranks
         device = next(student.parameters()).device

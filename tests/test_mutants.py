@@ -7,12 +7,13 @@ on both. In the copy without a fault they pass.
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from test_checkpoint import processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -175,17 +176,32 @@ def outcome(folder, edits, tests):
         before = (folder / file).read_text(encoding="utf-8")
         assert before.count(text) == 1, f"{file} has {text!r} {before.count(text)} times"
         (folder / file).write_text(before.replace(text, instead), encoding="utf-8")
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--tb=no", *tests],
-        cwd=folder,  # which is searched for modules before the installed ones
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    summary = child.stdout.splitlines()[-1]
+    child = processes.Process(target=run_tests, args=(folder, tests))
+    child.start()
+    child.join(120)
+    said = (folder / "said").read_text(encoding="utf-8")
+    summary = said.splitlines()[-1]
     passed, failed = (re.search(rf"(\d+) {word}", summary) for word in ("passed", "failed"))
-    assert passed or failed, child.stdout + child.stderr
+    assert passed or failed, said
     return tuple(int(count[1]) if count else 0 for count in (passed, failed))
+
+
+def run_tests(folder, tests):
+    """pytest in a child of the server, which has imported torch already: with the copy's modules
+    in place of the project's."""
+    os.chdir(folder)
+    os.environ["HYPOTHESIS_PROFILE"] = "mutants"
+    sys.path.insert(0, str(folder))
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(str(ROOT)):
+            del sys.modules[name]
+    output = os.open("said", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+    pytest.main(["-n", "0", "--assert=plain", "-p", "no:cacheprovider", "--tb=no", *tests])
+    sys.stdout.flush()
 
 
 def test_without_a_fault_they_pass(tmp_path):

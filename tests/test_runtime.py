@@ -172,6 +172,25 @@ def test_a_network_that_cannot_be_traced_is_refused_before_training():
     assert caught.value.way_out == "leave out --fold-batch-norm"
 
 
+def test_batch_norm_of_several_devices_is_folded_too():
+    """And in eval mode it is the same: the attack of a student that was converted."""
+    net = warmed(absld.build_model("convnet", 3, "runtime"))
+    plain = attacked(net)
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert len(Folded(net).pairs) == 3
+    assert torch.equal(attacked(net, replace(SMALL, fold_batch_norm=True)), plain)
+
+
+def test_batch_norm_of_several_devices_is_put_into_the_student(monkeypatch):
+    """Where there is a CUDA device. Names and values stay, and the student is the one given."""
+    monkeypatch.setattr("absld.trainer.check_speed", lambda config, device: None)
+    student = absld.build_model("convnet", 3, "ours")
+    names = list(student.state_dict())
+    train(replace(CONFIG, epochs=1, sync_batch_norm=True), student=student)
+    kinds = [type(module) for module in student if "BatchNorm" in type(module).__name__]
+    assert kinds == [nn.SyncBatchNorm] * 3 and list(student.state_dict()) == names
+
+
 # --- Trainings ---
 
 DOUBLE = image_set(12, dtype=torch.float64), image_set(9, seed=1, dtype=torch.float64)

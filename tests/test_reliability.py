@@ -1,0 +1,462 @@
+"""Whatever happens to a run: killed, stopped, out of room; it ends as if it had not happened.
+
+Real processes, killed at random moments and in the middle of what they write. The long ones are
+marked slow. The figures of the last run of these tests: docs/reliability.md.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import strategies as draw
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_checkpoint import processes
+
+import absld
+import absld.data
+import absld.job
+from absld import cli
+from absld.bank import LogitBank, RememberingTeacher
+from absld.checkpoint import RunDirectory, content_digest, load, save
+from absld.config import of_run, resolve, to_toml
+from absld.data import ImageSet, Splits
+from absld.errors import AbsldError, CheckpointError
+from absld.models import build_model
+
+FLAGS = ["train", "--epochs", "40", "--batch-size", "8", "--max-steps", "2", "--attack-steps", "2"]
+FLAGS += ["--allow-weak-teacher", "--device", "cpu"]
+
+
+def few(*given):
+    """Images of noise in three small sets: there is nothing to learn, and nothing to import."""
+    images = (draw.images(0, 60, side=8, dtype=torch.float32) * 255).to(torch.uint8)
+    labels = torch.arange(60) % 10
+    parts = [ImageSet(images[at : at + 20], labels[at : at + 20], tuple("0123456789"))
+             for at in (0, 20, 40)]  # fmt: skip
+    return Splits(*parts)
+
+
+# --- What can happen to what is written ---
+
+
+class Disk:
+    """Counts what is written; when `room` bytes are, `full` happens, in the middle of a write."""
+
+    def __init__(self, room, full):
+        self.room, self.full = room, full
+
+    def open(self, path, mode="r", *given, **named):
+        file = open(path, mode, *given, **named)  # noqa: SIM115
+        return self.watched(file) if set(mode) & set("wax") else file
+
+    def watched(self, file):
+        disk = self
+
+        class Watched:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                file.close()
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def write(self, data):
+                data = bytes(data) if isinstance(data, memoryview) else data
+                if len(data) > disk.room:
+                    file.write(data[: disk.room])
+                    file.flush()
+                    disk.full()
+                disk.room -= len(data)
+                return file.write(data)
+
+        return Watched()
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_room():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def read_only():
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+FAULTS = {"killed": killed, "no room": no_room, "read-only": read_only}
+
+
+def program(folder, flags, fault=None, room=0, limit=None):
+    """`absld` in a process of its own, on the few images; its words are in the files out and err."""
+    os.chdir(folder)
+    for number, path in ((1, "out"), (2, "err")):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+    absld.job.load_data = few
+    if fault:
+        disk = Disk(room, FAULTS[fault])
+        Path.open = lambda self, *given, **named: disk.open(self, *given, **named)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.argv = ["absld", *flags]
+    cli.main()
+
+
+class Run:
+    """A run in a folder of its own, of however many lives."""
+
+    def __init__(self, folder, teacher):
+        self.folder, self.flags = folder, [*FLAGS, "--teacher", str(teacher)]
+        self.folder.mkdir()
+
+    def begun(self):
+        return bool(list(self.folder.glob("runs/digits-*/STATUS")))
+
+    @property
+    def path(self):
+        (path,) = self.folder.glob("runs/digits-*")
+        return path
+
+    def live(self, *given, after=None, send=signal.SIGKILL):
+        """One life, ended by a signal after so many seconds, if it lasts as long. Its exit code."""
+        flags = [*self.flags, *(["--resume"] if self.begun() else [])]
+        process = processes.Process(target=program, args=(self.folder, flags, *given))
+        process.start()
+        if after is not None:
+            process.join(after)
+            if process.is_alive():
+                os.kill(process.pid, send)
+        process.join(120)
+        assert process.exitcode is not None, "it goes on and on"
+        return process.exitcode
+
+    def said(self):
+        return (self.folder / "err").read_text().splitlines()
+
+    def outcome(self):
+        """All that a run leaves, but times."""
+        times = {"seconds": 0, "images_per_second": 0}
+        best, last = load(self.path / "best.pt"), load(self.path / "last.pt")
+        best["record"] |= times
+        last["progress"]["seconds"] = 0
+        return {
+            "best": content_digest(best),
+            "last": content_digest(last),
+            "records": [record | times for record in RunDirectory(self.path).records()],
+            "result": (self.path / "result.json").read_text(),
+            "status": RunDirectory(self.path).status(),
+            "files": sorted(path.name for path in self.path.iterdir()),
+        }
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("taught") / "teacher.pt"
+    save({"model": build_model("convnet", 10, "taught").state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, teacher):
+    """What a run leaves that nothing happened to."""
+    run = Run(tmp_path_factory.mktemp("whole") / "run", teacher)
+    assert run.live() == 0, run.said()
+    outcome = run.outcome()
+    assert len(outcome["records"]) == 40 and outcome["status"] == "finished"
+    assert any(value != 1 for value in outcome["records"][-1]["temperature_adv"])
+    return outcome
+
+
+def to_the_end(run, whole, **life):
+    """Live again, unharmed, and end as if nothing had happened."""
+    assert run.live() == 0, run.said()
+    assert run.outcome() == whole
+
+
+@pytest.mark.slow
+def test_thirty_kills_and_more_change_nothing(tmp_path, teacher, whole, record_property):
+    """At random moments, and after so many bytes of what is written; as many runs as it takes."""
+    chance, kills, runs = random.Random(1), {"moment": 0, "write": 0}, 0
+    while min(kills.values()) < 20:
+        run = Run(tmp_path / str(runs), teacher)
+        for life in range(1000):
+            if life % 2:
+                kind, code = "moment", run.live(after=chance.uniform(0.05, 0.8))
+            else:
+                kind, code = "write", run.live("killed", int(10 ** chance.uniform(1, 6.5)))
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, run.said()
+            kills[kind] += 1
+        assert run.outcome() == whole
+        runs += 1
+    record_property("kills", kills)
+    record_property("runs", runs)
+    print(kills, runs)
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments_leave_what_is_resumed(tmp_path, teacher, whole):
+    """Exit code 130 or 143; while it trains, a checkpoint of the very step."""
+    chance, heard = random.Random(2), []
+    for number in range(3):
+        run = Run(tmp_path / str(number), teacher)
+        for life in range(1000):
+            send = (signal.SIGTERM, signal.SIGINT)[life % 2]
+            code = run.live(after=chance.uniform(0.1, 0.9), send=send)
+            if code == 0:
+                break
+            if code == -send:  # before the program had begun to listen
+                continue
+            assert code == 128 + send, run.said()
+            heard.append(code)
+            if run.said()[1:2] == [f"error: stopped by signal {int(send)}"]:
+                assert RunDirectory(run.path).status() == "interrupted"
+                load(run.path / "last.pt")
+        assert run.outcome() == whole
+    assert {130, 143} <= set(heard)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["no room", "read-only"])
+def test_a_disk_that_takes_no_more(fault, tmp_path, teacher, whole):
+    """At the kth byte, wherever that is: an error in two lines at once, and nothing is lost."""
+    chance = random.Random(3)
+    for number in range(10):
+        run = Run(tmp_path / str(number), teacher)
+        assert run.live(fault, int(10 ** chance.uniform(0, 6.5))) == 1
+        cause, way_out = run.said()
+        said = {"no room": "No space left on device", "read-only": "Read-only file system"}[fault]
+        assert cause.startswith("error: ") and said in cause and "--out writable" in way_out
+        for path in run.folder.glob("runs/digits-*/*.pt"):
+            load(path)
+        to_the_end(run, whole)
+
+
+def test_a_file_that_may_not_grow(tmp_path, teacher, whole):
+    """The kernel's own refusal, by a limit on the size of files."""
+    run = Run(tmp_path / "limited", teacher)
+    assert run.live(None, 0, 50_000) == 1
+    assert "File too large" in run.said()[0] and len(run.said()) == 2
+    assert not list(run.folder.glob("runs/digits-*/*.pt"))
+    to_the_end(run, whole)
+
+
+# --- One byte flipped ---
+
+
+def flips(content, places, chance):
+    for place in sorted(chance.sample(range(len(content)), min(places, len(content)))):
+        changed = bytearray(content)
+        changed[place] ^= 1 << chance.randrange(8)
+        yield bytes(changed)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_found_or_changes_nothing(tmp_path):
+    """200 places of each kind of file; what loads, loads as it was."""
+    path, chance, found = tmp_path / "net.pt", random.Random(4), 0
+    content = {
+        "model": build_model("convnet", 10, "x").state_dict(),
+        "progress": {"epoch": 3, "losses": {"loss": 0.5}},
+        "classes": list("0123456789"),
+    }
+    save(content, path)
+    good = path.read_bytes()
+    for changed in flips(good, 200, chance):
+        path.write_bytes(changed)
+        try:
+            assert content_digest(load(path)) == content_digest(content)
+        except CheckpointError:
+            found += 1
+    print(f"{found} of 200 flips found, the others change nothing")
+    assert found > 150
+
+
+def test_a_flipped_bit_of_a_run_s_settings_is_found_or_changes_nothing(tmp_path):
+    path, config, found = tmp_path / "config.toml", resolve({"teacher": "a.pt"}), 0
+    good = to_toml(config).encode()
+    for changed in flips(good, 200, random.Random(5)):
+        path.write_bytes(changed)
+        try:
+            assert of_run(path) == config
+        except AbsldError:
+            found += 1
+    assert found > 100
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json"])
+def test_damaged_notes_of_a_run_are_an_error_in_two_lines(name, tmp_path):
+    run = RunDirectory(tmp_path)
+    run.append({"epoch": 1, "seconds": 2.0})
+    run.write("environment.json", json.dumps([{"inputs": {}}]))
+    path, chance = tmp_path / name, random.Random(6)
+    good = path.read_bytes()
+    for changed in flips(good, 50, chance):
+        path.write_bytes(changed)
+        with contextlib.suppress(CheckpointError):
+            run.records()
+            absld.job.sessions(tmp_path)
+
+
+# --- Readers while a run writes ---
+
+
+def test_a_reader_sees_whole_files_while_a_run_writes(tmp_path, teacher):
+    run = Run(tmp_path / "written", teacher)
+    process = processes.Process(target=program, args=(run.folder, run.flags))
+    process.start()
+    seen = set()
+    while process.is_alive():
+        for path in run.folder.glob("runs/digits-*/*"):
+            if path.suffix == ".pt":
+                load(path)
+            elif path.name == "metrics.jsonl":
+                seen.add(len(RunDirectory(path.parent).records()))
+            elif path.name == "config.toml":
+                of_run(path)
+            elif path.name == "STATUS":
+                assert path.read_text() in ("running\n", "finished\n")
+        time.sleep(0.001)
+    assert process.exitcode == 0 and len(seen) > 3
+
+
+# --- Numbers that are not finite ---
+
+BREAKS = """
+import torch
+from absld.models import build_model
+
+class Infinite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, gradient): return gradient * float("inf")
+
+class Breaks(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.net, self.left = build_model("convnet", classes, WHERE), STEP
+    def forward(self, x):
+        self.left -= COUNTS
+        logits = self.net(x)
+        if self.left >= 0 or not COUNTS:
+            return logits
+        if WHERE == "weights":
+            self.net[0].weight.data[0] = float("nan")
+        if WHERE == "gradient":
+            return Infinite.apply(logits)
+        return logits if WHERE == "weights" else logits * float("nan")
+"""
+# Two training forwards a step; the teacher is asked once by each of two checks, and once a step.
+WHERES = {"loss": ("self.training", 2), "gradient": ("self.training", 2),
+          "weights": ("self.training", 2), "teacher": ("len(x) == 8", 1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", WHERES)
+def test_what_is_not_finite_stops_before_the_step(where, tmp_path, teacher):
+    """At a random step, by the program: exit code 5, the step and what broke; what was saved
+    before is whole, and evaluates as before."""
+    step = random.Random(where).randrange(12, 30)
+    counts, times = WHERES[where]
+    text = BREAKS.replace("WHERE", repr(where)).replace("COUNTS", counts)
+    run = Run(tmp_path / where, teacher)
+    (run.folder / "mine.py").write_text(text.replace("STEP", str(times * (step - 1))))
+    run.flags += ["--bank-gib", "0"]
+    run.flags += (
+        ["--teacher", "mine:Breaks"] if where == "teacher" else ["--student", "mine:Breaks"]
+    )
+    assert run.live() == 5
+    cause, way_out = run.said()
+    epoch, of_epoch = (step + 1) // 2, 2 - step % 2
+    assert cause.startswith(f"error: epoch {epoch}, step {of_epoch}: {{'loss': ")
+    assert ("'gradient': inf" in cause or "'gradient': nan" in cause) and "saved before" in way_out
+    assert "'adv': [" in cause  # the temperatures
+    assert RunDirectory(run.path).status().startswith(f"failed: epoch {epoch}, step {of_epoch}")
+    for name in ("best.pt", "last.pt"):
+        state = load(run.path / name)["model"]
+        assert all(tensor.isfinite().all() for tensor in state.values())
+    assert load(run.path / "last.pt")["progress"]["epoch"] == epoch
+    assert len(RunDirectory(run.path).records()) == epoch - 1
+
+
+class Half(torch.nn.Module):
+    """Gives NaN for the second of three images."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :10] + torch.tensor([[0.0], [torch.nan], [0.0]])
+
+
+def test_a_bank_does_not_remember_what_is_not_finite(tmp_path):
+    views = absld.data.Views(few().train, 1)
+    bank = LogitBank.open(tmp_path, {"of": "half"}, len(views), 10)
+    remembering = RememberingTeacher(Half(), bank)
+    index = torch.tensor([4, 5, 6])
+    x_nat = views.of_numbers(index)
+    remembering.about_to_see(x_nat, index)
+    assert remembering(x_nat).isfinite().all(1).tolist() == [True, False, True]
+    assert bank.read(index)[1].tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "counts", [[30, 30], [20, 20, 20], [3] * 100, [100, 1], [99, 1, 50]], ids=lambda c: str(c[:3])
+)
+def test_numbers_of_classes_and_of_their_images(counts):
+    """Two, three and a hundred classes; a hundred images of one to one of another."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    images = (draw.images(0, len(labels), side=8, dtype=torch.float32) * 255).to(torch.uint8)
+    data = ImageSet(images, labels, tuple(map(str, range(len(counts)))))
+    config = resolve({"epochs": 2, "batch_size": 20, "attack_steps": 1}).training()
+    student, teacher = (build_model("convnet", len(counts), role) for role in ("ours", "theirs"))
+    *_, report = absld.fit(student, teacher, data, data, config)
+    for name in ("temperature_adv", "temperature_nat"):
+        temperature = report.per_class[name]
+        assert temperature.shape == (len(counts),)
+        assert ((temperature >= 0.5) & (temperature <= 5)).all() and (temperature != 1).any()
+    assert report.loss > 0 and report.accuracies.robust.isfinite().all()
+
+
+# --- Files that mean harm ---
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=300))
+@example(b"PK\x05\x06" + bytes(18))
+def test_any_bytes_are_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    assert str(caught.value) and caught.value.way_out
+
+
+@settings(max_examples=100)
+@given(
+    st.booleans(),
+    st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=20),
+)
+def test_a_changed_file_of_others_is_refused_or_read(tmp_path_factory, old_format, changes):
+    """It has no seal: what comes out may be other weights. No crash, no hang, no other error."""
+    path = tmp_path_factory.getbasetemp() / "mutant.pt"
+    state = {"weight": torch.ones(3, 4), "bias": torch.zeros(3)}
+    torch.save(state, path, _use_new_zipfile_serialization=not old_format)
+    content = bytearray(path.read_bytes())
+    for place, value in changes:
+        content[int(place * len(content))] = value
+    path.write_bytes(bytes(content))
+    with contextlib.suppress(CheckpointError):
+        load(path)
