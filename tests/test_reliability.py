@@ -135,6 +135,7 @@ class Run:
     def live(self, *given, after=None, send=signal.SIGKILL):
         """One life, ended by a signal after so many seconds, if it lasts as long. Its exit code."""
         flags = [*self.flags, *(["--resume"] if self.begun() else [])]
+        (self.folder / "err").unlink(missing_ok=True)
         process = processes.Process(target=program, args=(self.folder, flags, *given))
         process.start()
         if after is not None:
@@ -189,10 +190,10 @@ def to_the_end(run, whole, **life):
 
 
 @pytest.mark.slow
-def test_thirty_kills_and_more_change_nothing(tmp_path, teacher, whole, record_property):
+def test_a_hundred_kills_change_nothing(tmp_path, teacher, whole):
     """At random moments, and after so many bytes of what is written; as many runs as it takes."""
     chance, kills, runs = random.Random(1), {"moment": 0, "write": 0}, 0
-    while min(kills.values()) < 20:
+    while min(kills.values()) < 50:
         run = Run(tmp_path / str(runs), teacher)
         for life in range(1000):
             if life % 2:
@@ -205,23 +206,21 @@ def test_thirty_kills_and_more_change_nothing(tmp_path, teacher, whole, record_p
             kills[kind] += 1
         assert run.outcome() == whole
         runs += 1
-    record_property("kills", kills)
-    record_property("runs", runs)
-    print(kills, runs)
+    print(f"killed {kills}, in {runs} runs")
 
 
 @pytest.mark.slow
 def test_signals_at_random_moments_leave_what_is_resumed(tmp_path, teacher, whole):
     """Exit code 130 or 143; while it trains, a checkpoint of the very step."""
     chance, heard = random.Random(2), []
-    for number in range(3):
+    for number in range(6):
         run = Run(tmp_path / str(number), teacher)
         for life in range(1000):
             send = (signal.SIGTERM, signal.SIGINT)[life % 2]
             code = run.live(after=chance.uniform(0.1, 0.9), send=send)
             if code == 0:
                 break
-            if code == -send:  # before the program had begun to listen
+            if code == -send or not (run.folder / "err").exists():  # before the program began
                 continue
             assert code == 128 + send, run.said()
             heard.append(code)
@@ -229,6 +228,7 @@ def test_signals_at_random_moments_leave_what_is_resumed(tmp_path, teacher, whol
                 assert RunDirectory(run.path).status() == "interrupted"
                 load(run.path / "last.pt")
         assert run.outcome() == whole
+    print(f"{heard.count(143)} times SIGTERM, {heard.count(130)} times SIGINT")
     assert {130, 143} <= set(heard)
 
 
@@ -296,6 +296,7 @@ def test_a_flipped_bit_of_a_run_s_settings_is_found_or_changes_nothing(tmp_path)
             assert of_run(path) == config
         except AbsldError:
             found += 1
+    print(f"{found} of 200 flips found, the others change nothing")
     assert found > 100
 
 
