@@ -9,6 +9,7 @@ from absld.runtime import arithmetic
 from absld.stopwatch import Stopwatch
 
 SIZE = {"cpu": 2048, "cuda": 8192}
+LEAST = 0.2  # seconds of each, in each round
 WIDTH, SIDE = 256, 16  # channels in and out, and the image's side: the middle of a ResNet
 
 
@@ -34,12 +35,12 @@ class Ceilings:
         }
         self.best = dict.fromkeys(self.work, 0.0)
 
-    def measure(self, least: float = 0.2) -> None:
-        """Run each for `least` seconds or longer."""
+    def measure(self) -> None:
+        """Run each for LEAST seconds or longer."""
         with arithmetic(self.precision), torch.no_grad():
             for name, (work, operations) in self.work.items():
                 spent = 0.0
-                while spent < least:
+                while spent < LEAST:
                     seconds = self.watch.time(work)
                     spent += seconds
                     self.best[name] = max(self.best[name], operations / seconds)

@@ -296,8 +296,8 @@ class RunDirectory:
         *whole, _ = self.metrics.read_bytes().split(b"\n")
         try:
             records: list[dict[str, Any]] = [json.loads(line) for line in whole]
-            _ = [(record["epoch"], record["seconds"]) for record in records]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            _ = [(record["epoch"], record.get("seconds")) for record in records]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.metrics}: damaged ({error})", "copy the run again from where it came from"
             ) from error

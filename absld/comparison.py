@@ -223,7 +223,7 @@ def member_of(
     data = getattr(splits, evaluation.split)
     network = network_of(str(path), own, data)
     assessment = assess_network(str(path), network, data, own, observer)
-    seconds = sum(record["seconds"] for record in RunDirectory(path).records())
+    seconds = sum(record.get("seconds", 0.0) for record in RunDirectory(path).records())
     return Member(label, path, config, assessment, float(seconds))
 
 

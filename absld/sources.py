@@ -174,11 +174,13 @@ def from_folder(folder: str, image_size: int) -> Splits:
     resized. Links are followed, but for those that lead round in a circle."""
     from torchvision import datasets
 
-    refuse_circles(folder)
+    train_folder, test_folder = (os.path.join(folder, part) for part in ("train", "test"))
+    refuse_circles(train_folder)
+    refuse_circles(test_folder)
     # isfile: a file that is no image is an error, not passed over.
     train, test = (
-        datasets.ImageFolder(os.path.join(folder, part), is_valid_file=os.path.isfile)
-        for part in ("train", "test")
+        datasets.ImageFolder(part, is_valid_file=os.path.isfile)
+        for part in (train_folder, test_folder)
     )
     if len(train.classes) < 2 or train.classes != test.classes:
         raise DataError(

@@ -1,7 +1,6 @@
 """The bank of a teacher's logits: each view asked for once, whatever happens to the file."""
 
 import errno
-import multiprocessing
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import strategies as draw
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_checkpoint import processes
 from test_cli import few_digits, main, refused
 from test_trainer import CONFIG, TRAIN, VALIDATION, network
 from torch import nn
@@ -315,9 +315,9 @@ def fill_from_another_process(folder, seed):
 
 def test_two_processes_share_a_bank(tmp_path):
     """At the same time, from nothing: what they leave is whole, and of the teacher."""
-    context = multiprocessing.get_context("spawn")
     children = [
-        context.Process(target=fill_from_another_process, args=(tmp_path, seed)) for seed in (0, 1)
+        processes.Process(target=fill_from_another_process, args=(tmp_path, seed))
+        for seed in (0, 1)
     ]
     for child in children:
         child.start()

@@ -46,6 +46,7 @@ def small(monkeypatch):
     """Growth by a factor, but of little."""
     monkeypatch.setattr(absld.bench, "SIZES", ((20, 3), (40, 3), (20, 5)))
     monkeypatch.setitem(absld.ceilings.SIZE, "cpu", 64)
+    monkeypatch.setattr(absld.ceilings, "LEAST", 0.0001)
 
 
 # --- What takes a step ---
@@ -270,11 +271,12 @@ def test_names_that_do_not_exist(capfd, monkeypatch):
 # --- Time, memory, ceilings ---
 
 
-def test_ceilings_keep_the_best(small):
+def test_ceilings_keep_the_best(small, monkeypatch):
+    monkeypatch.setattr(absld.ceilings, "LEAST", 0.03)
     ceilings = Ceilings(CPU, "fp32", 4)
     seconds = iter([0.01, 0.02, 0.01, 0.5])
     ceilings.watch.time = lambda work: next(seconds)
-    ceilings.measure(least=0.03)
+    ceilings.measure()
     assert ceilings.best["matmul"] == pytest.approx(2 * 64**3 / 0.01)
     assert ceilings.best["conv3x3"] == pytest.approx(2 * 4 * 16**2 * 9 * 256**2 / 0.01)
 
@@ -300,6 +302,6 @@ def test_a_stopwatch():
     assert watch.spans() == [0.5, 2.5] and watch.spans() == []
 
 
-def test_a_row_shows_what_was_not_measured():
+def test_a_row_shows_what_was_not_measured(small):
     row = next(Bench(CONFIG).rows())
     assert " - " in row_line(row | {"memory_bytes": None})

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from test_cli import few_digits, main, refused
 import absld
 from absld import comparison, comparison_tables
 from absld.comparison_plot import plot
-from absld.config import resolve
+from absld.config import of_run, resolve, to_toml
 from absld.errors import Interrupted, UsageError
 from absld.evaluation import Evaluation, paired
 from absld.metrics import METRICS, over_seeds
@@ -371,7 +372,7 @@ def test_runs_that_cannot_be_compared(made, capfd):
     refused(capfd, 2, "sat, seed 0, is there twice", "give it once",
             "compare", rslad[0], sat[0], copy)  # fmt: skip
     config = Path(copy) / "config.toml"
-    config.write_text(config.read_text().replace('dataset = "digits"', 'dataset = "cifar10"'))
+    config.write_text(to_toml(replace(of_run(config), dataset="cifar10")))
     refused(capfd, 2, "these runs are of cifar10 and digits", "the same images",
             "compare", rslad[0], copy)  # fmt: skip
     (Path(copy) / "STATUS").write_text("interrupted\n")

@@ -57,7 +57,7 @@ def test_links_are_followed(root, tmp_path):
 def test_a_circle_of_links_is_refused(back, root):
     link, target = back.split(" -> ")
     (root / link).symlink_to(root / target, target_is_directory=True)
-    refused(root, f"{root / link}: a link to a folder that holds it".replace("up", "up"))
+    refused(root, "a link to a folder that holds it")
 
 
 def test_two_links_that_lead_to_each_other_are_refused(root):

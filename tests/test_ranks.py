@@ -79,6 +79,7 @@ def digests(text):
     return re.findall(r"^\w+ sha256: \w{64}$", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_they_end_as_if_never_touched(tmp_path, single_thread):
     """torchrun passes SIGTERM on; both processes stop at one step, and one of them saves."""
     whole = launch(command("--out", tmp_path / "whole"), single_thread)
