@@ -593,6 +593,8 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except Exception as error:
+        if signalled := exit_code_of_a_signal(error):
+            sys.exit(signalled)
         if "--debug" in sys.argv:
             traceback.print_exc()
         code, cause, way_out = explained(error)
@@ -601,6 +603,18 @@ def main() -> None:
         sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def exit_code_of_a_signal(error: BaseException | None) -> int | None:
+    """That of the signal an error comes from: what it interrupts, such as an import, may make
+    another error of it."""
+    while error is not None:
+        if isinstance(error, Stopped):
+            return error.exit_code
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def explained(error: Exception) -> tuple[int, str, str]:

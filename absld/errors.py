@@ -50,6 +50,10 @@ class Interrupted(AbsldError):
 class Stopped(SystemExit):
     """A signal ends the process at once; told apart from what somebody's code may raise."""
 
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
 
 class UnreliableError(AbsldError):
     """An evaluation whose checks warn, where they are to be strict."""

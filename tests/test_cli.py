@@ -29,7 +29,7 @@ from absld import cli
 from absld.checkpoint import digest, load, save
 from absld.config import RECIPES, Config, EvaluationConfig, resolve
 from absld.data import ImageSet, Splits
-from absld.errors import AbsldError
+from absld.errors import AbsldError, Stopped
 from absld.models import build_model
 from absld.sources import load_data
 
@@ -599,6 +599,23 @@ def test_ctrl_c_before_there_is_a_training(capfd, monkeypatch):
 
 
 # --- Resuming ---
+
+
+@pytest.mark.parametrize(("error", "code"), [(Stopped(143), 143), (KeyboardInterrupt, 130)])
+def test_a_signal_that_is_made_another_error_still_ends_with_its_code(
+    error, code, capfd, monkeypatch
+):
+    """As by an import that it interrupts while a class is made."""
+
+    def interrupted(*given):
+        try:
+            raise error
+        except BaseException as signalled:
+            raise RuntimeError("Error calling __set_name__") from signalled
+
+    monkeypatch.setattr("absld.job.load_data", interrupted)
+    assert main("train", *QUICK) == code
+    assert capfd.readouterr().err == ""
 
 
 def test_nothing_to_resume(capfd):
