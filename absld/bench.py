@@ -206,15 +206,15 @@ def techniques(device: torch.device, *, compile: bool) -> list[Technique]:
     """Those that this device has, in the order in which they are tried."""
     cuda = device.type == "cuda"
     listed = [
-        (True, Technique("--fold-batch-norm", {"fold_batch_norm": True})),
-        (True, Technique("--channels-last", {"channels_last": True})),
-        (cuda, Technique("--precision tf32", {"precision": "tf32"})),
-        (True, Technique("--teacher-precision bf16", {"teacher_precision": "bf16"})),
-        (True, Technique("--attack-precision bf16", {"attack_precision": "bf16"})),
-        (True, Technique("--precision bf16", {"precision": "bf16"})),
-        (compile, Technique("--compile", {"compile": True})),
-        (cuda, Technique("--cuda-graph", {"cuda_graph": True})),
-        (cuda, Technique("--check-every 100", {"check_every": 100})),
+        (True, Technique("fold-batch-norm", {"fold_batch_norm": True})),
+        (True, Technique("channels-last", {"channels_last": True})),
+        (cuda, Technique("precision tf32", {"precision": "tf32"})),
+        (True, Technique("teacher-precision bf16", {"teacher_precision": "bf16"})),
+        (True, Technique("attack-precision bf16", {"attack_precision": "bf16"})),
+        (True, Technique("precision bf16", {"precision": "bf16"})),
+        (compile, Technique("compile", {"compile": True})),
+        (cuda, Technique("cuda-graph", {"cuda_graph": True})),
+        (cuda, Technique("check-every 100", {"check_every": 100})),
         (True, Technique("a filled bank", {"bank": True})),
     ]
     return [technique for there, technique in listed if there]

@@ -502,7 +502,7 @@ def bench(
     """
     from absld import document
     from absld.bench import Bench, BenchConfig
-    from absld.bench_view import GROWTH_HEAD, HEAD, growth_line, legend, row_line
+    from absld.bench_view import GROWTH_HEAD, HEAD, growth_line, row_line, summary
 
     measured = Bench(
         BenchConfig(
@@ -520,7 +520,7 @@ def bench(
         print(HEAD, file=stream, flush=True)
         for figures in measured.rows():
             print(row_line(figures), file=stream, flush=True)
-        print(f"{legend(measured.document)}\n\n{GROWTH_HEAD}", file=stream, flush=True)
+        print("\n".join([*summary(measured.document), GROWTH_HEAD]), file=stream, flush=True)
         for figures in measured.growth():
             print(growth_line(figures), file=stream, flush=True)
     if as_json:

@@ -275,7 +275,6 @@ class Training:
         try:
             with arithmetic(config.precision):
                 self.remaining_steps()
-                self.look()
                 accuracies = self.validated()
         except NonFiniteError as error:
             raise NonFiniteError(f"epoch {number}, {error}", error.way_out) from error
@@ -308,6 +307,8 @@ class Training:
             self.step(draw)
             progress.seconds = time.perf_counter() - start
             self.tell(StepReport(progress.epoch, "training", progress.step, self.steps))
+        self.look()  # which waits for an accelerator that is still at work
+        progress.seconds = time.perf_counter() - start
 
     def key(self) -> tuple[int | str, ...]:
         """Of all random numbers of the epoch."""

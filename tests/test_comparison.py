@@ -285,6 +285,7 @@ def test_a_stopped_comparison_continues(made, monkeypatch, capfd):
     assert without_time_and_place(document_of("here")) == without_time_and_place(document_of(made))
 
 
+@pytest.mark.slow
 def test_a_signal_stops_it_after_a_step(tmp_path, single_thread):
     """A real process, real digits: exit code 130, and the second call goes on to the end."""
     command = [
