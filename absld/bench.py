@@ -70,10 +70,11 @@ class Setting(NamedTuple):
 
     def images(self) -> ImageSet:
         config = self.config
-        shape = (config.images, 3, config.image_size, config.image_size)
+        count = max(config.images, config.batch_size)  # an epoch has a batch
+        shape = (count, 3, config.image_size, config.image_size)
         random = generator("bench", device=self.device)
         images = torch.randint(256, shape, generator=random, device=self.device, dtype=torch.uint8)
-        labels = torch.arange(config.images, device=self.device) % config.classes
+        labels = torch.arange(count, device=self.device) % config.classes
         return ImageSet(images, labels, tuple(map(str, range(config.classes))))
 
 
@@ -449,7 +450,9 @@ class Bench:
             on_disk = {path.stat().st_size for path in Path(folder).glob("*.bank")}
         for (images, classes), each, contender in zip(SIZES, times, contenders, strict=True):
             assert isinstance(contender, EngineStep)
-            size = bank_bytes(rows_of(images, contender.training.config.padding, 0.5), classes)
+            training = contender.training
+            rows = rows_of(len(training.train), training.config.padding, training.config.flip)
+            size = bank_bytes(rows, classes)
             rates = [self.config.batch_size / total for total in each.totals()]
             figures = {
                 "name": f"{images:,} images, {classes} classes",

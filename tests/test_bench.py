@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -108,6 +109,12 @@ def test_epochs_follow_each_other():
         engine.prepare()
         engine.step()
     assert engine.training.progress.epoch == 2
+
+
+def test_a_batch_larger_than_the_images_is_an_epoch():
+    large = Setting(replace(CONFIG, batch_size=50), CPU)
+    assert len(large.images()) == 50
+    PlainStep(large).step()
 
 
 def test_operations_are_counted():

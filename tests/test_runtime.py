@@ -11,13 +11,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trainer import CONFIG, image_set, train
+from test_trainer import CONFIG, TRAIN, VALIDATION, image_set, train
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import absld
 import absld.cuda_graph
 import absld.models
 from absld.attack import cross_entropy, kl
+from absld.bank import Bank, RememberingTeacher, fill
 from absld.config import TrainConfig
 from absld.cuda_graph import Recorded, tensors_of
 from absld.errors import NonFiniteError, UsageError
@@ -25,6 +27,7 @@ from absld.folding import Folded
 from absld.models import Normalised
 from absld.runtime import Compiled, Engine, arithmetic, in_precision, laid_out, training_attack
 from absld.seeding import global_generator
+from absld.trainer import Training
 
 SMALL = TrainConfig(epsilon=0.1, attack_steps=4)
 
@@ -410,6 +413,55 @@ def test_nothing_broken_is_saved_by_an_interruption_between_two_looks(tmp_path):
     with pytest.raises(NonFiniteError, match="step 1: "):
         train(replace(CONFIG, check_every=50), student=student, run=run, on_step=stop)
     assert all(t.isfinite().all() for t in absld.checkpoint.load(run.last)["model"].values())
+
+
+class Waits(TorchDispatchMode):
+    """Notes what a program can only go on from when the device has answered."""
+
+    WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in self.WAITS:
+            self.noted.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["absld", "fair-rslad", "absld-margins", "trades"])
+def test_no_step_waits_for_the_device(method, tmp_path, monkeypatch):
+    """But to look at the losses, and to ask a bank that is not whole: counted on a CPU, without the
+    check of the labels' range, which is made there alone."""
+    waits, tolist = Waits(), torch.Tensor.tolist
+    monkeypatch.setattr("absld.temperature.check_batch", lambda *given: None)
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", lambda self: waits.noted.append("tolist") or tolist(self)
+    )
+
+    def noted(hold, **settings):
+        config = replace(CONFIG, method=method, fold_batch_norm=True, **settings)
+        training = Training(
+            absld.build_model("convnet", 3, "ours"), absld.build_model("convnet", 3, "theirs"),
+            TRAIN, VALIDATION, config, "student", lambda report: None, Bank(tmp_path, 1.0),
+        )  # fmt: skip
+        if isinstance(training.teacher, RememberingTeacher):
+            list(fill(training.teacher, training.views, 50))
+            if hold:
+                training.teacher.hold(torch.device("cpu"))
+        draws = list(training.draws())
+        waits.noted = []
+        with waits:
+            for draw in draws:
+                training.step(draw)
+        assert len(draws) == 3
+        return waits.noted
+
+    assert noted(True, check_every=99) == []
+    assert noted(True) == ["tolist"] * 3
+    if method != "trades":
+        assert len(noted(False, check_every=99)) >= 3
 
 
 # --- What a device has not, and what cannot be compiled ---
