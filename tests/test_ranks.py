@@ -68,7 +68,7 @@ def test_temperatures_moved(alone):
 
 # --- The command line ---
 
-FLAGS = ["--epochs", "5", "--teacher-epochs", "1", "--allow-weak-teacher", "--device", "cpu"]
+FLAGS = ["--epochs", "12", "--teacher-epochs", "1", "--allow-weak-teacher", "--device", "cpu"]
 
 
 def command(*flags):
