@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint import processes
 from test_cli import few_digits, main, refused
-from test_trainer import CONFIG, TRAIN, VALIDATION, network
+from test_trainer import CONFIG, TRAIN, VALIDATION, bytes_of, image_set, network
 from torch import nn
 
 import absld
 from absld.bank import (
+    FEWEST,
     Bank,
     LogitBank,
     RememberingTeacher,
@@ -259,19 +260,21 @@ def test_a_whole_bank_can_be_held_on_the_device(tmp_path):
 # --- Trainings ---
 
 
-def trained(folder, config=CONFIG, gib=1.0, seed="student"):
+def trained(folder, config=CONFIG, gib=1.0, seed="student", images=TRAIN):
     student, (teacher, asked) = network(seed), counted(network("teacher"))
     bank = Bank(Path(folder), gib) if folder else None
-    reports = list(absld.fit(student, teacher, TRAIN, VALIDATION, config, bank=bank))
+    reports = list(absld.fit(student, teacher, images, VALIDATION, config, bank=bank))
     return absld.digest(student.state_dict()), [r.loss for r in reports], sum(asked)
 
 
 @pytest.mark.parametrize("method", ["absld", "rslad", "fair-rslad", "ard"])
 def test_a_training_is_the_same_with_a_bank(method, tmp_path):
-    """To the bits, on a CPU, in the first run with it and in those that find it filled."""
-    config = replace(CONFIG, method=method, epochs=3)
-    without = trained(None, config)
-    first, second = trained(tmp_path, config), trained(tmp_path, config)
+    """To the bits, on a CPU, in the first run with it and in those that find it filled; in batches
+    that are large enough for it."""
+    config = replace(CONFIG, method=method, epochs=6, batch_size=FEWEST)
+    images = bytes_of(image_set(2 * FEWEST))
+    without = trained(None, config, images=images)
+    first, second = (trained(tmp_path, config, images=images) for _ in range(2))
     assert first[:2] == without[:2] == second[:2]
     # Two images for the check that the network fits, and two that name the bank.
     assert 4 < first[2] <= without[2] + 2 and second[2] == 4
