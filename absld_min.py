@@ -1,350 +1,360 @@
-"""ABSLD in one file: distil a robust network whose classes are about equally robust.
+"""ABSLD in one file: distil a small robust image classifier that has no weak classes.
 
 Anti-Bias Soft Label Distillation (arXiv 2312.05508): a student learns the soft labels of a robust
-teacher; each class has two temperatures, moved after an epoch to draw the classes' risks level.
-With x a clean image, y its class, v the frozen teacher, f the student:
-  D1  soft labels     p_adv = softmax(v(x) / T_adv[y]),  p_nat = softmax(v(x) / T_nat[y])
-  D2  inner maximum   x_adv = the point within epsilon of x that maximises KL(p_adv || f), by PGD
-  D3  two forwards    z_adv = f(x_adv), then z_nat = f(x), in train mode
-  D4  loss            5/6 KL(p_adv || z_adv) + 1/6 KL(p_nat || z_nat): one step of SGD
-  D5  class risk      R[c] = mean cross-entropy of z_adv (of z_nat) over the images of class c
-  D6  temperatures    T <- clip(T - rate * g / max|g|, 0.5, 5), g = R - mean(R), after each epoch
-  D7  schedule        lr and rate drop tenfold when 215/300, 260/300, 285/300 of the epochs end
-  python absld_min.py                                8x8 digits on a CPU, in about a minute
-  python absld_min.py --dataset cifar10              the paper's setting, from nothing to the table
-  python absld_min.py --temperature-rate 0           RSLAD: the same with all temperatures 1
-  python absld_min.py --dataset folder --data DIR    your images: DIR/{train,test}/CLASS/*
-Digits, seeds 0 to 4 (docs/results/digits.md; 2 cores of an AMD EPYC, torch 2.14.1), PGD-20: NSD
-13.8 +- 2.7 % (RSLAD 18.8 +- 1.1), worst class 54.3 +- 6.1 (50.4 +- 7.4), average 77.6 (80.0).
-Decided here: mean class risks, not sums; kl_scale 1, not 0.1; selection on held-out train images.
+teacher. Every class has temperatures of its own: hard classes get sharper labels, easy classes
+smoother ones, and after each epoch the temperatures move to make the classes' risks equal.
+
+Notation: x_nat is a natural image with pixels in [0,1], x_adv its adversarial version, y its label;
+N is the number of images in a batch, C that of classes. Logits and soft labels are (N,C).
+
+  D1  soft labels    soft_adv = softmax(teacher(x_nat) / T_adv[y]), and soft_nat with T_nat[y]
+  D2  attack         x_adv = the point near x_nat that maximises KL(soft_adv || student), by PGD
+  D3  two forwards   adv_logits = student(x_adv), then nat_logits = student(x_nat), in train mode
+  D4  loss           5/6 KL(soft_adv || adv_logits) + 1/6 KL(soft_nat || nat_logits)
+  D5  class risk     R_adv[c] = mean cross-entropy of adv_logits in class c over an epoch; R_nat too
+  D6  temperatures   T <- clip(T - rate * gap / max|gap|, 0.5, 5), where gap = R - mean(R)
+  D7  schedule       learning rate and temperature rate fall tenfold after each of three milestones
+
+  python absld_min.py                      8x8 digits: about a minute on a CPU
+  python absld_min.py --dataset cifar10    the paper's setting; a teacher is trained first
 """
-import argparse, fractions, functools, hashlib, os, pathlib, re, signal, socket, sys, tempfile, time
+
+import hashlib
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
 import torch
 import torch.nn.functional as F
-from torch import nn
-Model = Literal["convnet", "resnet18", "wrn-34-10"]
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
+
+Splits = list[tuple[Tensor, Tensor]]  # training, validation, test: images (N,3,H,W), labels (N,)
+Batch = tuple[Tensor, Tensor, Tensor]  # x_nat (N,3,H,W), labels (N,), the attack's start noise
+
+
 @dataclass(frozen=True)
-class Config:  # CIFAR-10's setting, each field a flag; [rel] as released, [own] decided here
-    dataset: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
-    data: str = "data"  # where the images are, or are downloaded to
-    out: str = "runs"  # where networks are saved, and a teacher is found again
+class Config:
+    """Settings, each a flag. Defaults, but for the dataset, are CIFAR-10's: [rel] as released."""
+
+    dataset: Literal["digits", "cifar10", "cifar100"] = "digits"
+    data: str = "data"  # folder of CIFAR's archive, which is downloaded if it is not there
+    out: str = "runs"  # folder of teacher.pt and student.pt, which are overwritten
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    seed: int = 0  # of everything but the split of the images
-    student: Model = "resnet18"  # [rel]
-    teacher_model: Model = "wrn-34-10"  # [rel]
-    teacher: str = ""  # a file of weights; without one TRADES trains a teacher
+    precision: Literal["tf32", "fp32"] = "tf32"  # of matmuls and convolutions on CUDA
+    seed: int = 0  # of weights, batches and training noise; neither of splits nor of evaluation
+    student: Literal["convnet", "resnet18", "wrn-34-10"] = "resnet18"  # [rel]
+    teacher_model: Literal["convnet", "resnet18", "wrn-34-10"] = "wrn-34-10"  # [rel]
+    teacher: str = ""  # file with the teacher's state dict; without one, TRADES trains a teacher
     epochs: int = 300  # [rel]
-    teacher_epochs: int = 76  # as TRADES
+    teacher_epochs: int = 76  # [TRADES]
     batch_size: int = 128  # [rel]
-    fidelity: Literal["paper", "released"] = "paper"  # reading of D1, see train_step
-    temperature_rate: float = 0.1  # [rel]
-    epsilon: float = 8 / 255  # [rel], pixels being in [0,1]
-    max_steps: int = 10**9  # for a trial: at most so many steps an epoch
-    allow_weak_teacher: bool = False  # go on with one that is near chance
-DIGITS = dict(student="convnet", teacher_model="convnet", epochs=40, teacher_epochs=30, epsilon=0.1)
-def generator(device, *key):  # no draw depends on what was drawn before, here or elsewhere
+    fidelity: Literal["paper", "released"] = "paper"  # which temperatures D1 uses, see absld_step
+    temperature_rate: float = 0.1  # largest move of a temperature in an epoch [rel]; 0 is RSLAD
+    epsilon: float = 8 / 255  # L-infinity radius of every attack [rel]
+    padding: int = 4  # zero pixels around an image before a random crop [rel]
+    flip: float = 0.5  # probability of a mirror image [rel]
+
+
+DIGITS: dict[str, Any] = {"student": "convnet", "epochs": 40, "teacher_epochs": 30, "epsilon": 0.1}
+DIGITS |= {"teacher_model": "convnet", "padding": 1, "flip": 0.0}  # our choice
+
+
+def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator whose numbers depend on `key` alone, not on what was drawn before."""
     seed = hashlib.sha256(repr(key).encode()).digest()[:8]
     return torch.Generator(device).manual_seed(int.from_bytes(seed, "big"))
-# ---- Soft labels and the loss --------------------------------------------------------------------
-def soften(teacher_logits, labels, temperature):
-    """Softmax of the logits (N,C), each image's over the temperature (C,) of its true class."""
-    # Teacher's side only, no factor T^2. gather, unlike indexing, refuses a label of -1.
+
+
+# --- Soft labels and loss ---
+def soften(teacher_logits: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+    """Return soft labels (N,C): logits (N,C) over the temperature (C,) of each true label (N,)."""
     return F.softmax(teacher_logits / temperature.gather(0, labels).unsqueeze(1), dim=1)  # D1
-def soft_label_kl(student_logits, soft_labels):  # KL(soft labels || student): sum of C, mean of N
-    # log_softmax, for log(softmax) is -inf once two logits are ~103 apart.
-    return F.kl_div(F.log_softmax(student_logits, dim=1), soft_labels, reduction="batchmean")
-def absld_loss(adv_logits, nat_logits, soft_adv, soft_nat, *, adv_weight=5 / 6, kl_scale=1.0):
-    adv, nat = soft_label_kl(adv_logits, soft_adv), soft_label_kl(nat_logits, soft_nat)
-    return kl_scale * (adv_weight * adv + (1 - adv_weight) * nat)  # D4; kl_scale is 0.1 in [rel]
-# ---- The attack ----------------------------------------------------------------------------------
-def project_linf(x_adv, x_nat, epsilon):  # into the ball around x_nat, then the pixel box
-    return x_adv.clamp(x_nat - epsilon, x_nat + epsilon).clamp(0, 1)
-def pgd(forward, objective, x_nat, noise, *, epsilon, step_size, steps):
-    """Climb objective(forward(x)) by signed gradients from x_nat + noise (N,3,H,W), in the ball."""
-    x_adv = x_nat + noise  # off the centre, where the KL is flat; clipped only after the first step
+
+
+def soft_label_kl(logits: Tensor, soft_labels: Tensor, reduction: str = "batchmean") -> Tensor:
+    """Return KL(soft_labels || softmax(logits)) of (N,C): sum over C, then mean (or sum) over N."""
+    return F.kl_div(F.log_softmax(logits, dim=1), soft_labels, reduction=reduction)
+
+
+def absld_loss(
+    adv_logits: Tensor,
+    nat_logits: Tensor,
+    soft_adv: Tensor,
+    soft_nat: Tensor,
+    *,
+    adv_weight: float = 5 / 6,
+    kl_scale: float = 1.0,
+) -> Tensor:
+    """Return the loss of a batch, from (N,C). [rel] has the weight, and kl_scale 0.1 for C = 10."""
+    adv_kl, nat_kl = soft_label_kl(adv_logits, soft_adv), soft_label_kl(nat_logits, soft_nat)
+    return kl_scale * (adv_weight * adv_kl + (1 - adv_weight) * nat_kl)  # D4
+
+
+# --- Attacks ---
+def pgd(
+    forward: Callable[[Tensor], Tensor],
+    objective: Callable[[Tensor], Tensor],
+    x_nat: Tensor,
+    noise: Tensor,
+    *,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+) -> Tensor:
+    """Return x_adv (N,3,H,W) that maximises objective(forward(x_adv)), a sum over the batch."""
+    x_adv = x_nat + noise  # at x_nat itself, the KL of TRADES has no gradient
     for _ in range(steps):
         x_adv.requires_grad_()
-        # The objective sums over the batch: an image's gradient is the same in any company.
         (gradient,) = torch.autograd.grad(objective(forward(x_adv)), x_adv)
-        x_adv = project_linf(x_adv.detach() + step_size * gradient.sign(), x_nat, epsilon)  # D2
+        x_adv = x_adv.detach() + step_size * gradient.sign()
+        x_adv = x_adv.clamp(x_nat - epsilon, x_nat + epsilon).clamp(0, 1)  # D2
     return x_adv
-# ---- The class temperatures: what the paper adds -------------------------------------------------
-def class_risk_sums(logits, labels, num_classes):
-    """Per class (C,): sum of the cross-entropies, number of images. Both add up over batches."""
+
+
+def training_attack(config: Config, model: nn.Module, soft_labels: Tensor, batch: Batch) -> Tensor:
+    """Return x_adv (N,3,H,W), on which the model is far from soft labels (N,C); settings [rel]."""
+    x_nat, _, noise = batch
+    objective = partial(soft_label_kl, soft_labels=soft_labels, reduction="sum")
+    epsilon, step_size = config.epsilon, config.epsilon / 4
+    model.eval()  # keeps the steps of the attack out of batch norm's running statistics
+    return pgd(model, objective, x_nat, noise, epsilon=epsilon, step_size=step_size, steps=10)
+
+
+# --- Class temperatures: what the paper adds ---
+def class_risk_sums(logits: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return the sum of cross-entropies and the number of images of each class, (C,) and (C,)."""
     risk = F.cross_entropy(logits.detach(), labels, reduction="none")  # (N,)
     member = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)  # (N,C)
     return torch.where(member, risk.unsqueeze(1), 0).sum(0), member.sum(0)  # D5
-def update_temperature(temperature, class_risk, *, rate, lower, upper):
-    """New temperatures (C,) from old ones and class risks (C,), where NaN marks an absent class."""
-    # Above the mean risk: colder, so sharper labels, a firmer lesson. Below it: warmer, smoother.
-    # The farthest class moves by the full rate at any scale of the risks, the rest in proportion.
-    risk = class_risk[~class_risk.isnan()]
-    gap = (class_risk - risk.mean()).nan_to_num(0.0)  # (C,); an absent class has 0: no move
-    # Equal risks give 0/0, every temperature NaN for ever, or, unequal by rounding, a full move.
-    rounding = len(risk) * torch.finfo(risk.dtype).eps * risk.abs().max() if len(risk) else 0
-    if not risk.isfinite().all() or gap.abs().max() <= rounding:
-        return temperature.clone()
-    return (temperature - rate * gap / gap.abs().max()).clamp(lower, upper)  # D6
-# ---- Networks: weights are named as in published checkpoints -------------------------------------
-def conv(width_in, width, stride=1, size=3):
-    return nn.Conv2d(width_in, width, size, stride, padding=size // 2, bias=False)
-class ResidualBlock(nn.Module):
-    def __init__(self, width_in, width, stride):
-        super().__init__()
-        self.conv1, self.bn1 = conv(width_in, width, stride), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv(width, width), nn.BatchNorm2d(width)
-        resizes = width_in != width and (conv(width_in, width, stride, 1), nn.BatchNorm2d(width))
-        self.shortcut = nn.Sequential(*resizes or ())
-    def forward(self, x):
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
+
+
+def update_temperature(
+    temperature: Tensor, class_risk: Tensor, *, rate: float, lower: float, upper: float
+) -> Tensor:
+    """Return the next temperatures (...,C), given the mean risk of each class, NaN if absent."""
+    # A class at more than average risk becomes colder: sharper labels insist on the true class.
+    # A class at less risk becomes warmer; an absent one stays, and is not in the average.
+    gap = (class_risk - class_risk.nanmean(-1, keepdim=True)).nan_to_num(0.0)
+    largest = gap.abs().amax(-1, keepdim=True)
+    # The farthest class moves by `rate`, the others in proportion, at any scale of the risks.
+    moved = (temperature - rate * gap / largest).clamp(lower, upper)  # D6
+    # Equal risks (up to rounding) give no direction, nor does an infinite one: nothing moves.
+    limit = gap.shape[-1] * torch.finfo(gap.dtype).eps * class_risk.abs().nan_to_num(0.0, torch.inf)
+    return torch.where(largest > limit.amax(-1, keepdim=True), moved, temperature)
+
+
+# --- Networks; WideResNet's weights are named as in TRADES' checkpoint ---
 class WideBlock(nn.Module):
-    def __init__(self, width_in, width, stride):
+    """Residual block (N,width_in,H,W) -> (N,width,H/stride,W/stride), batch norm first."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(width_in), conv(width_in, width, stride)
-        self.bn2, self.conv2 = nn.BatchNorm2d(width), conv(width, width)
-        self.convShortcut = conv(width_in, width, stride, size=1) if width_in != width else None
-    def forward(self, x):
-        out = F.relu(self.bn1(x))  # normalised first; a shortcut that resizes starts here
-        shortcut = self.convShortcut(out) if self.convShortcut else x
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out))))
-def build_model(name, num_classes, *key):
-    with torch.random.fork_rng(devices=[]):  # PyTorch's own initialisation, but from a key
-        torch.default_generator.set_state(generator("cpu", *key).get_state())
-        net = nn.Sequential()
-        if name == "convnet":  # small: for the digits, and for quick runs on 32x32 images
+        self.bn1, self.conv1 = nn.BatchNorm2d(width_in), conv3x3(width_in, width, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), conv3x3(width, width)
+        self.convShortcut = conv1x1(width_in, width, stride) if width_in != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(out)
+        return torch.add(self.conv2(F.relu(self.bn2(self.conv1(out)))), shortcut)
+
+
+def build_model(name: str, num_classes: int, *key: int | str) -> nn.Sequential:
+    """Return a network (N,3,H,W) -> (N,C) with PyTorch's initial weights, drawn from `key`."""
+    net = nn.Sequential()  # calls its parts in the order in which they are added
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(generator(*key).get_state())
+        if name == "convnet":
             for width_in, width, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2)):
-                net.extend([conv(width_in, width, stride), nn.BatchNorm2d(width), nn.ReLU()])
-        elif name == "resnet18":  # for 32x32 images: a 3x3 stem, and no pooling behind it
-            net.conv1, net.bn1, net.relu = conv(3, 64), nn.BatchNorm2d(64), nn.ReLU()
-            for i, (width_in, width) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), 1):
-                first = ResidualBlock(width_in, width, stride=min(i, 2))
-                net.add_module(f"layer{i}", nn.Sequential(first, ResidualBlock(width, width, 1)))
+                net.extend([conv3x3(width_in, width, stride), nn.BatchNorm2d(width), nn.ReLU()])
+        elif name == "resnet18":  # for small images: a 3x3 convolution first, no max pooling
+            net.conv1, net.bn1, net.relu = conv3x3(3, 64), nn.BatchNorm2d(64), nn.ReLU()
+            net.layer1 = nn.Sequential(BasicBlock(64, 64), BasicBlock(64, 64))
+            for number, width_in, width in ((2, 64, 128), (3, 128, 256), (4, 256, 512)):
+                shortcut = nn.Sequential(conv1x1(width_in, width, 2), nn.BatchNorm2d(width))
+                first = BasicBlock(width_in, width, 2, shortcut)
+                net.add_module(f"layer{number}", nn.Sequential(first, BasicBlock(width, width)))
         else:  # WideResNet-34-10: three groups of five blocks, ten times the usual width
-            net.conv1 = conv(3, 16)
-            for i, (width_in, width) in enumerate(((16, 160), (160, 320), (320, 640)), 1):
-                net.add_module(f"block{i}", group := nn.Sequential())
-                group.layer = nn.Sequential(WideBlock(width_in, width, stride=min(i, 2)))
-                group.layer.extend(WideBlock(width, width, 1) for _ in range(4))
+            net.conv1 = conv3x3(3, 16)
+            for number, width_in, width in ((1, 16, 160), (2, 160, 320), (3, 320, 640)):
+                layer = nn.Sequential(WideBlock(width_in, width, 1 if number == 1 else 2))
+                layer.extend(WideBlock(width, width, stride=1) for _ in range(4))
+                net.add_module(f"block{number}", nn.Sequential(OrderedDict(layer=layer)))
             net.bn1, net.relu = nn.BatchNorm2d(width), nn.ReLU()
-        net.pool, net.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        net.pool, net.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()  # (N,width), the last width
         net.add_module("fc" if name == "wrn-34-10" else "linear", nn.Linear(width, num_classes))
-        return net
-# ---- Data: a set is images (N,3,H,W) uint8 and labels (N,), whole on the device ------------------
-def split(images, labels, size):  # by class, `size` images second; alike for all seeds
-    from sklearn.model_selection import train_test_split
-    parts = train_test_split(images, labels, test_size=size, stratify=labels, random_state=0)
-    return [(parts[0], parts[2]), (parts[1], parts[3])]
-def load_data(config):  # training, validation and test set; names of the classes
+    return net
+
+
+# --- Data: whole sets on the device ---
+def load_data(config: Config) -> tuple[Splits, list[str]]:
+    """Return training, validation and test images, and the names of the classes."""
     if config.dataset == "digits":
-        from sklearn.datasets import load_digits
-        pixels, labels = map(torch.from_numpy, load_digits(return_X_y=True))  # (1797,64), 0 to 16
-        images = (pixels * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
-        (train, test), classes, share = split(images, labels, 599), list("0123456789"), 0.15
+        pixels, y = map(torch.from_numpy, load_digits(return_X_y=True))  # (1797,64) from 0 to 16
+        x = (pixels * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
+        x, x_test, y, y_test = train_test_split(x, y, test_size=599, stratify=y, random_state=0)
+        classes, share = list("0123456789"), 0.15
     else:
-        from torchvision import datasets
-        from torchvision.transforms.v2.functional import pil_to_tensor, resize
-        def read(path):
-            try:
-                return datasets.folder.default_loader(path)
-            except Exception as error:  # Pillow raises many kinds, and seldom names the file
-                raise OSError(f"cannot read {path}: {error}") from error
-        if config.dataset == "folder":  # isfile: what is no image is an error, not passed over
-            parts = [datasets.ImageFolder(f"{config.data}/{part}", None, None, read, os.path.isfile)
-                     for part in ("train", "test")]
-        else:
-            socket.setdefaulttimeout(10)  # a network that never answers is none
-            source = getattr(datasets, config.dataset.upper())
-            parts = [source(config.data, train=train, download=True) for train in (True, False)]
-        classes, share = parts[0].classes, 0.05  # [own]
-        if len(classes) < 2 or classes != parts[1].classes:
-            raise ValueError(f"classes in train: {classes}, in test: {parts[1].classes}")
-        train, test = [(torch.stack([resize(pil_to_tensor(x), [32, 32]) for x, _ in part]),
-                        torch.tensor(part.targets)) for part in parts]
-    n, rarest = len(train[1]), max(2, int(train[1].bincount().min()))
-    sets = [*split(*train, max(round(share * n), -(-n // rarest))), test]  # each class in each set
-    if len(sets[0][1]) < config.batch_size:
-        raise ValueError(f"{len(sets[0][1])} training images do not fill --batch-size")
-    return [[tensor.to(config.device) for tensor in data] for data in sets], classes
-def batches(config, images, labels, *key):  # an epoch; a short last batch is dropped
-    (count, _, height, width), device, n = images.shape, images.device, config.batch_size
-    padding, flip = (1, 0.0) if config.dataset == "digits" else (4, 0.5)  # [own], [rel]
-    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # no copies
-    order = torch.randperm(count, generator=generator(device, *key), device=device)
-    for step in range(min(count // n, config.max_steps)):
-        index, random = order[step * n : (step + 1) * n], generator(device, *key, step)
-        dy, dx = torch.randint(2 * padding + 1, (2, n), generator=random, device=device)
-        mirror = torch.rand(n, 1, 1, 1, generator=random, device=device) < flip
-        crop = windows[index, :, dy, dx] / 255  # (N,3,H,W)
+        source = CIFAR10 if config.dataset == "cifar10" else CIFAR100
+        train, test = (source(config.data, train=part, download=True) for part in (True, False))
+        x, x_test = (torch.tensor(part.data).permute(0, 3, 1, 2) for part in (train, test))
+        y, y_test = (torch.tensor(part.targets) for part in (train, test))
+        classes, share = train.classes, 0.05
+    x, x_val, y, y_val = train_test_split(x, y, test_size=share, stratify=y, random_state=0)
+    data = [(x, y), (x_val, y_val), (x_test, y_test)]  # x_val selects the epoch, not x_test
+    return [(x.contiguous().to(config.device), y.to(config.device)) for x, y in data], classes
+
+
+def batches(config: Config, images: Tensor, labels: Tensor, *key: int | str) -> Iterator[Batch]:
+    """Yield an epoch of random crops, all drawn from `key`; a short last batch is dropped."""
+    n, side, device = config.batch_size, images.shape[3], images.device
+    crops = F.pad(images, [config.padding] * 4).unfold(2, side, 1).unfold(3, side, 1)  # views
+    order = torch.randperm(len(images), generator=generator(*key, device=device), device=device)
+    for step, index in enumerate(order[: len(order) // n * n].view(-1, n)):
+        random = generator(*key, step, device=device)
+        dy, dx = torch.randint(crops.shape[2], (2, n), generator=random, device=device)
+        mirrored = torch.rand(n, 1, 1, 1, generator=random, device=device) < config.flip
+        crop = crops[index, :, dy, dx] / 255  # (N,3,H,W) in [0,1]
         noise = 0.001 * torch.randn(crop.shape, generator=random, device=device)  # [rel]
-        yield torch.where(mirror, crop.flip(3), crop), labels[index], noise  # start of the attack
-# ---- Evaluation ----------------------------------------------------------------------------------
-def fairness(class_accuracy, ddof=0):  # (C,) -> average, worst class, NSD = std / mean
-    accuracy = class_accuracy[~class_accuracy.isnan()].cpu().double()  # NaN: no image of this class
+        yield torch.where(mirrored, crop.flip(3), crop), labels[index], noise
+
+
+# --- Evaluation ---
+def fairness(class_accuracy: Tensor, ddof: int = 0) -> tuple[float, float, float]:
+    """Return average, worst class and NSD (std / mean) of the accuracies (C,), NaN if absent."""
+    accuracy = class_accuracy[~class_accuracy.isnan()].cpu().double()
     nsd = accuracy.std(correction=ddof) / accuracy.mean().clamp_min(1e-12)
     return accuracy.mean().item(), accuracy.min().item(), nsd.item()
-def evaluate(model, images, labels, epsilon):  # (2,C) class accuracies: clean, under PGD-20
-    counts, random = labels.bincount(), generator(labels.device, "evaluate")
-    hits = torch.zeros(2, len(counts), dtype=torch.long, device=labels.device)
-    for x_nat, y in zip((images / 255).split(500), labels.split(500)):
+
+
+def evaluate(config: Config, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the accuracy of each class (2,C): clean, and under PGD-20 as in TRADES."""
+    model.eval()
+    counts, random = labels.bincount(), generator("evaluate", device=labels.device)
+    hits, n, epsilon = torch.zeros_like(counts).repeat(2, 1), config.batch_size, config.epsilon
+    step_size = 0.003 * epsilon / (8 / 255)
+    for x_nat, y in zip(torch.split(images / 255, n), torch.split(labels, n), strict=True):
         noise = torch.empty_like(x_nat).uniform_(-epsilon, epsilon, generator=random)
-        x_adv = pgd(model.eval(), lambda z: F.cross_entropy(z, y, reduction="sum"), x_nat, noise,
-                    epsilon=epsilon, step_size=0.003 * epsilon / (8 / 255), steps=20)  # TRADES
-        for row, x in zip(hits, (x_nat, x_adv)):
-            row += y[model(x).argmax(1) == y].bincount(minlength=len(counts))
-    return hits / counts  # of whole numbers, so exact
-# ---- Training ------------------------------------------------------------------------------------
-def attack(config, model, soft_labels, x_nat, noise):  # eval mode: batch norm is not to see it
-    return pgd(model.eval(), lambda z: len(z) * soft_label_kl(z, soft_labels), x_nat, noise,
-               epsilon=config.epsilon, step_size=config.epsilon / 4, steps=10)  # [rel]
-def train_step(config, student, teacher, temperature, x_nat, labels, noise):
-    """D1 to D5 of a batch: the loss, and (3,C): class risk sums adversarial, natural, counts."""
-    teacher_logits = teacher.eval()(x_nat).detach()  # (N,C)
-    if config.fidelity == "released":  # it divides one buffer in place, by T_adv[y], then T_nat[y]
-        temperature = temperature.prod(0).expand(2, -1)
+        objective = partial(F.cross_entropy, target=y, reduction="sum")
+        x_adv = pgd(model, objective, x_nat, noise, epsilon=epsilon, step_size=step_size, steps=20)
+        with torch.no_grad():
+            predictions = torch.stack([model(x_nat), model(x_adv)]).argmax(2)  # (2,N)
+        hits.index_add_(1, y, (predictions == y).long())
+    return hits / counts
+
+
+# --- Training ---
+def absld_step(
+    config: Config, student: nn.Module, teacher: nn.Module, temperature: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, risk sums (2,C), counts (C,). Rows, also those of temperature: adv, nat."""
+    x_nat, labels, _ = batch
+    if config.fidelity == "released":  # one buffer serves both: each label gets T_adv[y] * T_nat[y]
+        temperature = (temperature[0] * temperature[1]).repeat(2, 1)
+    teacher_logits = teacher(x_nat)  # without a graph, for the teacher is frozen
     soft_adv, soft_nat = (soften(teacher_logits, labels, row) for row in temperature)
-    x_adv = attack(config, student, soft_adv, x_nat, noise)
+    x_adv = training_attack(config, student, soft_adv, batch)
     student.train()
-    # Two forwards in this order: batch norm sees the adversarial images first, never both at once.
+    # Apart, so that batch norm sees no mixture; the later batch weighs more in its statistics.
     adv_logits, nat_logits = student(x_adv), student(x_nat)  # D3
     loss = absld_loss(adv_logits, nat_logits, soft_adv, soft_nat)
     adv_risk, counts = class_risk_sums(adv_logits, labels, temperature.shape[1])
     nat_risk, _ = class_risk_sums(nat_logits, labels, temperature.shape[1])
-    return loss, torch.stack([adv_risk, nat_risk, counts])
-def trades_step(config, model, _, temperature, x_nat, labels, noise):
-    """Cross-entropy on clean images + 6 KL(f(x) || f(x_adv)), x_adv maximising that KL."""
-    clean = F.softmax(model.eval()(x_nat), dim=1).detach()
-    x_adv = attack(config, model, clean, x_nat, noise)
+    return loss, torch.stack([adv_risk, nat_risk]), counts
+
+
+def trades_step(config: Config, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of TRADES (arXiv 1901.08573), for a teacher: CE + 6 KL(nat || adv)."""
+    x_nat, labels, _ = batch
+    with torch.no_grad():
+        soft_labels = F.softmax(model.eval()(x_nat), dim=1)
+    x_adv = training_attack(config, model, soft_labels, batch)
     log_nat, log_adv = (F.log_softmax(model.train()(x), dim=1) for x in (x_nat, x_adv))
-    robust = F.kl_div(log_adv, log_nat, log_target=True, reduction="batchmean")
-    loss = F.nll_loss(log_nat, labels) + 6 * robust  # gradient through both sides of the KL
-    return loss, temperature.new_zeros(3, temperature.shape[1])  # no class counted: none moves
-def train(config, model, teacher, sets, num_classes, path, loss_of=train_step):
-    """All epochs; path and the model get the one that is best on the validation images."""
+    kl = F.kl_div(log_adv, log_nat, log_target=True, reduction="batchmean")
+    return F.nll_loss(log_nat, labels) + 6 * kl
+
+
+def train(config: Config, model: nn.Module, teacher: nn.Module | None, data: Splits) -> None:
+    """Train a student (a teacher, if `teacher` is None); keep the epoch of best average + worst."""
     role, epochs = ("student", config.epochs) if teacher else ("teacher", config.teacher_epochs)
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=2e-4)  # [rel]
-    temperature = torch.ones(2, num_classes, device=config.device)  # rows: adv, nat
-    milestones = [round(m / 300 * epochs) for m in (215, 260, 285)]  # [rel], of 300 epochs
-    best, history = {}, []
-    print("epoch     lr    loss  clean robust  worst    NSD temperatures seconds images/s")
+    (images, labels), validation, _ = data
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
+    milestones = [round(part * epochs) for part in (215 / 300, 260 / 300, 285 / 300)]  # both [rel]
+    temperature = torch.ones(2, int(labels.max()) + 1, device=config.device)
+    best_score, path = -1.0, f"{config.out}/{role}.pt"
+    print(f"{role}\nepoch     loss  clean robust  worst    NSD temperatures")
     for epoch in range(1, epochs + 1):
-        start, losses, risks = time.perf_counter(), [], 0
-        lr = optimizer.param_groups[0]["lr"] = 0.1 * 0.1 ** sum(epoch > m for m in milestones)  # D7
-        for step, batch in enumerate(batches(config, *sets[0], config.seed, role, epoch)):
-            loss, risk = loss_of(config, model, teacher, temperature, *batch)
-            if not loss.isfinite():  # before the step, which would spread it to all weights
-                raise FloatingPointError(f"{epoch=} {step=} {loss=} {risk=} {temperature=}")
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.1 ** sum(epoch > m for m in milestones)  # D7
+        losses, risks, counts = [], torch.zeros_like(temperature), torch.zeros_like(temperature)
+        for batch in batches(config, images, labels, config.seed, role, epoch):
+            if teacher is None:
+                loss = trades_step(config, model, batch)
+            else:
+                loss, sums, members = absld_step(config, model, teacher, temperature, batch)
+                risks, counts = risks + sums, counts + members
+            if not loss.isfinite():  # the one GPU sync of a step
+                raise FloatingPointError(f"epoch {epoch}: {loss=}, {temperature=}")
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            losses.append(loss.item())
-            risks += risk
-        rate = config.temperature_rate * 0.1 ** sum(epoch >= m for m in milestones)
-        temperature = torch.stack([update_temperature(old, risk / risks[2], rate=rate, lower=0.5,
-                                   upper=5.0) for old, risk in zip(temperature, risks)])  # [rel]
-        seconds, loss = time.perf_counter() - start, sum(losses) / len(losses)
-        clean, robust = evaluate(model, *sets[1], config.epsilon)
-        mean, (average, worst, nsd) = fairness(clean)[0], fairness(robust)
-        history.append(dict(epoch=epoch, lr=lr, loss=loss, clean=clean, robust=robust,
-                            temperature=temperature, seconds=seconds, score=average + worst))
-        print(f"{epoch:5} {lr:6.4f} {loss:7.4f} {mean:6.1%} {average:6.1%} {worst:6.1%} {nsd:6.3f}"
-              f"  {temperature.min():4.2f} - {temperature.max():4.2f} {seconds:7.1f}"
-              f" {len(losses) * config.batch_size / seconds:8.0f}", flush=True)
-        if not best or average + worst > best["score"]:
-            best, state = history[-1], {k: v.clone() for k, v in model.state_dict().items()}
-        saved = dict(best, model=state, sha256=digest(state), history=history, config=vars(config))
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-            torch.save(saved, f"{folder}/whole")  # then renamed at once: never half a file
-            os.replace(f"{folder}/whole", f"{path}.best")
-    os.replace(f"{path}.best", path)  # only a finished run gets the name that is used again
-    model.load_state_dict(state)
-train_teacher = functools.partial(train, loss_of=trades_step)  # its argument `teacher` is None
-# ---- Files and main ------------------------------------------------------------------------------
-def digest(state):  # SHA-256 over the sorted names, each followed by dtype, shape, raw bytes
-    sha = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        sha.update((name + f"{tensor.dtype}{tuple(tensor.shape)}").encode())
-        sha.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-def load_weights(model, path):  # a state dict, bare or wrapped
-    try:
-        content = state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        for wrapper in ("state_dict", "model_state_dict", "model", "net", "ema"):
-            state = state.get(wrapper, state)
-        sound = content.get("sha256", digest(state)) == digest(state)
-    except Exception as error:  # a broken file can make the unpickler raise anything
-        held = re.findall(r"GLOBAL (\S+)", str(error)) or pathlib.Path(path).read_bytes()[:20]
-        raise ValueError(f"{path}: no state dict, or half of one, but {held}") from error
-    if not sound:
-        raise ValueError(f"{path}: its tensors have changed since their SHA-256 was taken")
-    odd, state = state.keys(), {re.sub(r"^((module|model|_orig_mod)\.)+", "", name): tensor
-                                for name, tensor in state.items() if "sub_block1." not in name}
-    if odd := sorted(odd - state.keys()):
-        print(f"{path}: {len(odd)} tensors renamed or left out, such as {odd[0]}", file=sys.stderr)
-    if odd := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path}: tensor {odd[0]} holds NaN or infinity")
-    if odd := sorted(state.keys() ^ model.state_dict().keys()):
-        like = {m: len(build_model(m, 2).state_dict().keys() & state) for m in get_args(Model)}
-        raise ValueError(f"{path}: lacks or adds {odd[:5]}; nearest: {max(like, key=like.get)}")
-    model.load_state_dict(state)
-def main(argv=None):  # exit codes: 2 usage, 3 data, 4 teacher, 5 not finite, 1 the rest
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="absld_min.py [--FLAG VALUE ...]   (--help lists the flags)", allow_abbrev=False)
-    parser.register("type", float, lambda s: float(fractions.Fraction(s) if "/" in s else s))
-    for f in fields(Config):
-        kind = dict(action="store_true") if f.type is bool else dict(
-            choices=get_args(f.type) or None, type=f.type if f.type in (int, float) else str)
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"default: {f.default}", **kind)
-    code, way_out = 2, "see --help; --device cpu works everywhere, --out must be writable"
-    try:
-        given = vars(parser.parse_args(argv))
-        config = Config(**(DIGITS if given.get("dataset", "digits") == "digits" else {}) | given)
-        if not (0 <= config.epsilon <= 1 and 0 <= config.temperature_rate <= 10 and min(
-                config.epochs, config.teacher_epochs, config.batch_size, config.max_steps) >= 1):
-            raise ValueError("--epsilon must be in [0,1], the rate in [0,10], numbers 1 or more")
-        torch.zeros(1, device=config.device).item()
-        torch.backends.cudnn.deterministic = True
-        os.makedirs(config.out, exist_ok=True)
-        tempfile.TemporaryFile(dir=config.out).close()  # to fail now, not after an epoch
-        print(f"seed {config.seed}, device {config.device}, torch {torch.__version__}")
-        code, way_out = 3, f"needed in {config.data}: {{train,test}}/CLASS/*, or CIFAR's tar.gz"
-        sets, classes = load_data(config)
-        teacher, student = (build_model(name, len(classes), config.seed, role).to(config.device)
-            for role, name in (("teacher", config.teacher_model), ("student", config.student)))
-        made = [vars(config)[k] for k in "seed teacher_epochs batch_size epsilon max_steps".split()]
-        key = digest(dict(images=sets[0][0], labels=sets[0][1], flags=torch.DoubleTensor(made)))
-        path = config.teacher or f"{config.out}/teacher-{config.teacher_model}-{key[:8]}.pt"
-        code, way_out = 4, "needed: --teacher-model's weights, longer training, or memory"
-        if os.path.exists(path) or config.teacher:
-            load_weights(teacher, path)
-        else:
-            train_teacher(config, teacher, None, sets, len(classes), path)
-        accuracy = fairness(evaluate(teacher, *sets[1], 0.0)[0])[0]
-        if accuracy < 1 / len(classes) + 0.05 and not config.allow_weak_teacher:
-            raise ValueError(f"{path}: near chance, {accuracy:.1%} clean (--allow-weak-teacher)")
-        code, way_out = 1, "does --out still take files? --batch-size fit? *.best is the best epoch"
-        path = f"{config.out}/student-{hashlib.sha256(repr(config).encode()).hexdigest()[:8]}.pt"
-        train(config, student, teacher.eval().requires_grad_(False), sets, len(classes), path)
-        accuracies = evaluate(student, *sets[2], config.epsilon)
-        worst = accuracies.sort().values[:, : max(1, len(classes) // 10)].mean(1)
-        rows = [*zip(classes, *accuracies), ("worst 10 % of classes", *worst)]
-        print(f"{path}\n{'class':22}   clean  PGD-20")
-        rows += zip(("average", "worst class", "NSD"), *map(fairness, accuracies))
-        for name, clean, robust in rows:
-            print(f"{name:22} {clean:7.2%} {robust:7.2%}")
-        for role, model in (("teacher", teacher), ("student", student)):
-            print(f"{role} sha256: {digest(model.state_dict())}")
-    except (OSError, RuntimeError, ValueError, ArithmeticError, AssertionError, ImportError) as e:
-        code, way_out = (5, "see *.best") if type(e) is FloatingPointError else (code, way_out)
-        print(f"error: {' '.join(str(e).split())}\n{way_out}", file=sys.stderr)
-        sys.exit(code)
+            losses.append(loss.detach())
+        if teacher is not None:
+            rate = config.temperature_rate * 0.1 ** sum(epoch + 1 > m for m in milestones)  # D7
+            risk = risks / counts
+            temperature = update_temperature(temperature, risk, rate=rate, lower=0.5, upper=5.0)
+        clean, robust = evaluate(config, model, *validation)
+        average, worst, nsd = fairness(robust)
+        row = f"{epoch:5} {sum(losses) / len(losses):8.4f} {fairness(clean)[0]:6.1%} {average:6.1%}"
+        row += f" {worst:6.1%} {nsd:6.1%}  {temperature.min():.2f} - {temperature.max():.2f}"
+        print(row, flush=True)
+        if average + worst > best_score:
+            best_score = average + worst
+            torch.save(model.state_dict(), path)
+    model.load_state_dict(torch.load(path, weights_only=True))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train a teacher, unless a file has its weights, and a student; test the student."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    for field in fields(Config):
+        flag, choices = "--" + field.name.replace("_", "-"), get_args(field.type) or None
+        about = f"default: {field.default}, for digits {DIGITS.get(field.name, field.default)}"
+        parser.add_argument(flag, type=type(field.default), choices=choices, help=about)
+    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    config = Config(**(DIGITS if given.get("dataset", "digits") == "digits" else {}) | given)
+    precision = "tf32" if config.precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = True
+    print(f"seed {config.seed}, device {config.device}, torch {torch.__version__}")
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    data, classes = load_data(config)
+    layout = torch.channels_last if "cuda" in config.device else torch.contiguous_format
+    teacher = build_model(config.teacher_model, len(classes), config.seed, "teacher")
+    student = build_model(config.student, len(classes), config.seed, "student")
+    for net in (teacher, student):
+        net.to(config.device).to(memory_format=layout)
+    if config.teacher:
+        state = torch.load(config.teacher, map_location="cpu", weights_only=True)
+        used = [name for name in state if "sub_block1." not in name]  # TRADES' file has it, unused
+        teacher.load_state_dict({name.removeprefix("module."): state[name] for name in used})
+    else:
+        train(config, teacher, None, data)
+    train(config, student, teacher.eval().requires_grad_(False), data)
+    print("class              clean  PGD-20")
+    clean, robust = ([*each, *fairness(each)] for each in evaluate(config, student, *data[2]))
+    rows = zip([*classes, "average", "worst class", "NSD"], clean, robust, strict=True)
+    for name, natural, adversarial in rows:
+        print(f"{name:16} {natural:7.2%} {adversarial:7.2%}")
+
+
 if __name__ == "__main__":
-    signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)  # quiet in `| head`
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (signal.signal(n, signal.SIG_DFL), sys.exit(128 + n)))
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # odd class names
     main()

@@ -27,7 +27,7 @@ from absld.config import TrainConfig
 from absld.data import Draw, ImageSet, pixels
 from absld.environment import environment
 from absld.models import build_model
-from absld.runtime import Engine, laid_out, resolve_device, training_attack
+from absld.runtime import Engine, arithmetic, laid_out, resolve_device, training_attack
 from absld.seeding import generator
 from absld.stopwatch import Stopwatch, memory_taken
 from absld.teacher import freeze
@@ -106,14 +106,16 @@ def marked(watch: Stopwatch, student: nn.Module, teacher: nn.Module) -> None:
 
 
 class PlainStep:
-    """That of absld_min.py, with torch's settings as its main sets them."""
+    """That of absld_min.py, in the arithmetic and the memory format that its main sets."""
 
     def __init__(self, setting: Setting) -> None:
         given, device = setting.config, setting.device
-        self.config = absld_min.Config(
-            dataset="cifar10", device=str(device), batch_size=given.batch_size
+        self.config = absld_min.Config(device=str(device), batch_size=given.batch_size)
+        self.student, teacher = (
+            laid_out(setting.network(role), device.type == "cuda")
+            for role in ("student", "teacher")
         )
-        self.student, self.teacher = setting.network("student"), freeze(setting.network("teacher"))
+        self.teacher = freeze(teacher)
         self.optimizer = torch.optim.SGD(
             self.student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4
         )
@@ -125,27 +127,23 @@ class PlainStep:
 
     def endless(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for epoch in range(10**9):
-            yield from absld_min.batches(self.config, self.data.images, self.data.labels, epoch)  # type: ignore[no-untyped-call]
+            yield from absld_min.batches(self.config, self.data.images, self.data.labels, epoch)
 
     def prepare(self) -> None:
         pass
 
     def step(self) -> None:
-        before = torch.backends.cudnn.deterministic
-        torch.backends.cudnn.deterministic = True
-        try:
+        with arithmetic(self.config.precision):
             self.watch.mark()
             batch = next(self.batches)
-            loss, _ = absld_min.train_step(  # type: ignore[no-untyped-call]
-                self.config, self.student, self.teacher, self.temperature, *batch
+            loss, *_ = absld_min.absld_step(
+                self.config, self.student, self.teacher, self.temperature, batch
             )
+            assert loss.isfinite()  # as it does, and waits for the device
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            loss.item()
             self.watch.mark()
-        finally:
-            torch.backends.cudnn.deterministic = before
 
 
 class EngineStep:
@@ -209,7 +207,6 @@ def techniques(device: torch.device, *, compile: bool) -> list[Technique]:
     listed = [
         (True, Technique("fold-batch-norm", {"fold_batch_norm": True})),
         (True, Technique("channels-last", {"channels_last": True})),
-        (cuda, Technique("precision tf32", {"precision": "tf32"})),
         (True, Technique("teacher-precision bf16", {"teacher_precision": "bf16"})),
         (True, Technique("attack-precision bf16", {"attack_precision": "bf16"})),
         (True, Technique("precision bf16", {"precision": "bf16"})),
@@ -226,9 +223,9 @@ def added(kept: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any
     one of a part does not change that one."""
     result = {**kept, **settings}
     if "precision" in settings:
-        standing = kept.get("precision", "fp32") if settings["precision"] == "bf16" else None
+        standing = kept.get("precision", TrainConfig.precision)
         for part in ("teacher_precision", "attack_precision"):
-            if standing and part not in kept:
+            if part not in kept:
                 result[part] = standing
     return result
 
@@ -377,13 +374,14 @@ class Bench:
             self.operations = operations(plain)
             self.fidelity = Fidelity(self.setting, plain)
             engine = EngineStep(self.setting, {}, folder)
-            first, times = self.trial([plain, engine], "fp32")
+            first, times = self.trial([plain, engine], plain.config.precision)
             yield self.row("absld_min.py", {}, plain, first, first, None)
             yield self.row("absld, nothing on", {}, engine, times, first, None)
             for technique in techniques(self.device, compile=self.config.compile):
                 settings = added(self.kept, technique.settings)
                 candidate = EngineStep(self.setting, settings, folder)
-                precision = settings.get("attack_precision") or settings.get("precision", "fp32")
+                precision = settings.get("precision", TrainConfig.precision)
+                precision = settings.get("attack_precision", precision)
                 base, before, times = self.trial([plain, engine, candidate], precision)
                 row = self.row(f"+ {technique.name}", settings, candidate, times, base, before)
                 if row["kept"]:

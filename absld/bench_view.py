@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from absld.bench import PARTS
+from absld.config import TrainConfig
 
 HEAD = f"{'step':24} {'images/s':>19} {'times plain':>19} {'gain':>6} {'reached':>8}"
 COST_HEAD = (
@@ -78,7 +79,7 @@ def flags_that_pay(settings: Mapping[str, Any]) -> str:
     """The flags of `absld train` for these settings; a filled bank is used without one."""
     told = {name: value for name, value in settings.items() if name != "bank"}
     for part in ("teacher_precision", "attack_precision"):
-        if told.get(part) == told.get("precision", "fp32"):
+        if told.get(part) == told.get("precision", TrainConfig.precision):
             told.pop(part, None)
     return " ".join(
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")

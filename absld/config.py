@@ -131,7 +131,11 @@ class TrainConfig(Settings):
     flip: float = setting(0.5, "Data", "probability of a mirror image", RELEASE, high=1.0)
 
     precision: Precision = setting(
-        "fp32", "Speed", "of the networks' arithmetic; weights and losses stay fp32", OWN
+        "tf32",
+        "Speed",
+        "of the networks' arithmetic: tf32 is that of CUDA devices, and fp32 elsewhere; "
+        "weights and losses stay fp32",
+        OWN,
     )
     attack_precision: Precision | None = setting(
         None, "Speed", "of the student under the training attack; as --precision", OWN

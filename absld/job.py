@@ -172,7 +172,13 @@ def train(
         observer.end()
         with arithmetic(config.precision):
             tested = in_precision(student.model, config.precision)
-            clean, robust = validate(tested, splits.test, epsilon=config.epsilon, ranks=ranks)
+            clean, robust = validate(
+                tested,
+                splits.test,
+                epsilon=config.epsilon,
+                batch_size=config.batch_size,
+                ranks=ranks,
+            )
         result = Result(
             run=run.path,
             classes=classes,

@@ -22,6 +22,8 @@ from absld.seeding import Key
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema")
 PREFIXES = re.compile(r"^((module|model|net|_orig_mod)\.)+")
+# The shortcuts of published CIFAR ResNets, and of torchvision's blocks, which ours are made of.
+SHORTCUT, DOWNSAMPLE = ".shortcut.", ".downsample."
 UNUSED = "sub_block1."  # in the published TRADES teacher: a group that no forward uses
 COUNTER = ".num_batches_tracked"  # of batch norms; files by old versions of torch have none
 # The normalisation that some carry before their first layer, as RobustBench's do.
@@ -101,7 +103,12 @@ def from_file(path: Path, num_classes: int, key: Key, architecture: str) -> Netw
     model = load_network(name, num_classes, key).model
     if model.state_dict().keys() == raw.keys():  # a factory's own names may look like prefixes
         state, notes, normalisation = raw, [], None
-    counters = model.state_dict().keys() - state.keys()
+    own = model.state_dict()
+    shortcuts = [key for key in state if SHORTCUT in key and as_torchvision(key) in own]
+    if shortcuts and not own.keys() & set(shortcuts):
+        state = {as_torchvision(key): tensor for key, tensor in state.items()}
+        notes.append(f"{len(shortcuts)} tensors of shortcuts, which torchvision calls downsample")
+    counters = own.keys() - state.keys()
     if counters and all(name.endswith(COUNTER) for name in counters):
         state |= dict.fromkeys(counters, torch.tensor(0))
         notes.append(f"{len(counters)} counters of batch norms are not in it, and set to 0")
@@ -185,13 +192,20 @@ def taken(state: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def recognise(state: Mapping[str, Tensor]) -> str | None:
-    """The known network whose tensors have these names, and these shapes but for the classes."""
+    """The known network whose tensors have these names, or those of a published ResNet, and these
+    shapes but for the classes."""
     named = {key: tensor.shape[1:] for key, tensor in state.items() if not key.endswith(COUNTER)}
+    renamed = {as_torchvision(key): shape for key, shape in named.items()}
     for name in MODELS:
         own = {key: shape[1:] for key, shape in shapes(name).items() if not key.endswith(COUNTER)}
-        if own == named:
+        if own in (named, renamed):
             return name
     return None
+
+
+def as_torchvision(name: str) -> str:
+    """The name of a tensor where shortcuts are named as in torchvision."""
+    return name.replace(SHORTCUT, DOWNSAMPLE)
 
 
 @functools.cache

@@ -6,17 +6,17 @@ from torch import Tensor
 
 
 def soft_label_kl(
-    student_logits: Float[Tensor, "n c"],
+    logits: Float[Tensor, "n c"],
     soft_labels: Float[Tensor, "n c"],
     weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """KL(soft_labels || softmax(student_logits)) in nats: summed over classes, mean over images.
+    """KL(soft_labels || softmax(logits)) in nats: summed over classes, mean over images.
 
     The student's temperature is 1, and no factor T^2 compensates the teacher's. Finite for logits
     up to 1e4: the logarithm is taken by log_softmax. weights: factors of the images, for methods
     that have such. Source: D4.
     """
-    log_q = F.log_softmax(student_logits, dim=1)
+    log_q = F.log_softmax(logits, dim=1)
     if weights is None:
         return F.kl_div(log_q, soft_labels, reduction="batchmean")
     return (weights * F.kl_div(log_q, soft_labels, reduction="none").sum(1)).mean()

@@ -1,4 +1,5 @@
-"""Networks by name. Inputs are pixels in [0,1]; weights are named as in published checkpoints.
+"""Networks by name. Inputs are pixels in [0,1]; weights are named as in published checkpoints,
+those of ResNets as in torchvision.
 
 Each network takes images (N,3,H,W) of any size and gives logits (N,C).
 """
@@ -30,41 +31,6 @@ def convnet(num_classes: int) -> nn.Sequential:
     return net
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions."""
-
-    expansion = 1
-
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = conv(width_in, width, stride), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv(width, width), nn.BatchNorm2d(width)
-        self.shortcut = shortcut(width_in, width, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
-
-
-class Bottleneck(nn.Module):
-    """A 3x3 convolution between two of 1x1, the last four times as wide."""
-
-    expansion = 4
-
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        wide = self.expansion * width
-        self.conv1, self.bn1 = conv(width_in, width, size=1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv(width, width, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = conv(width, wide, size=1), nn.BatchNorm2d(wide)
-        self.shortcut = shortcut(width_in, wide, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
-
-
 def shortcut(width_in: int, width: int, stride: int) -> nn.Sequential:
     """The image as it is, or resized where the block resizes it."""
     if stride == 1 and width_in == width:
@@ -73,15 +39,26 @@ def shortcut(width_in: int, width: int, stride: int) -> nn.Sequential:
 
 
 class ResNet(nn.Module):
-    """ResNet for small images: a 3x3 stem, and no pooling behind it."""
+    """ResNet of torchvision's blocks for small images: a 3x3 stem, and no pooling behind it."""
 
-    def __init__(
-        self, block: type[BasicBlock] | type[Bottleneck], blocks: list[int], num_classes: int
-    ) -> None:
+    def __init__(self, block: str, blocks: tuple[int, ...], num_classes: int) -> None:
+        from torchvision.models import resnet  # takes a second, which other networks need not wait
+
         super().__init__()
+        kind = getattr(resnet, block)
         self.conv1, self.bn1 = conv(3, 64), nn.BatchNorm2d(64)
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages(block, blocks)
-        self.linear = nn.Linear(512 * block.expansion, num_classes)
+        stages, width_in = [], 64
+        for number, count in enumerate(blocks):
+            width, stride = 64 * 2**number, 2 if number else 1
+            wide = width * kind.expansion
+            resized = shortcut(width_in, wide, stride)
+            stages.append(
+                nn.Sequential(kind(width_in, width, stride, resized if len(resized) else None))
+            )
+            stages[-1].extend(kind(wide, width) for _ in range(count - 1))
+            width_in = wide
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.linear = nn.Linear(width_in, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -92,8 +69,6 @@ class ResNet(nn.Module):
 
 class PreActBlock(nn.Module):
     """Normalised before the convolutions; a shortcut that resizes starts after the first."""
-
-    expansion = 1
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -115,7 +90,11 @@ class PreActResNet18(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1 = conv(3, 64)
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages(PreActBlock, [2, 2, 2, 2])
+        stages = []
+        for width_in, width, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
+            first = PreActBlock(width_in, width, stride)
+            stages.append(nn.Sequential(first, PreActBlock(width, width, stride=1)))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.bn = nn.BatchNorm2d(512)
         self.linear = nn.Linear(512, num_classes)
 
@@ -124,20 +103,6 @@ class PreActResNet18(nn.Module):
         out = F.relu(self.bn(out))
         logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
         return logits
-
-
-def stages(
-    block: type[BasicBlock] | type[Bottleneck] | type[PreActBlock], blocks: list[int]
-) -> list[nn.Sequential]:
-    """The four stages of a ResNet; each but the first halves the image and doubles the width."""
-    made, width_in = [], 64
-    for number, count in enumerate(blocks):
-        stage, width = nn.Sequential(), 64 * 2**number
-        for k in range(count):
-            stage.append(block(width_in, width, stride=2 if number and not k else 1))
-            width_in = width * block.expansion
-        made.append(stage)
-    return made
 
 
 class InvertedBlock(nn.Module):
@@ -261,9 +226,9 @@ class Normalised(nn.Module):
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "convnet": convnet,
-    "resnet18": partial(ResNet, BasicBlock, [2, 2, 2, 2]),
-    "resnet34": partial(ResNet, BasicBlock, [3, 4, 6, 3]),
-    "resnet50": partial(ResNet, Bottleneck, [3, 4, 6, 3]),
+    "resnet18": partial(ResNet, "BasicBlock", (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, "BasicBlock", (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, "Bottleneck", (3, 4, 6, 3)),
     "preactresnet18": PreActResNet18,
     "mobilenetv2": MobileNetV2,
     "wrn-28-4": partial(WideResNet, 28, 4),

@@ -43,30 +43,28 @@ def class_risk_sums(
 
 
 def update_temperature(
-    temperature: Float[Tensor, " c"],
-    class_risk: Float[Tensor, " c"],
+    temperature: Float[Tensor, "*rows c"],
+    class_risk: Float[Tensor, "*rows c"],
     *,
     rate: float,
     lower: float,
     upper: float,
-) -> Float[Tensor, " c"]:
+) -> Float[Tensor, "*rows c"]:
     """New temperatures from old ones and the mean risks of the classes, where NaN means absent.
 
     A class above the mean risk gets colder, so sharper labels; one below it warmer. The farthest
     class moves by the full `rate` at any scale of the risks, the others in proportion; then all
     are clipped to [`lower`, `upper`]. An absent class stays and does not count in the mean. If a
-    risk is infinite, or all are equal up to rounding, nothing moves. Pure: the result is a new
-    tensor. Source: D6.
+    risk is infinite, or all are equal up to rounding, nothing moves. Each row is on its own. Pure:
+    the result is a new tensor. Source: D6.
     """
-    risk = class_risk[~class_risk.isnan()]
-    if not len(risk) or not risk.isfinite().all():
-        return temperature.clone()
-    gap = (class_risk - risk.mean()).nan_to_num(0.0)
-    largest = gap.abs().max()
+    gap = (class_risk - class_risk.nanmean(-1, keepdim=True)).nan_to_num(0.0)
+    largest = gap.abs().amax(-1, keepdim=True)
+    moved = (temperature - rate * gap / largest).clamp(lower, upper)  # D6
     # Equal risks give 0/0, every temperature NaN for ever, or, unequal by rounding, a full move.
-    if largest <= len(risk) * torch.finfo(risk.dtype).eps * risk.abs().max():
-        return temperature.clone()
-    return (temperature - rate * gap / largest).clamp(lower, upper)  # D6
+    # The limit is infinite where a risk is.
+    limit = gap.shape[-1] * torch.finfo(gap.dtype).eps * class_risk.abs().nan_to_num(0.0, torch.inf)
+    return torch.where(largest > limit.amax(-1, keepdim=True), moved, temperature)
 
 
 class ClassRisk(ClassMean):

@@ -411,6 +411,7 @@ class Training:
                 self.tested,
                 self.validation,
                 epsilon=self.config.epsilon,
+                batch_size=self.config.batch_size,
                 on_batch=lambda *done: self.tell(StepReport(number, "validation", *done)),
                 ranks=self.ranks,
             )

@@ -28,7 +28,7 @@ def validate(
     *,
     epsilon: float,
     steps: int = 20,
-    batch_size: int = 500,
+    batch_size: int = 128,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks = ALONE,
 ) -> ClassAccuracies:

@@ -20,11 +20,22 @@ def home(function):
     return sys.modules[function.__module__]
 
 
+def project(impl, x_adv, x_nat, epsilon):
+    """`x_adv` clipped to the ball, then to the box; in the single file, a step that moves nothing
+    (exact where x_adv - x_nat is)."""
+    if impl is not absld_min:
+        return impl.project_linf(x_adv, x_nat, epsilon)
+    settings = {"epsilon": epsilon, "step_size": 1.0, "steps": 1}
+    return absld_min.pgd(lambda x: x, lambda x: 0 * x.sum(), x_nat, x_adv - x_nat, **settings)
+
+
 def training_attack(impl, epsilon):
     """(model, soft_labels, x_nat, noise) -> x_adv, with the settings of training."""
     if impl is absld_min:
         config = absld_min.Config(device="cpu", epsilon=epsilon)
-        return lambda *given: absld_min.attack(config, *given)
+        return lambda model, soft_labels, x_nat, noise: absld_min.training_attack(
+            config, model, soft_labels, (x_nat, None, noise)
+        )
     attack = absld.TrainingAttack(epsilon, epsilon * 0.25, 10)
     return lambda model, soft_labels, x_nat, noise: attack(
         model, absld.attack.kl(soft_labels), x_nat, noise
@@ -39,5 +50,7 @@ def image_set(images, labels):
 def evaluate(impl, model, images, labels, epsilon):
     """(clean, robust) class accuracies."""
     if impl is absld_min:
-        return absld_min.evaluate(model, images, labels, epsilon)
+        return absld_min.evaluate(
+            absld_min.Config(device="cpu", epsilon=epsilon), model, images, labels
+        )
     return absld.validate(model, image_set(images, labels), epsilon=epsilon)

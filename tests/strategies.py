@@ -43,3 +43,8 @@ def images(seed, n=4, side=8, dtype=DTYPE):
     random = torch.Generator().manual_seed(seed)
     drawn = torch.rand(n, 3, side, side, generator=random, dtype=dtype) * 1.2 - 0.1
     return drawn.clamp(0, 1)
+
+
+def on_a_grid(low, high):
+    """Multiples of 1/64, whose sums and differences are exact."""
+    return st.integers(64 * low, 64 * high).map(lambda value: value / 64)

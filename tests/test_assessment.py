@@ -15,8 +15,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from image_files import make_folder
 from test_cli import main, refused
-from test_data import make_folder
 
 import absld
 from absld import assessment, document

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_files import make_folder
 from test_checkpoint import processes
-from test_data import make_folder
 
 import absld
 import absld.job

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import re
+import runpy
 from dataclasses import fields
 from functools import reduce
 from pathlib import Path
@@ -168,15 +169,41 @@ def test_the_readme_s_calls_run():
     assert given["loss"] > 0 and (given["temperature"].nat == 1).all()
 
 
-# --- docs/equations.md ---
+# --- docs/reading.md ---
+
+
+def test_the_page_has_the_whole_file_in_its_order():
+    """What is shown is what `python docs/take_code.py` takes from the file."""
+    take_code = runpy.run_path(str(DOCS / "take_code.py"))
+    source, text = read(ROOT / "absld_min.py"), read(DOCS / "reading.md")
+    assert take_code["with_code"](text, source) == text
+    shown = [title for title, _ in take_code["BLOCK"].findall(text)]
+    assert shown == list(take_code["definitions"](source))
+    assert len(shown) == text.count("```python")
+
+
+def test_every_step_has_its_equation_right_above_its_lines():
+    above, seen = "", set()
+    for part in re.split(
+        r"^(```python title=.*?^```)$", read(DOCS / "reading.md"), flags=re.M | re.S
+    ):
+        if steps := set(re.findall(r"# (D\d)$", part, re.MULTILINE)):
+            assert above.count("$$") >= 2 and above.count("$$") % 2 == 0, steps
+            assert steps <= set(re.findall(r"D\d", above)), steps
+            seen |= steps
+        above = part
+    assert seen == set(STEPS)
+
+
+# --- docs/steps.md ---
 
 
 def table():
     """Step, symbol of the single file, symbol of the package, tests, of every row."""
     rows = []
-    for line in read(DOCS / "equations.md").splitlines():
+    for line in read(DOCS / "steps.md").splitlines():
         if re.match(r"\| D\d ", line):
-            step, _, _, single, package, tests = (
+            step, _, single, package, tests = (
                 cell.strip() for cell in line.strip("|").split(" | ")
             )
             named = re.findall(r"`(\S+)::(\w+)`", tests)

@@ -3,7 +3,7 @@
 Everything is compared bit for bit; what is not says why.
 """
 
-import socket
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from implementations import evaluate, image_set, training_attack
+from image_files import make_cifar
+from implementations import evaluate, image_set, project, training_attack
 from tolerance import assert_close
 
 import absld
@@ -31,6 +32,14 @@ from absld.trainer import train_step
 ROOT = Path(absld_min.__file__).parent
 C = 3
 EPSILON = 0.1
+
+
+def of_the_single_file(**settings):
+    """Its settings, with those of the data set."""
+    recipe = absld_min.DIGITS if settings.get("dataset", "digits") == "digits" else {}
+    return absld_min.Config(**{"device": "cpu"} | recipe | settings)
+
+
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 readings = pytest.mark.parametrize("fidelity", ["paper", "released"])
 keys = st.lists(st.integers(0, 2**40) | st.text(max_size=5), max_size=3)
@@ -86,10 +95,12 @@ def test_temperatures(pairs, rate):
     )
 
 
-@given(st.lists(st.tuples(st.floats(-2, 3), st.floats(-1, 2)), min_size=1), st.floats(0, 1))
+@given(
+    st.lists(st.tuples(draw.on_a_grid(-2, 3), draw.on_a_grid(-1, 2)), min_size=1), st.floats(0, 1)
+)
 def test_projection(pixels, epsilon):
     x_adv, x_nat = torch.tensor(pixels, dtype=draw.DTYPE).unbind(1)
-    equal(absld.project_linf(x_adv, x_nat, epsilon), absld_min.project_linf(x_adv, x_nat, epsilon))
+    equal(project(absld, x_adv, x_nat, epsilon), project(absld_min, x_adv, x_nat, epsilon))
 
 
 @given(draw.vectors(0, 1), st.sampled_from([0, 1]), st.booleans())
@@ -97,12 +108,6 @@ def test_fairness(accuracy, ddof, absent):
     if absent:
         accuracy = torch.cat([accuracy, torch.tensor([float("nan")], dtype=accuracy.dtype)])
     assert tuple(absld.fairness(accuracy, ddof)) == absld_min.fairness(accuracy, ddof)
-
-
-@given(draw.seeds)
-def test_digests(seed):
-    state = absld.build_model("convnet", 2, seed).state_dict()
-    assert absld.digest(state) == absld_min.digest(state)
 
 
 @given(st.integers(1, 400))
@@ -117,7 +122,7 @@ def test_milestones(epochs):
 
 @given(keys)
 def test_generators(key):
-    ours, theirs = generator(*key), absld_min.generator("cpu", *key)
+    ours, theirs = generator(*key), absld_min.generator(*key)
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 
@@ -137,7 +142,7 @@ def test_networks(name, side):
 def test_batches(seed, dataset, batch_size, key):
     images = (draw.images(seed, n=9, side=6) * 255).to(torch.uint8)
     labels = torch.arange(9) % C
-    config = absld_min.Config(device="cpu", dataset=dataset, batch_size=batch_size)
+    config = of_the_single_file(dataset=dataset, batch_size=batch_size)
     theirs = list(absld_min.batches(config, images, labels, *key))
     settings = resolve({"dataset": dataset, "batch_size": batch_size})
 
@@ -174,49 +179,13 @@ def test_digits():
         equal(mine.labels, labels)
 
 
-def test_a_folder_of_images(tmp_path):
-    from PIL import Image
-
-    for part, count in (("train", 9), ("test", 2)):
-        for number, kind in enumerate(("cat", "dog")):
-            (tmp_path / part / kind).mkdir(parents=True)
-            for i in range(count):
-                colour = (17 * i, 100 * number, 255 - 9 * i)
-                image = Image.linear_gradient("L").resize((40, 30 + i)).convert("RGB")
-                image.paste(colour, (0, 0, 20, 15))
-                image.save(tmp_path / part / kind / f"{i}.png")
-    config = absld_min.Config(device="cpu", dataset="folder", data=str(tmp_path), batch_size=4)
-    theirs, classes = absld_min.load_data(config)
-    ours = absld.load_data("folder", str(tmp_path))
-    assert list(ours.train.classes) == classes == ["cat", "dog"]
-    for mine, (images, labels) in zip(ours, theirs, strict=True):
-        equal(mine.images, images)
-        equal(mine.labels, labels)
-
-
-def test_cifar(monkeypatch):
-    """Images of noise, so that no two pixels may change places. The archive is torchvision's."""
-    import numpy
-    from PIL import Image
-    from torchvision import datasets
-
-    class Archive:
-        classes = ("cat", "dog")
-
-        def __init__(self, root, train, download):
-            random = numpy.random.default_rng(int(train))
-            self.targets = [0, 1] * 10
-            self.data = random.integers(0, 256, (20, 32, 32, 3), dtype=numpy.uint8)
-
-        def __getitem__(self, index):
-            return Image.fromarray(self.data[index]), self.targets[index]
-
-    monkeypatch.setattr(datasets, "CIFAR10", Archive)
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: None)
-    config = absld_min.Config(device="cpu", dataset="cifar10", batch_size=4)
-    theirs, classes = absld_min.load_data(config)
-    ours = absld.load_data("cifar10", "nowhere")
-    assert ours.train.classes == classes == ("cat", "dog")
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_cifar(dataset, tmp_path, monkeypatch):
+    """Images of noise, so that no two pixels may change places."""
+    make_cifar(tmp_path, dataset, monkeypatch, train=20, test=1)
+    theirs, classes = absld_min.load_data(of_the_single_file(dataset=dataset, data=str(tmp_path)))
+    ours = absld.load_data(dataset, str(tmp_path))
+    assert ours.train.classes == tuple(classes)
     for mine, (images, labels) in zip(ours, theirs, strict=True):
         equal(mine.images, images)
         equal(mine.labels, labels)
@@ -224,11 +193,9 @@ def test_cifar(monkeypatch):
 
 @pytest.mark.parametrize("dataset", ["digits", "cifar10"])
 def test_settings(dataset):
-    """The fields that both have, with each data set's values."""
+    """The settings of the single file are settings of the package, with the same defaults."""
     ours = vars(resolve({"dataset": dataset, "device": "cpu"}))
-    changed = absld_min.DIGITS if dataset == "digits" else {}
-    theirs = vars(absld_min.Config(**{"dataset": dataset, "device": "cpu"} | changed))
-    del theirs["max_steps"]  # no limit is None here, a billion there
+    theirs = vars(of_the_single_file(dataset=dataset))
     assert {name: ours[name] for name in theirs} == theirs
 
 
@@ -255,7 +222,6 @@ def test_attack(dtype, seed):
 
 @given(draw.seeds, st.integers(1, 7))
 def test_attack_of_any_number_of_images(seed, n):
-    """Exactly equal in float64, although the single file's objective is n times a mean."""
     random = torch.Generator().manual_seed(seed)
     x_nat = draw.images(seed, n=n)
     soft = F.softmax(3 * torch.randn(n, C, generator=random, dtype=draw.DTYPE), dim=1)
@@ -280,30 +246,32 @@ def sgd(model):
 class Steps:
     """The same training in both implementations, step by step, from the same start."""
 
-    def __init__(self, dtype, step, **settings):
-        self.dtype, self.step_of_the_single_file = dtype, step
-        self.config = absld_min.Config(
-            device="cpu", epsilon=EPSILON, fidelity=settings.get("fidelity", "paper")
-        )
+    def __init__(self, dtype, method="absld", fidelity="paper"):
+        self.dtype, self.method_name = dtype, method
+        self.config = of_the_single_file(epsilon=EPSILON, fidelity=fidelity)
+        settings = {"method": method, "fidelity": fidelity}
         self.method = build_method(TrainConfig(epsilon=EPSILON, **settings), C)
         self.ours, self.theirs = network("student", dtype=dtype), network("student", dtype=dtype)
         self.optimizers = sgd(self.ours), sgd(self.theirs)
         self.teacher = network("teacher", dtype=dtype).eval().requires_grad_(False)
         self.temperature = torch.tensor([[0.6, 1.5, 3.0], [2.0, 0.9, 0.7]], dtype=dtype)
-        self.risks = torch.zeros(3, C, dtype=dtype)
+        self.risks, self.counts = torch.zeros(2, C, dtype=dtype), torch.zeros(C)
 
     def __call__(self, seed):
         given = batch(seed, self.dtype)
         attack = absld.TrainingAttack(EPSILON, EPSILON / 4, 10)
         ours, theirs = self.optimizers
         losses = train_step(self.method, self.ours, self.teacher, given, attack, ours)
-        loss, risk = self.step_of_the_single_file(
-            self.config, self.theirs, self.teacher, self.temperature, *given
-        )
+        if self.method_name == "trades":
+            loss = absld_min.trades_step(self.config, self.theirs, given)
+        else:
+            loss, risks, counts = absld_min.absld_step(
+                self.config, self.theirs, self.teacher, self.temperature, given
+            )
+            self.risks, self.counts = self.risks + risks, self.counts + counts
         theirs.zero_grad()
         loss.backward()
         theirs.step()
-        self.risks += risk
         assert losses["loss"] == loss
         self.compare()
 
@@ -322,7 +290,7 @@ class Steps:
 @both_dtypes
 @readings
 def test_steps_of_absld(fidelity, dtype):
-    steps = Steps(dtype, absld_min.train_step, fidelity=fidelity)
+    steps = Steps(dtype, fidelity=fidelity)
     held = absld.ClassTemperature(C, fidelity=fidelity, dtype=dtype)
     held.adv, held.nat = steps.temperature.clone()
     steps.method.temperature = held
@@ -330,21 +298,20 @@ def test_steps_of_absld(fidelity, dtype):
         steps(seed)
         equal(held.adv_risk.sums, steps.risks[0])
         equal(held.nat_risk.sums, steps.risks[1])
-        assert torch.equal(held.adv_risk.counts, steps.risks[2])
-        assert torch.equal(held.nat_risk.counts, steps.risks[2])
+        assert torch.equal(held.adv_risk.counts, steps.counts)
+        assert torch.equal(held.nat_risk.counts, steps.counts)
     held.step()
-    for mine, old, risk in zip((held.adv, held.nat), steps.temperature, steps.risks, strict=False):
-        risk = risk / steps.risks[2]
-        equal(mine, absld_min.update_temperature(old, risk, rate=0.1, lower=0.5, upper=5.0))
-        assert not torch.equal(mine, old)
+    risk, old = steps.risks / steps.counts, steps.temperature
+    moved = absld_min.update_temperature(old, risk, rate=0.1, lower=0.5, upper=5.0)
+    equal(torch.stack([held.adv, held.nat]), moved)
+    assert (moved != old).any(dim=1).all()
 
 
 @both_dtypes
 def test_steps_of_trades(dtype):
-    steps = Steps(dtype, absld_min.trades_step, method="trades")
+    steps = Steps(dtype, method="trades")
     for seed in range(3):
         steps(seed)
-    assert not steps.risks.any()
 
 
 # --- Stage 5: evaluation ---
@@ -380,51 +347,88 @@ def test_evaluation_in_batches_of_which_the_last_is_short():
 def small_sets():
     images = (draw.images(3, n=40) * 255).to(torch.uint8)
     labels = torch.arange(40) % C
-    return [(images[:24], labels[:24]), (images[24:], labels[24:])]
+    return [(images[:24], labels[:24]), (images[24:], labels[24:]), ()]
 
 
 EPOCHS = 8  # the fewest with three milestones: after epochs 6, 7 and 8
 
 
-def single_file(tmp_path, monkeypatch, **settings):
-    """Model, records, and the digest of the weights after each epoch, as evaluated."""
-    digests, evaluate = [], absld_min.evaluate
+class SingleFile:
+    """A training by the single file, and what there was to see in each epoch."""
 
-    def note(model, *given):
-        digests.append(absld_min.digest(model.state_dict()))
-        return evaluate(model, *given)
+    def __init__(self, tmp_path, monkeypatch, network="convnet", method="absld", **settings):
+        self.accuracies, self.weights, self.temperatures, self.losses = [], [], [], []
+        self.learning_rates = []
+        given = {"epochs": EPOCHS, "teacher_epochs": EPOCHS, "batch_size": 8, "epsilon": EPSILON}
+        config = of_the_single_file(**given | {"out": str(tmp_path)} | settings)
+        self.model = absld_min.build_model(network, C, config.seed, role_of(method))
+        self.teacher = frozen_teacher() if method == "absld" else None
+        with monkeypatch.context() as patch:
+            for name in ("evaluate", "update_temperature", "absld_step", "trades_step"):
+                patch.setattr(absld_min, name, getattr(self, name)(getattr(absld_min, name)))
+            patch.setattr(torch.optim, "SGD", self.optimizer(torch.optim.SGD))
+            absld_min.train(config, self.model, self.teacher, small_sets())
+        self.saved = torch.load(tmp_path / f"{role_of(method)}.pt", weights_only=True)
 
-    monkeypatch.setattr(absld_min, "evaluate", note)
-    trades = settings.pop("method", "absld") == "trades"
-    config = absld_min.Config(
-        **{"device": "cpu", "epochs": EPOCHS, "teacher_epochs": EPOCHS, "batch_size": 8}
-        | {"epsilon": EPSILON}
-        | settings
-    )
-    role, path = ("teacher" if trades else "student"), str(tmp_path / "network.pt")
-    model = absld_min.build_model("convnet", C, config.seed, role)
-    if trades:
-        absld_min.train_teacher(config, model, None, small_sets(), C, path)
-    else:
-        absld_min.train(config, model, frozen_teacher(), small_sets(), C, path)
-    return model, torch.load(path, weights_only=True), digests
+    def evaluate(self, original):
+        def evaluate(config, model, *data):
+            self.weights.append(absld.digest(model.state_dict()))
+            self.accuracies.append(original(config, model, *data))
+            return self.accuracies[-1]
+
+        return evaluate
+
+    def update_temperature(self, original):
+        def update(*given, **settings):
+            self.temperatures.append(original(*given, **settings))
+            return self.temperatures[-1]
+
+        return update
+
+    def absld_step(self, original):
+        def step(*given):
+            loss, *risks = original(*given)
+            self.losses.append(loss.item())
+            return loss, *risks
+
+        return step
+
+    def trades_step(self, original):
+        def step(*given):
+            loss = original(*given)
+            self.losses.append(loss.item())
+            return loss
+
+        return step
+
+    def optimizer(self, original):
+        rates = self.learning_rates
+
+        class Noted(original):
+            def step(self):
+                rates.append(self.param_groups[0]["lr"])
+                super().step()
+
+        return Noted
+
+
+def role_of(method):
+    return "teacher" if method == "trades" else "student"
 
 
 def frozen_teacher():
     return absld_min.build_model("convnet", C, "teacher").eval().requires_grad_(False)
 
 
-def package(**settings):
+def package(network="convnet", method="absld", **settings):
     """Model, reports, and the digest of the weights after each epoch, as reported."""
-    method = settings.pop("method", "absld")  # without its recipe, which the single file has not
     config = resolve({"epochs": EPOCHS, "batch_size": 8, "epsilon": EPSILON} | settings)
-    config = replace(config.training(), method=method)
-    role = "teacher" if config.method == "trades" else "student"
-    model = absld.build_model("convnet", C, config.seed, role)
-    train, validation = (image_set(*part) for part in small_sets())
-    teacher = None if role == "teacher" else frozen_teacher()
+    config = replace(config.training(), method=method)  # without its recipe: the file has none
+    model = absld.build_model(network, C, config.seed, role_of(method))
+    train, validation = (image_set(*part) for part in small_sets()[:2])
+    teacher = None if method == "trades" else frozen_teacher()
     reports, digests = [], []
-    for report in absld.fit(model, teacher, train, validation, config, role=role):
+    for report in absld.fit(model, teacher, train, validation, config, role=role_of(method)):
         reports.append(report)
         digests.append(absld.digest(model.state_dict()))
     return model, reports, digests
@@ -433,7 +437,7 @@ def package(**settings):
 TRAJECTORIES = [
     {"method": "absld"},
     {"method": "absld", "fidelity": "released", "seed": 3},
-    {"method": "absld", "temperature_rate": 1.5, "dataset": "cifar10", "max_steps": 2},
+    {"method": "absld", "temperature_rate": 1.5, "dataset": "cifar10"},
     {"method": "trades"},
 ]
 
@@ -441,32 +445,30 @@ TRAJECTORIES = [
 @pytest.mark.parametrize("settings", TRAJECTORIES, ids=["paper", "released", "views", "trades"])
 def test_trajectory(settings, tmp_path, monkeypatch):
     """Epoch by epoch: rates, losses, temperatures, accuracies, weights; then the best weights."""
-    model, saved, weights = single_file(tmp_path, monkeypatch, **settings)
-    ours, reports, our_weights = package(**settings)
-    assert len(reports) == len(saved["history"]) == EPOCHS
-    for report, row in zip(reports, saved["history"], strict=True):
-        number = report.epoch
-        assert (number, report.learning_rate) == (row["epoch"], row["lr"])
+    theirs = SingleFile(tmp_path, monkeypatch, **settings)
+    ours, reports, weights = package(**settings)
+    assert len(reports) == len(theirs.accuracies) == EPOCHS
+    for number, report in enumerate(reports):
+        steps = slice(3 * number, 3 * number + 3)
+        assert set(theirs.learning_rates[steps]) == {report.learning_rate}
         # A sum of a few floats, which from Python 3.12 on `sum` takes more exactly than a loop.
-        assert_close(report.loss, row["loss"], scale=row["loss"], terms=4)
-        equal(report.accuracies.clean, row["clean"])
-        equal(report.accuracies.robust, row["robust"])
-        assert report.score == row["score"]
-        assert our_weights[number - 1] == weights[number - 1], f"weights after epoch {number}"
+        mean = sum(theirs.losses[steps]) / 3
+        assert_close(report.loss, mean, scale=mean, terms=4)
+        equal(torch.stack([*report.accuracies]), theirs.accuracies[number])
+        assert weights[number] == theirs.weights[number], f"weights after epoch {number + 1}"
         if settings["method"] == "absld":
-            equal(report.per_class["temperature_adv"], row["temperature"][0])
-            equal(report.per_class["temperature_nat"], row["temperature"][1])
+            equal(report.per_class["temperature_adv"], theirs.temperatures[number][0])
+            equal(report.per_class["temperature_nat"], theirs.temperatures[number][1])
     if settings["method"] == "absld":
-        assert (saved["temperature"] != 1).any() and len(set(weights)) == EPOCHS
+        assert (theirs.temperatures[-1] != 1).any() and len(set(weights)) == EPOCHS
     best = max(report.epoch for report in reports if report.is_best)
-    assert best == saved["epoch"]
-    equal_states(ours, model)
-    assert absld.digest(ours.state_dict()) == saved["sha256"] == weights[best - 1]
+    equal_states(ours, theirs.model)
+    assert absld.digest(ours.state_dict()) == absld.digest(theirs.saved) == weights[best - 1]
 
 
 def test_four_ways_to_rslad(tmp_path, monkeypatch):
     """Rate 0 in both, the method of that name, and labels by a plain softmax: one student."""
-    _, saved, _ = single_file(tmp_path, monkeypatch, temperature_rate=0.0)
+    saved = SingleFile(tmp_path, monkeypatch, temperature_rate=0.0).saved
     by_rate, by_name = package(temperature_rate=0.0), package(method="rslad")
     for _, reports, _ in (by_rate, by_name):
         for report in reports:
@@ -478,39 +480,83 @@ def test_four_ways_to_rslad(tmp_path, monkeypatch):
     weights = [digests for _, _, digests in (by_rate, by_name, plain)]
     assert weights[0] == weights[1] == weights[2] != moved[2]
     for model, _, _ in (by_rate, by_name, plain):
-        assert absld.digest(model.state_dict()) == saved["sha256"]
+        assert absld.digest(model.state_dict()) == absld.digest(saved)
 
 
 # --- Stage 7: the certificate ---
 
 
+def states_of(program, flags, out, environment):
+    """The state dicts of teacher and student after a run from the command line."""
+    child = subprocess.run(
+        [sys.executable, *program, *flags, "--out", str(out)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    if program == FILE:
+        paths = [out / "teacher.pt", out / "student.pt"]
+        return [torch.load(path, weights_only=True) for path in paths]
+    paths = [next(out.glob(f"*-{kind}-*/best.pt")) for kind in ("teacher", "absld")]
+    return [torch.load(path, weights_only=True)["model"] for path in paths]
+
+
+FILE, PACKAGE = ["absld_min.py"], ["-m", "absld", "train"]
+
+
+def certify(flags, tmp_path, environment, of_the_package=()):
+    """Both programs end with the same state dicts of teacher and student, bit for bit."""
+    theirs = states_of(FILE, flags, tmp_path / "file", environment)
+    ours = states_of(PACKAGE, [*flags, *of_the_package], tmp_path / "package", environment)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert sorted(mine) == sorted(other)
+        for name, tensor in mine.items():
+            equal(tensor, other[name])
+    assert any(not torch.equal(theirs[0][name], theirs[1][name]) for name in theirs[0])
+
+
 def test_certificate(tmp_path, single_thread):
-    """From the command line, data and teacher included: the same digests."""
-    flags = [
-        "--dataset",
-        "digits",
-        "--epochs",
-        "3",
-        "--teacher-epochs",
-        "3",
-        "--seed",
-        "0",
-        "--device",
-        "cpu",
-        "--out",
-    ]
-    outputs = []
-    for program in (["absld_min.py"], ["-m", "absld", "train"]):
-        child = subprocess.run(
-            [sys.executable, *program, *flags, str(tmp_path / program[-1])],
-            cwd=ROOT,
-            env=single_thread,
-            capture_output=True,
-            text=True,
-        )
-        assert child.returncode == 0, child.stderr
-        outputs.append(child.stdout.splitlines())
-    ours, theirs = ([line for line in out if " sha256: " in line] for out in outputs)
-    assert [line.split(":")[0] for line in ours] == ["teacher sha256", "student sha256"]
-    assert ours == theirs
-    assert all(len(line.split()[-1]) == 64 for line in ours) and ours[0] != ours[1]
+    """From the command line, data and teacher included; three epochs of the digits."""
+    certify(["--epochs", "3", "--teacher-epochs", "3", "--device", "cpu"], tmp_path, single_thread)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fidelity", ["paper", "released"])
+def test_certificate_of_the_whole_default_run(fidelity, tmp_path, single_thread):
+    certify(["--device", "cpu", "--fidelity", fidelity], tmp_path, single_thread)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["tf32", "fp32"])
+def test_certificate_on_a_device(precision, tmp_path):
+    flags = ["--device", "cuda", "--precision", precision]
+    certify(flags, tmp_path, {**os.environ}, ["--channels-last"])
+
+
+@pytest.mark.slow
+@readings
+def test_certificate_of_the_networks_of_the_paper(fidelity, tmp_path, monkeypatch):
+    """A ResNet-18 and its teacher, a WideResNet-34-10 trained by TRADES: two steps of each, on
+    small images."""
+    images = (draw.images(3, n=24) * 255).to(torch.uint8)
+    labels = torch.arange(24) % C
+    data = [(images[:16], labels[:16]), (images[16:], labels[16:]), ()]
+    settings = {"dataset": "cifar10", "epochs": 2, "teacher_epochs": 1, "batch_size": 8}
+    settings |= {"device": "cpu", "fidelity": fidelity}
+    config = of_the_single_file(**settings, out=str(tmp_path))
+    names = {"teacher": "wrn-34-10", "student": "resnet18"}
+    theirs = {role: absld_min.build_model(name, C, 0, role) for role, name in names.items()}
+    absld_min.train(config, theirs["teacher"], None, data)
+    absld_min.train(config, theirs["student"], theirs["teacher"].eval().requires_grad_(False), data)
+    whole = resolve(settings)
+    ours = {role: absld.build_model(name, C, 0, role) for role, name in names.items()}
+    sets = [image_set(*part) for part in data[:2]]
+    for _ in absld.fit(ours["teacher"], None, *sets, whole.teacher_training(), role="teacher"):
+        pass
+    for _ in absld.fit(ours["student"], ours["teacher"], *sets, whole.training()):
+        pass
+    for role in names:
+        equal_states(ours[role], theirs[role])

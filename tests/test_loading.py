@@ -83,11 +83,12 @@ def test_a_run_directory(tmp_path):
     refused(str(run.path), "best.pt", "no such file")
 
 
-def test_a_file_of_the_single_file_program(tmp_path):
-    state = absld_min.build_model("convnet", C, "min").state_dict()
-    content = {"model": state, "sha256": absld_min.digest(state), "history": [{"epoch": 1}]}
+def test_a_file_whose_tensors_have_changed(tmp_path):
+    """Files of older versions carry a SHA-256 of their tensors."""
+    state = weights()
+    content = {"model": state, "sha256": digest(state), "history": [{"epoch": 1}]}
     network = load_network(file_of(tmp_path, content), C, KEY)
-    assert digest(network.model.state_dict()) == absld_min.digest(state)
+    assert digest(network.model.state_dict()) == digest(state)
     raw = bytearray((tmp_path / "tëacher file.pt").read_bytes())
     raw[raw.index(state["0.weight"].numpy().tobytes()) + 5] ^= 1
     (tmp_path / "tëacher file.pt").write_bytes(raw)
@@ -96,10 +97,23 @@ def test_a_file_of_the_single_file_program(tmp_path):
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18"])
 def test_a_bare_state_dict_is_recognised_by_names_and_shapes(name, tmp_path):
-    path = file_of(tmp_path, weights(name=name))
-    network = load_network(path, C, KEY)
-    assert network.architecture == name
-    assert digest(network.model.state_dict()) == digest(weights(name=name))
+    """Such as the single file saves."""
+    state = absld_min.build_model(name, C, "min").state_dict()
+    network = load_network(file_of(tmp_path, state), C, KEY)
+    assert (network.architecture, network.notes) == (name, ())
+    assert digest(network.model.state_dict()) == digest(state)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_resnet_with_the_published_name_of_shortcuts(name, tmp_path):
+    state = build_model(name, C, "published").state_dict()
+    published = {key.replace("downsample", "shortcut"): value for key, value in state.items()}
+    renamed = len(published.keys() - state.keys())
+    network = load_network(file_of(tmp_path, published), C, KEY)
+    assert network.architecture == name and renamed > 0
+    assert digest(network.model.state_dict()) == digest(state)
+    (note,) = network.notes
+    assert note.endswith(f"{renamed} tensors of shortcuts, which torchvision calls downsample")
 
 
 WRAPPERS = [
@@ -236,7 +250,10 @@ def test_published_names_and_shapes_are_recognised(name):
     with torch.device("meta"):
         state = {key: torch.zeros(shape) for key, shape in PUBLISHED[name].items()}
         own = MODELS[name](C).state_dict()
-    assert {key: tuple(tensor.shape) for key, tensor in own.items()} == PUBLISHED[name]
+    published = PUBLISHED[name]
+    if name in ("resnet18", "resnet34", "resnet50"):  # ours are of torchvision's blocks
+        published = {key.replace(".shortcut.", ".downsample."): s for key, s in published.items()}
+    assert {key: tuple(tensor.shape) for key, tensor in own.items()} == published
     assert loading.recognise(state) == name
     fewer = {key: t for key, t in state.items() if not key.endswith("num_batches_tracked")}
     assert loading.recognise(fewer) == name

@@ -56,15 +56,15 @@ MUTANTS = {
         "teacher_logits.div_(temperature.gather(0, labels).unsqueeze(1))",
         on_both("test_loss.py::test_two_soft_labels_share_nothing"),
     ),
-    "mean over the classes, too": alike(
+    "mean over the classes, too": apart(
         "loss",
-        'soft_labels, reduction="batchmean"',
-        'soft_labels, reduction="mean"',
+        ('reduction: str = "batchmean"', 'reduction: str = "mean"'),
+        ('soft_labels, reduction="batchmean"', 'soft_labels, reduction="mean"'),
         on_both("test_loss.py::test_loss_is_the_formula"),
     ),
     "attack in train mode": apart(
         "attack",
-        ("pgd(model.eval(), lambda z: len(z)", "pgd(model.train(), lambda z: len(z)"),
+        ("    model.eval()  # keeps", "    model.train()  # keeps"),
         ("        model.eval()\n", "        model.train()\n"),
         on_both("test_attack.py::test_training_attack_keeps_batch_norm_out_of_it"),
     ),
@@ -137,11 +137,10 @@ MUTANTS = {
     "an update in every batch": apart(
         "methods",
         (
-            "            risks += risk\n",
-            "            risks += risk\n"
-            "            temperature = torch.stack([\n"
-            "                update_temperature(old, new / risk[2], rate=0.1, lower=0.5, upper=5.0)\n"
-            "                for old, new in zip(temperature, risk)])\n",
+            "                risks, counts = risks + sums, counts + members\n",
+            "                risks, counts = risks + sums, counts + members\n"
+            "                temperature = update_temperature(\n"
+            "                    temperature, sums / members, rate=0.1, lower=0.5, upper=5.0)\n",
         ),
         (
             "        self.temperature.observe(adv_logits, nat_logits, labels)\n",

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from image_files import make_folder
 from PIL import Image
-from test_data import make_folder
 
 from absld.errors import DataError
 from absld.sources import load_data

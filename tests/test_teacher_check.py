@@ -74,11 +74,13 @@ def test_what_is_said_of_a_teacher(teacher, capfd):
 
 
 def test_it_is_shown_in_80_columns(teacher, capfd):
-    assert main("teacher", "check", f"{teacher}/best.pt", *DIGITS, "--examples", "60") == 0
+    # At a small epsilon, where the verdict does not hang on how a processor rounds.
+    given = [f"{teacher}/best.pt", *DIGITS, "--examples", "60", "--eps", "0.02"]
+    assert main("teacher", "check", *given) == 0
     lines = capfd.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and lines[-1] == "verdict: fit"
     assert any(
-        line.startswith("60 of 180 validation images of digits, epsilon 0.1") for line in lines
+        line.startswith("60 of 180 validation images of digits, epsilon 0.02") for line in lines
     )
     (shown,) = [line for line in lines if line.startswith("teacher sha256: ")]
     assert shown.split()[-1] == digest(load(f"{teacher}/best.pt")["model"])

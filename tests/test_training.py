@@ -1,6 +1,8 @@
-"""Whole steps and runs: D3, D7, both readings of the method, RSLAD, the teacher, TRADES."""
+"""Whole steps and runs of the single file: D3, D7, both readings, RSLAD, the teacher, TRADES."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import oracles
 import pytest
@@ -10,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import absld_min
-from absld_min import Config, attack, build_model, digest, trades_step, train, train_step
+from absld import digest
+from absld_min import Config, absld_step, build_model, trades_step, train, training_attack
 
 CONFIG = Config(device="cpu", epochs=4, teacher_epochs=4, batch_size=8, epsilon=0.1)
 C = 3
@@ -34,7 +37,7 @@ def frozen_teacher():
 def small_sets():
     images = (draw.images(3, n=40) * 255).to(torch.uint8)
     labels = torch.arange(40) % C
-    return [(images[:24], labels[:24]), (images[24:], labels[24:])]
+    return [(images[:24], labels[:24]), (images[24:], labels[24:]), ()]
 
 
 TEMPERATURE = torch.tensor([[0.6, 1.5, 3.0], [2.0, 0.9, 0.7]], dtype=draw.DTYPE)
@@ -43,17 +46,18 @@ TEMPERATURE = torch.tensor([[0.6, 1.5, 3.0], [2.0, 0.9, 0.7]], dtype=draw.DTYPE)
 @pytest.mark.parametrize("fidelity", ["paper", "released"])
 def test_a_step_is_the_algorithm(fidelity):
     """Each line of D1 to D5 again, with the oracles for soft labels, loss and class risk."""
-    config = Config(device="cpu", epsilon=0.1, fidelity=fidelity)
+    config = replace(CONFIG, fidelity=fidelity)
     student, teacher, (x_nat, labels, noise) = network("student"), frozen_teacher(), batch()
     by_hand = network("student")
-    loss, risk = train_step(config, student, teacher, TEMPERATURE, x_nat, labels, noise)
+    given = x_nat, labels, noise
+    loss, risks, counts = absld_step(config, student, teacher, TEMPERATURE, given)
 
     used = TEMPERATURE
     if fidelity == "released":  # v is divided by T_adv[y], and that again by T_nat[y]
         used = (TEMPERATURE[0] * TEMPERATURE[1]).expand(2, -1)
     logits = teacher(x_nat).tolist()
     adv_labels, nat_labels = (oracles.soften(logits, labels.tolist(), t.tolist()) for t in used)
-    x_adv = attack(config, by_hand, torch.tensor(adv_labels, dtype=draw.DTYPE), x_nat, noise)
+    x_adv = training_attack(config, by_hand, torch.tensor(adv_labels, dtype=draw.DTYPE), given)
     by_hand.train()
     adv_logits, nat_logits = by_hand(x_adv), by_hand(x_nat)
     expected = (
@@ -64,9 +68,10 @@ def test_a_step_is_the_algorithm(fidelity):
     sums = [
         oracles.class_risk_sums(z.tolist(), labels.tolist(), C) for z in (adv_logits, nat_logits)
     ]
-    rows = torch.tensor([sums[0][0], sums[1][0], sums[0][1]], dtype=draw.DTYPE)
-    torch.testing.assert_close(risk, rows, rtol=0, atol=1e-12)
-    assert not risk.requires_grad
+    rows = torch.tensor([sums[0][0], sums[1][0]], dtype=draw.DTYPE)
+    torch.testing.assert_close(risks, rows, rtol=0, atol=1e-12)
+    assert counts.tolist() == sums[0][1]
+    assert not risks.requires_grad
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, by_hand.state_dict()[name]), name
 
@@ -74,21 +79,24 @@ def test_a_step_is_the_algorithm(fidelity):
 def test_a_step_forwards_the_adversarial_images_first_and_apart():
     student, seen = network("student"), []
     student.register_forward_pre_hook(lambda m, x: seen.append((m.training, x[0].clone())))
-    x_nat, labels, noise = batch()
-    train_step(CONFIG, student, frozen_teacher(), TEMPERATURE, x_nat, labels, noise)
+    given = batch()
+    absld_step(CONFIG, student, frozen_teacher(), TEMPERATURE, given)
     assert [training for training, _ in seen] == [False] * 10 + [True] * 2
-    assert torch.equal(seen[11][1], x_nat) and not torch.equal(seen[10][1], x_nat)
+    assert torch.equal(seen[11][1], given[0]) and not torch.equal(seen[10][1], given[0])
     assert student.get_submodule("1").num_batches_tracked == 2
 
 
 def test_the_attack_climbs_from_the_adversarial_label(monkeypatch):
     """p_adv and not p_nat is what the attack maximises the distance from."""
     given = []
-    monkeypatch.setattr(
-        absld_min, "attack", lambda c, m, soft, x, noise: given.append(soft) or x + noise
-    )
+
+    def attack(config, model, soft_labels, batch):
+        given.append(soft_labels)
+        return batch[0] + batch[2]
+
+    monkeypatch.setattr(absld_min, "training_attack", attack)
     x_nat, labels, noise = batch()
-    train_step(CONFIG, network("student"), frozen_teacher(), TEMPERATURE, x_nat, labels, noise)
+    absld_step(CONFIG, network("student"), frozen_teacher(), TEMPERATURE, (x_nat, labels, noise))
     expected = absld_min.soften(frozen_teacher()(x_nat), labels, TEMPERATURE[0])
     assert torch.equal(given[0], expected)
 
@@ -96,26 +104,26 @@ def test_the_attack_climbs_from_the_adversarial_label(monkeypatch):
 def test_both_readings_agree_while_all_temperatures_are_one():
     ones, results = torch.ones(2, C, dtype=draw.DTYPE), []
     for fidelity in ("paper", "released"):
-        config = Config(device="cpu", epsilon=0.1, fidelity=fidelity)
-        student = network("student")
-        results.append(train_step(config, student, frozen_teacher(), ones, *batch())[0].item())
+        config = replace(CONFIG, fidelity=fidelity)
+        loss, *_ = absld_step(config, network("student"), frozen_teacher(), ones, batch())
+        results.append(loss.item())
     assert results[0] == results[1]
 
 
-def test_teacher_is_frozen_even_if_handed_over_otherwise():
-    teacher = network("teacher").train()
+def test_no_gradient_reaches_the_teacher():
+    teacher = frozen_teacher()
     before = digest(teacher.state_dict())
-    train_step(CONFIG, network("student"), teacher, TEMPERATURE, *batch())[0].backward()
+    loss, *_ = absld_step(CONFIG, network("student"), teacher, TEMPERATURE, batch())
+    loss.backward()
     assert all(weight.grad is None for weight in teacher.parameters())
     assert digest(teacher.state_dict()) == before and not teacher.training
 
 
 def test_trades_is_the_formula():
     model, by_hand, (x_nat, labels, noise) = network("t"), network("t"), batch(5)
-    loss, risk = trades_step(CONFIG, model, None, TEMPERATURE, x_nat, labels, noise)
-    assert risk.shape == (3, C) and not risk.any()
+    loss = trades_step(CONFIG, model, (x_nat, labels, noise))
     soft = F.softmax(by_hand.eval()(x_nat), dim=1).detach()
-    x_adv = attack(CONFIG, by_hand, soft, x_nat, noise)
+    x_adv = training_attack(CONFIG, by_hand, soft, (x_nat, labels, noise))
     by_hand.train()
     nat_logits, adv_logits = by_hand(x_nat), by_hand(x_adv)
     q = [oracles.softmax(row) for row in nat_logits.tolist()]
@@ -138,201 +146,201 @@ def test_trades_is_the_formula():
 # --- Runs ---
 
 
-def run(tmp_path, config=CONFIG, name="student", teacher=True, step=train_step):
-    model = build_model("convnet", C, config.seed, name)
-    frozen = build_model("convnet", C, "teacher").eval().requires_grad_(False) if teacher else None
-    path = str(tmp_path / f"{name}.pt")
-    train(config, model, frozen, small_sets(), C, path, step)
-    return model, torch.load(path, weights_only=True), frozen
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs `train` on small sets and returns what it computed: network, saved weights, losses,
+    temperatures (2,C) that each step was given."""
+
+    def run(config=CONFIG, role="student", **replaced):
+        record = SimpleNamespace(losses=[], temperatures=[], evaluated=[])
+        steps = {"absld_step": absld_step, "trades_step": trades_step} | replaced
+
+        def record_absld(config, model, teacher, temperature, batch):
+            record.temperatures.append(temperature.clone())
+            loss, *risks = steps["absld_step"](config, model, teacher, temperature, batch)
+            record.losses.append(loss.item())
+            return loss, *risks
+
+        def record_trades(config, model, batch):
+            loss = steps["trades_step"](config, model, batch)
+            record.losses.append(loss.item())
+            return loss
+
+        evaluate = replaced.get("evaluate", absld_min.evaluate)
+
+        def record_evaluation(config, model, images, labels):
+            record.evaluated.append(digest(model.state_dict()))
+            return evaluate(config, model, images, labels)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(absld_min, "absld_step", record_absld)
+            patch.setattr(absld_min, "trades_step", record_trades)
+            patch.setattr(absld_min, "evaluate", record_evaluation)
+            record.model = build_model("convnet", C, config.seed, role)
+            record.teacher = build_model("convnet", C, "teacher").eval().requires_grad_(False)
+            record.path = tmp_path / f"{role}.pt"
+            teacher = record.teacher if role == "student" else None
+            train(replace(config, out=str(tmp_path)), record.model, teacher, small_sets())
+        record.saved = torch.load(record.path, weights_only=True)
+        return record
+
+    return run
 
 
-def losses(saved):
-    return [row["loss"] for row in saved["history"]]
-
-
-def test_a_run_is_a_function_of_its_flags(tmp_path):
+def test_a_run_is_a_function_of_its_flags(run):
     state = torch.get_rng_state()
-    first, saved, _ = run(tmp_path, name="student")
+    first = run()
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    (tmp_path / "again").mkdir()
-    assert digest(run(tmp_path / "again")[0].state_dict()) == digest(first.state_dict())
-    other = Config(**(saved["config"] | {"seed": 1}))
-    assert digest(run(tmp_path, other)[0].state_dict()) != digest(first.state_dict())
+    assert digest(run().saved) == digest(first.saved)
+    assert digest(run(replace(CONFIG, seed=1)).saved) != digest(first.saved)
 
 
-def test_teacher_is_as_before_after_a_run(tmp_path):
+def test_teacher_is_as_before_after_a_run(run):
     fresh = build_model("convnet", C, "teacher")
-    _, _, teacher = run(tmp_path)
-    assert digest(teacher.state_dict()) == digest(fresh.state_dict())
+    assert digest(run().teacher.state_dict()) == digest(fresh.state_dict())
 
 
-def test_what_is_saved(tmp_path):
-    model, saved, _ = run(tmp_path)
-    assert saved["sha256"] == digest(saved["model"]) == digest(model.state_dict())
-    assert saved["config"]["epochs"] == len(saved["history"]) == 4
-    for number, row in enumerate(saved["history"], 1):
-        assert row["epoch"] == number and row["seconds"] > 0 and math.isfinite(row["loss"])
-        temperature = row["temperature"]
-        assert temperature.shape == (2, C)
-        assert (temperature >= 0.5).all() and (temperature <= 5).all()
-        for accuracy in (row["clean"], row["robust"]):
-            assert accuracy.min() >= 0 and accuracy.max() <= 1
-    kept = saved["history"][saved["epoch"] - 1]
-    assert torch.equal(saved["temperature"], kept["temperature"])
-    assert saved["score"] == kept["score"] == max(row["score"] for row in saved["history"])
-    assert list(tmp_path.iterdir()) == [tmp_path / "student.pt"]  # no temporary file stays
+def test_what_is_saved_is_a_plain_state_dict(run, tmp_path):
+    record = run()
+    assert record.saved.keys() == build_model("convnet", C).state_dict().keys()
+    assert digest(record.saved) == digest(record.model.state_dict())
+    assert digest(record.saved) in record.evaluated
+    assert list(tmp_path.iterdir()) == [tmp_path / "student.pt"]
 
 
-def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+def test_the_best_epoch_is_kept(run):
     """Of the highest average + worst robust accuracy, not the last, not the first of a tie's end."""
     robust = iter([[0.5, 0.4, 0.3], [0.6, 0.6, 0.6], [1.0, 1.0, 0.0], [0.6, 0.6, 0.6]])
-    states = []
 
-    def evaluate(model, images, labels, epsilon):
-        states.append(digest(model.state_dict()))
+    def evaluate(config, model, images, labels):
+        assert len(labels) == 16  # the validation images
         return torch.tensor([[1.0, 1.0, 1.0], next(robust)])
 
-    monkeypatch.setattr(absld_min, "evaluate", evaluate)
-    model, saved, _ = run(tmp_path)
-    assert digest(model.state_dict()) == saved["sha256"] == states[1]
-    assert saved["epoch"] == 2
+    record = run(evaluate=evaluate)
+    assert digest(record.model.state_dict()) == digest(record.saved) == record.evaluated[1]
 
 
-def test_temperatures_move_once_an_epoch_by_the_mean_risk(tmp_path, monkeypatch):
-    seen, moves = [], []
+def test_temperatures_move_once_an_epoch_by_the_mean_risk(run, monkeypatch):
+    moves = []
 
-    def step(config, model, teacher, temperature, *batch):
-        seen.append(temperature.clone())
-        loss, _ = train_step(config, model, teacher, temperature, *batch)
+    def step(*given):
         # Class 0 has 4 images of risk 1, class 1 has 1 of risk 3, class 2 none, in each batch.
-        return loss, torch.tensor([[4.0, 3.0, 0.0], [4.0, 3.0, 0.0], [4.0, 1.0, 0.0]])
+        sums = torch.tensor([[4.0, 3.0, 0.0], [8.0, 1.0, 0.0]])
+        return absld_step(*given)[0], sums, torch.tensor([4, 1, 0])
 
     def update(temperature, risk, **settings):
         moves.append((risk, settings))
         return temperature + 0.01
 
     monkeypatch.setattr(absld_min, "update_temperature", update)
-    run(tmp_path, step=step)
-    assert [t[0, 0].item() for t in seen] == pytest.approx(
+    record = run(absld_step=step)
+    assert [t[0, 0].item() for t in record.temperatures] == pytest.approx(
         [1.0] * 3 + [1.01] * 3 + [1.02] * 3 + [1.03] * 3
     )
-    assert len(moves) == 8  # adversarial and natural, four epochs
+    assert len(moves) == 4  # epochs, of adversarial and natural together
     for risk, settings in moves:
-        assert risk[:2].tolist() == [1.0, 3.0] and risk[2].isnan()
+        assert risk[:, :2].tolist() == [[1.0, 3.0], [2.0, 1.0]] and risk[:, 2].isnan().all()
         assert settings["lower"] == 0.5 and settings["upper"] == 5.0
 
 
-def schedule(epochs, tmp_path, monkeypatch):
+def schedule(epochs, run, monkeypatch):
     """The learning rate and the temperature rate of every epoch."""
-    rates = []
-    monkeypatch.setattr(
-        absld_min, "update_temperature", lambda t, r, rate, **_: rates.append(rate) or t
-    )
-    monkeypatch.setattr(absld_min, "evaluate", lambda *_: torch.ones(2, C))
-    config = Config(device="cpu", epochs=epochs, batch_size=8, max_steps=1)
+    learning, rates, sgd = [], [], torch.optim.SGD
 
-    def step(config, model, teacher, temperature, *batch):
-        return sum(p.sum() for p in model.parameters()) * 0, torch.ones(3, C)
+    class Sgd(sgd):
+        def step(self):
+            learning.append(self.param_groups[0]["lr"])
 
-    _, saved, _ = run(tmp_path, config, step=step)
-    return [row["lr"] for row in saved["history"]], rates[::2]
+    def step(config, model, teacher, temperature, batch):
+        return sum(p.sum() for p in model.parameters()) * 0, torch.ones(2, C), torch.ones(C)
+
+    def update(temperature, risk, rate, **_):
+        rates.append(rate)
+        return temperature
+
+    monkeypatch.setattr(torch.optim, "SGD", Sgd)
+    monkeypatch.setattr(absld_min, "update_temperature", update)
+    config = replace(CONFIG, epochs=epochs, batch_size=24)  # a step an epoch
+    run(config, absld_step=step, evaluate=lambda *_: torch.ones(2, C))
+    monkeypatch.setattr(torch.optim, "SGD", sgd)
+    return learning, rates
 
 
-def test_schedule_of_the_paper(tmp_path, monkeypatch):
+def test_schedule_of_the_paper(run, monkeypatch):
     expected = [1.0] * 215 + [0.1] * 45 + [0.01] * 25 + [0.001] * 15  # of epochs 1 to 300
-    learning, temperature = schedule(300, tmp_path, monkeypatch)
+    learning, temperature = schedule(300, run, monkeypatch)
     assert learning == pytest.approx([0.1 * decay for decay in expected])
     # The rate decays together with it, so before the update that ends epochs 215, 260 and 285.
     assert temperature == pytest.approx([0.1 * decay for decay in [*expected[1:], 0.001]])
 
 
-def test_a_shorter_run_keeps_the_shape(tmp_path, monkeypatch):
-    learning, _ = schedule(20, tmp_path, monkeypatch)
+def test_a_shorter_run_keeps_the_shape(run, monkeypatch):
+    learning, _ = schedule(20, run, monkeypatch)
     assert learning == pytest.approx([0.1] * 14 + [0.01] * 3 + [0.001] * 2 + [0.0001])
-    assert schedule(1, tmp_path, monkeypatch)[0] == [0.1]
+    assert schedule(1, run, monkeypatch)[0] == [0.1]
 
 
-def test_optimiser_is_that_of_the_release(tmp_path, monkeypatch):
+def test_optimiser_is_that_of_the_release(run, monkeypatch):
     made, sgd = [], torch.optim.SGD
     monkeypatch.setattr(torch.optim, "SGD", lambda *a, **kw: made.append(kw) or sgd(*a, **kw))
-    run(tmp_path)
-    assert made == [{"momentum": 0.9, "weight_decay": 2e-4}]
+    run()
+    assert made == [{"lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4}]
 
 
-def test_rate_zero_is_rslad(tmp_path, monkeypatch):
+def test_rate_zero_is_rslad(run, monkeypatch):
     """All temperatures stay 1, and soft labels are a plain softmax: the same weights."""
-    config = Config(device="cpu", epochs=2, batch_size=8, epsilon=0.1, temperature_rate=0.0)
-    first, saved, _ = run(tmp_path, config)
-    assert all((row["temperature"] == 1).all() for row in saved["history"])
-    assert losses(run(tmp_path, Config(**(vars(config) | {"temperature_rate": 0.1})))[1]) != losses(
-        saved
-    )
+    config = replace(CONFIG, epochs=2, temperature_rate=0.0)
+    first = run(config)
+    assert all((temperature == 1).all() for temperature in first.temperatures)
+    assert run(replace(config, temperature_rate=0.1)).losses != first.losses
     monkeypatch.setattr(absld_min, "soften", lambda logits, *_: F.softmax(logits, dim=1))
-    again, saved_again, _ = run(tmp_path, config)
-    assert losses(saved_again) == losses(saved)
-    assert digest(again.state_dict()) == digest(first.state_dict())
+    again = run(config)
+    assert again.losses == first.losses and digest(again.saved) == digest(first.saved)
 
 
-def test_readings_part_once_temperatures_have_moved(tmp_path):
-    released = Config(**(vars(CONFIG) | {"fidelity": "released"}))
-    first, second = losses(run(tmp_path)[1]), losses(run(tmp_path, released)[1])
-    assert first[0] == second[0] and first[1] != second[1]
+def test_readings_part_once_temperatures_have_moved(run):
+    first, second = run().losses, run(replace(CONFIG, fidelity="released")).losses
+    assert first[:3] == second[:3] and first[3] != second[3]  # three steps an epoch
 
 
-def test_a_teacher_is_trained_with_temperatures_at_rest(tmp_path):
-    _, saved, _ = run(tmp_path, name="teacher", teacher=False, step=trades_step)
-    assert len(saved["history"]) == CONFIG.teacher_epochs
-    assert all((row["temperature"] == 1).all() for row in saved["history"])
+def test_a_teacher_is_trained_without_temperatures(run, monkeypatch, capsys):
+    monkeypatch.setattr(absld_min, "update_temperature", None)
+    record = run(replace(CONFIG, teacher_epochs=3), role="teacher")
+    assert len(record.evaluated) == 3 and len(record.losses) == 9 and not record.temperatures
+    assert capsys.readouterr().out.splitlines()[0] == "teacher"
 
 
-def test_nan_stops_before_the_optimiser_step(tmp_path):
+def test_nan_stops_before_the_optimiser_step(run, tmp_path):
     """Weights as after the last good step; the best epoch so far stays; where and what is said."""
-    steps, models = [], []
+    models, before = [], []
 
-    def step(config, model, teacher, temperature, *batch):
-        steps.append(digest(model.state_dict()))
+    def step(config, model, *given):
+        loss, *risks = absld_step(config, model, *given)
         models.append(model)
-        loss, risk = train_step(config, model, teacher, temperature, *batch)
-        return loss * (float("nan") if len(steps) == 5 else 1), risk
+        before.append(digest(dict(model.named_parameters())))
+        return loss * (float("nan") if len(models) == 5 else 1), *risks
 
-    with pytest.raises(FloatingPointError, match=r"(?s)epoch=2 step=1 loss=.*nan.*risk=.*temp"):
-        run(tmp_path, step=step)
-    trained = {n: p for n, p in models[0].state_dict().items()}
-    assert all(p.isfinite().all() for p in trained.values())
-    best = torch.load(tmp_path / "student.pt.best", weights_only=True)
-    assert len(best["history"]) == 1 and not (tmp_path / "student.pt").exists()
+    with pytest.raises(FloatingPointError, match=r"(?s)epoch 2: loss=.*nan.*temperature="):
+        run(absld_step=step)
+    assert len(models) == 5 and digest(dict(models[0].named_parameters())) == before[-1]
+    saved = torch.load(tmp_path / "student.pt", weights_only=True)  # of the first epoch
+    assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
 @pytest.mark.parametrize("classes", [2, 100])
 def test_two_and_a_hundred_classes(classes, tmp_path):
     images = (draw.images(0, n=4 * classes) * 255).to(torch.uint8)
     labels = torch.arange(4 * classes) % classes
-    config = Config(device="cpu", epochs=1, batch_size=classes)
+    config = Config(device="cpu", epochs=1, batch_size=classes, out=str(tmp_path))
     model, teacher = (build_model("convnet", classes, role) for role in ("student", "teacher"))
-    path = str(tmp_path / "student.pt")
-    sets = [(images, labels), (images[:classes], labels[:classes])]
-    train(config, model, teacher.eval().requires_grad_(False), sets, classes, path)
-    assert torch.load(path, weights_only=True)["temperature"].shape == (2, classes)
+    data = [(images, labels), (images[:classes], labels[:classes]), ()]
+    train(config, model, teacher.eval().requires_grad_(False), data)
+    saved = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert digest(saved) == digest(model.state_dict())
 
 
-def test_a_failing_save_leaves_the_file_that_was(tmp_path, monkeypatch):
-    run(tmp_path)
-    before = (tmp_path / "student.pt").read_bytes()
-
-    def save(content, path):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match="No space left"):
-        run(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["student.pt"]
-    assert (tmp_path / "student.pt").read_bytes() == before
-
-
-def test_batch_norm_of_a_student_in_another_mode_is_set(tmp_path):
+def test_batch_norm_of_a_student_in_another_mode_is_set():
     student = network("student").eval()
-    train_step(CONFIG, student, frozen_teacher(), TEMPERATURE, *batch())
+    absld_step(CONFIG, student, frozen_teacher(), TEMPERATURE, batch())
     assert all(m.training for m in student.modules() if isinstance(m, nn.BatchNorm2d))
