@@ -1,4 +1,4 @@
-"""Runs the comparison on the digits and prints it as Markdown: python docs/results/digits.py"""
+"""Compare RSLAD and both readings of ABSLD on the digits, as Markdown: python docs/results/digits.py"""
 
 import re
 import statistics
@@ -24,10 +24,14 @@ COLUMNS = [
 SCRIPT = Path(__file__).parents[2] / "absld_min.py"
 
 
+def out(seed: int) -> str:
+    return f"runs/seed-{seed}"
+
+
 def run(flags: list[str], seed: int) -> list[float]:
-    """One run of absld_min.py in ./runs, where all methods of a seed find the same teacher."""
+    """Run absld_min.py in ./runs/seed-N; return the figures of COLUMNS."""
     start = time.perf_counter()
-    command = [sys.executable, str(SCRIPT), *flags, "--seed", str(seed)]
+    command = [sys.executable, str(SCRIPT), *flags, "--seed", str(seed), "--out", out(seed)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds = time.perf_counter() - start
     print(seed, flags, printed[printed.index("class ") :], file=sys.stderr, flush=True)
@@ -40,9 +44,12 @@ def run(flags: list[str], seed: int) -> list[float]:
 
 
 def main() -> None:
-    for seed in SEEDS:  # the first run of a seed trains its teacher: not timed
+    for seed in SEEDS:  # the first run of a seed trains the teacher of all others: not timed
         run(METHODS["RSLAD"], seed)
-    figures = {m: [run(flags, seed) for seed in SEEDS] for m, flags in METHODS.items()}
+    figures = {
+        method: [run([*flags, "--teacher", f"{out(seed)}/teacher.pt"], seed) for seed in SEEDS]
+        for method, flags in METHODS.items()
+    }
     print("| method |", " | ".join(COLUMNS), "|")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for method, runs in figures.items():

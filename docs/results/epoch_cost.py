@@ -1,6 +1,6 @@
-"""What an epoch costs: absld_min.py, absld train, and that with its engine on, on the digits.
+"""Time an epoch of absld_min.py, of absld train, and of that with its engine on, on the digits.
 
-Both commands print a line an epoch; the time between two lines is a whole epoch: its steps, its
+Each command prints a line an epoch; the time between two lines is a whole epoch: its steps, its
 validation, its saving and its printing. The commands take turns within one run.
 Usage: python docs/results/epoch_cost.py [ROUNDS]
 """
@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["--seed", "0", "--device", "cpu", "--teacher-epochs", "1", "--allow-weak-teacher"]
-FLAGS += ["--epochs", "25"]
-EPOCH = re.compile(r" *\d+ \d\.\d{4} ")  # its number and learning rate
+FLAGS = ["--seed", "0", "--device", "cpu", "--teacher-epochs", "5", "--epochs", "25"]
+EPOCH = re.compile(r" *\d+ +\d+\.\d{4} ")  # its number, and its learning rate or loss
 
 
 def seconds_per_epoch(command: list[str]) -> list[float]:
@@ -35,7 +34,7 @@ def seconds_per_epoch(command: list[str]) -> list[float]:
         times = [time.perf_counter() for line in process.stdout if EPOCH.match(line)]
         if process.wait():
             raise SystemExit(f"{command} ended with {process.returncode}")
-    epochs = times[1:]  # the first line is the teacher's only epoch
+    epochs = times[5:]  # the first lines are the teacher's
     return [later - earlier for earlier, later in itertools.pairwise(epochs)]
 
 
