@@ -1,4 +1,4 @@
-"""ABSLD in one file: distil a small robust image classifier that has no weak classes.
+"""ABSLD in one file: distil a small, robust image classifier with fewer weak classes.
 
 Anti-Bias Soft Label Distillation (arXiv 2312.05508): a student learns the soft labels of a robust
 teacher. Every class has temperatures of its own: hard classes get sharper labels, easy classes
@@ -23,7 +23,7 @@ import hashlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -36,31 +36,31 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 
-Splits = list[tuple[Tensor, Tensor]]  # training, validation, test: images (N,3,H,W), labels (N,)
-Batch = tuple[Tensor, Tensor, Tensor]  # x_nat (N,3,H,W), labels (N,), the attack's start noise
+Splits = list[tuple[Tensor, Tensor]]  # training, validation, test: images uint8 (M,3,H,W), labels
+Batch = tuple[Tensor, Tensor, Tensor]  # x_nat (N,3,H,W), labels (N,), noise that starts the attack
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings, each a flag. Defaults, but for the dataset, are CIFAR-10's: [rel] as released."""
+    """Settings, each a flag. Defaults except dataset are for CIFAR-10, [rel] as in the release."""
 
     dataset: Literal["digits", "cifar10", "cifar100"] = "digits"
     data: str = "data"  # folder of CIFAR's archive, which is downloaded if it is not there
     out: str = "runs"  # folder of teacher.pt and student.pt, which are overwritten
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     precision: Literal["tf32", "fp32"] = "tf32"  # of matmuls and convolutions on CUDA
-    seed: int = 0  # of weights, batches and training noise; neither of splits nor of evaluation
+    seed: int = 0  # of weights, batches and training noise; not of splits or evaluation
     student: Literal["convnet", "resnet18", "wrn-34-10"] = "resnet18"  # [rel]
     teacher_model: Literal["convnet", "resnet18", "wrn-34-10"] = "wrn-34-10"  # [rel]
     teacher: str = ""  # file with the teacher's state dict; without one, TRADES trains a teacher
     epochs: int = 300  # [rel]
-    teacher_epochs: int = 76  # [TRADES]
+    teacher_epochs: int = 76  # as TRADES
     batch_size: int = 128  # [rel]
     fidelity: Literal["paper", "released"] = "paper"  # which temperatures D1 uses, see absld_step
     temperature_rate: float = 0.1  # largest move of a temperature in an epoch [rel]; 0 is RSLAD
     epsilon: float = 8 / 255  # L-infinity radius of every attack [rel]
     padding: int = 4  # zero pixels around an image before a random crop [rel]
-    flip: float = 0.5  # probability of a mirror image [rel]
+    flip: float = 0.5  # probability of a horizontal flip [rel]
 
 
 DIGITS: dict[str, Any] = {"student": "convnet", "epochs": 40, "teacher_epochs": 30, "epsilon": 0.1}
@@ -93,7 +93,7 @@ def absld_loss(
     adv_weight: float = 5 / 6,
     kl_scale: float = 1.0,
 ) -> Tensor:
-    """Return the loss of a batch, from (N,C). [rel] has the weight, and kl_scale 0.1 for C = 10."""
+    """Return the loss of a batch, from (N,C). [rel]: the same weight, kl_scale 0.1 for C = 10."""
     adv_kl, nat_kl = soft_label_kl(adv_logits, soft_adv), soft_label_kl(nat_logits, soft_nat)
     return kl_scale * (adv_weight * adv_kl + (1 - adv_weight) * nat_kl)  # D4
 
@@ -110,7 +110,7 @@ def pgd(
     steps: int,
 ) -> Tensor:
     """Return x_adv (N,3,H,W) that maximises objective(forward(x_adv)), a sum over the batch."""
-    x_adv = x_nat + noise  # at x_nat itself, the KL of TRADES has no gradient
+    x_adv = x_nat + noise  # a random start; only the steps are projected
     for _ in range(steps):
         x_adv.requires_grad_()
         (gradient,) = torch.autograd.grad(objective(forward(x_adv)), x_adv)
@@ -120,7 +120,7 @@ def pgd(
 
 
 def training_attack(config: Config, model: nn.Module, soft_labels: Tensor, batch: Batch) -> Tensor:
-    """Return x_adv (N,3,H,W), on which the model is far from soft labels (N,C); settings [rel]."""
+    """Return x_adv (N,3,H,W) that maximises KL(soft_labels || model), soft_labels (N,C) [rel]."""
     x_nat, _, noise = batch
     objective = partial(soft_label_kl, soft_labels=soft_labels, reduction="sum")
     epsilon, step_size = config.epsilon, config.epsilon / 4
@@ -130,7 +130,7 @@ def training_attack(config: Config, model: nn.Module, soft_labels: Tensor, batch
 
 # --- Class temperatures: what the paper adds ---
 def class_risk_sums(logits: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the sum of cross-entropies and the number of images of each class, (C,) and (C,)."""
+    """Return per-class sums of cross-entropy and image counts, both (C,), of (N,C) and (N,)."""
     risk = F.cross_entropy(logits.detach(), labels, reduction="none")  # (N,)
     member = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)  # (N,C)
     return torch.where(member, risk.unsqueeze(1), 0).sum(0), member.sum(0)  # D5
@@ -139,14 +139,14 @@ def class_risk_sums(logits: Tensor, labels: Tensor, num_classes: int) -> tuple[T
 def update_temperature(
     temperature: Tensor, class_risk: Tensor, *, rate: float, lower: float, upper: float
 ) -> Tensor:
-    """Return the next temperatures (...,C), given the mean risk of each class, NaN if absent."""
-    # A class at more than average risk becomes colder: sharper labels insist on the true class.
-    # A class at less risk becomes warmer; an absent one stays, and is not in the average.
+    """Return the next temperatures (...,C), from mean risks that are NaN for absent classes."""
+    # A class at more than average risk gets a lower temperature, so sharper labels; one at less
+    # risk a higher temperature. An absent class stays, and is not in the average.
     gap = (class_risk - class_risk.nanmean(-1, keepdim=True)).nan_to_num(0.0)
     largest = gap.abs().amax(-1, keepdim=True)
-    # The farthest class moves by `rate`, the others in proportion, at any scale of the risks.
+    # The class with the largest gap moves by `rate`, the others in proportion to their gaps.
     moved = (temperature - rate * gap / largest).clamp(lower, upper)  # D6
-    # Equal risks (up to rounding) give no direction, nor does an infinite one: nothing moves.
+    # Nothing moves if risks are equal up to rounding, or if one is infinite, and so the limit.
     limit = gap.shape[-1] * torch.finfo(gap.dtype).eps * class_risk.abs().nan_to_num(0.0, torch.inf)
     return torch.where(largest > limit.amax(-1, keepdim=True), moved, temperature)
 
@@ -189,7 +189,7 @@ def build_model(name: str, num_classes: int, *key: int | str) -> nn.Sequential:
                 layer.extend(WideBlock(width, width, stride=1) for _ in range(4))
                 net.add_module(f"block{number}", nn.Sequential(OrderedDict(layer=layer)))
             net.bn1, net.relu = nn.BatchNorm2d(width), nn.ReLU()
-        net.pool, net.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()  # (N,width), the last width
+        net.pool, net.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()  # (N,width) of the last layer
         net.add_module("fc" if name == "wrn-34-10" else "linear", nn.Linear(width, num_classes))
     return net
 
@@ -204,7 +204,7 @@ def load_data(config: Config) -> tuple[Splits, list[str]]:
         classes, share = list("0123456789"), 0.15
     else:
         source = CIFAR10 if config.dataset == "cifar10" else CIFAR100
-        train, test = (source(config.data, train=part, download=True) for part in (True, False))
+        train, test = (source(config.data, train=flag, download=True) for flag in (True, False))
         x, x_test = (torch.tensor(part.data).permute(0, 3, 1, 2) for part in (train, test))
         y, y_test = (torch.tensor(part.targets) for part in (train, test))
         classes, share = train.classes, 0.05
@@ -214,7 +214,7 @@ def load_data(config: Config) -> tuple[Splits, list[str]]:
 
 
 def batches(config: Config, images: Tensor, labels: Tensor, *key: int | str) -> Iterator[Batch]:
-    """Yield an epoch of random crops, all drawn from `key`; a short last batch is dropped."""
+    """Yield an epoch's batches of random crops, drawn from `key`; a short last one is dropped."""
     n, side, device = config.batch_size, images.shape[3], images.device
     crops = F.pad(images, [config.padding] * 4).unfold(2, side, 1).unfold(3, side, 1)  # views
     order = torch.randperm(len(images), generator=generator(*key, device=device), device=device)
@@ -229,14 +229,14 @@ def batches(config: Config, images: Tensor, labels: Tensor, *key: int | str) -> 
 
 # --- Evaluation ---
 def fairness(class_accuracy: Tensor, ddof: int = 0) -> tuple[float, float, float]:
-    """Return average, worst class and NSD (std / mean) of the accuracies (C,), NaN if absent."""
+    """Return average, worst class and NSD (std / mean) of accuracies (C,), NaN for absent ones."""
     accuracy = class_accuracy[~class_accuracy.isnan()].cpu().double()
     nsd = accuracy.std(correction=ddof) / accuracy.mean().clamp_min(1e-12)
     return accuracy.mean().item(), accuracy.min().item(), nsd.item()
 
 
 def evaluate(config: Config, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Return the accuracy of each class (2,C): clean, and under PGD-20 as in TRADES."""
+    """Return the accuracy of each class (2,C), clean and under PGD-20 as in TRADES."""
     model.eval()
     counts, random = labels.bincount(), generator("evaluate", device=labels.device)
     hits, n, epsilon = torch.zeros_like(counts).repeat(2, 1), config.batch_size, config.epsilon
@@ -255,7 +255,7 @@ def evaluate(config: Config, model: nn.Module, images: Tensor, labels: Tensor) -
 def absld_step(
     config: Config, student: nn.Module, teacher: nn.Module, temperature: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, risk sums (2,C), counts (C,). Rows, also those of temperature: adv, nat."""
+    """Return loss, risk sums (2,C), counts (C,). Rows are adv and nat, as in temperature (2,C)."""
     x_nat, labels, _ = batch
     if config.fidelity == "released":  # one buffer serves both: each label gets T_adv[y] * T_nat[y]
         temperature = (temperature[0] * temperature[1]).repeat(2, 1)
@@ -263,7 +263,7 @@ def absld_step(
     soft_adv, soft_nat = (soften(teacher_logits, labels, row) for row in temperature)
     x_adv = training_attack(config, student, soft_adv, batch)
     student.train()
-    # Apart, so that batch norm sees no mixture; the later batch weighs more in its statistics.
+    # Two calls, so batch norm never mixes them; the later one weighs more in its statistics.
     adv_logits, nat_logits = student(x_adv), student(x_nat)  # D3
     loss = absld_loss(adv_logits, nat_logits, soft_adv, soft_nat)
     adv_risk, counts = class_risk_sums(adv_logits, labels, temperature.shape[1])
@@ -284,14 +284,14 @@ def trades_step(config: Config, model: nn.Module, batch: Batch) -> Tensor:
 
 def train(config: Config, model: nn.Module, teacher: nn.Module | None, data: Splits) -> None:
     """Train a student (a teacher, if `teacher` is None); keep the epoch of best average + worst."""
-    role, epochs = ("student", config.epochs) if teacher else ("teacher", config.teacher_epochs)
+    role = "teacher" if teacher is None else "student"
     (images, labels), validation, _ = data
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
-    milestones = [round(part * epochs) for part in (215 / 300, 260 / 300, 285 / 300)]  # both [rel]
+    milestones = [round(at * config.epochs) for at in (215 / 300, 260 / 300, 285 / 300)]  # [rel]
     temperature = torch.ones(2, int(labels.max()) + 1, device=config.device)
     best_score, path = -1.0, f"{config.out}/{role}.pt"
     print(f"{role}\nepoch     loss  clean robust  worst    NSD temperatures")
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, config.epochs + 1):
         optimizer.param_groups[0]["lr"] = 0.1 * 0.1 ** sum(epoch > m for m in milestones)  # D7
         losses, risks, counts = [], torch.zeros_like(temperature), torch.zeros_like(temperature)
         for batch in batches(config, images, labels, config.seed, role, epoch):
@@ -324,10 +324,10 @@ def train(config: Config, model: nn.Module, teacher: nn.Module | None, data: Spl
 def main(arguments: list[str] | None = None) -> None:
     """Train a teacher, unless a file has its weights, and a student; test the student."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    for field in fields(Config):
-        flag, choices = "--" + field.name.replace("_", "-"), get_args(field.type) or None
-        about = f"default: {field.default}, for digits {DIGITS.get(field.name, field.default)}"
-        parser.add_argument(flag, type=type(field.default), choices=choices, help=about)
+    for name, kind in Config.__annotations__.items():
+        flag, default = "--" + name.replace("_", "-"), getattr(Config, name)
+        about = f"default: {default}" + (f", for digits {DIGITS[name]}" if name in DIGITS else "")
+        parser.add_argument(flag, type=type(default), choices=get_args(kind) or None, help=about)
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     config = Config(**(DIGITS if given.get("dataset", "digits") == "digits" else {}) | given)
     precision = "tf32" if config.precision == "tf32" else "ieee"
@@ -347,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
         used = [name for name in state if "sub_block1." not in name]  # TRADES' file has it, unused
         teacher.load_state_dict({name.removeprefix("module."): state[name] for name in used})
     else:
-        train(config, teacher, None, data)
+        train(replace(config, epochs=config.teacher_epochs), teacher, None, data)
     train(config, student, teacher.eval().requires_grad_(False), data)
     print("class              clean  PGD-20")
     clean, robust = ([*each, *fairness(each)] for each in evaluate(config, student, *data[2]))

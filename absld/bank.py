@@ -21,7 +21,7 @@ from absld.checkpoint import digest, key_of, write_text
 from absld.data import Views, view_count
 from absld.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2
 CHECK_OF_ZEROS = 0x5EED  # not 0, or an empty row would be a row of zeros
 MODULUS = 2**32
 # Matrix products of fewer rows are done by other routines, with other rounding: logits from a batch
@@ -154,10 +154,11 @@ class RememberingTeacher(nn.Module):
         # Images that are known keep a few that are not company.
         asked = whole.long().argsort(stable=True)[: max(missing, FEWEST)].sort().values
         with torch.no_grad():
-            fresh = self.teacher(x[asked.to(x.device)]).float()
-        sound = fresh.isfinite().all(1).to(asked.device)  # no other is worth remembering
-        self.bank.write(views.to(asked.device)[asked][sound], fresh[sound.to(fresh.device)])
-        known[asked] = fresh.to(known.device)
+            fresh = self.teacher(x[asked.to(x.device)]).float().to(known.device)
+        fresh, asked = fresh[~whole[asked]], asked[~whole[asked]]  # without the company
+        sound = fresh.isfinite().all(1)  # no other is worth remembering
+        self.bank.write(views.to(asked.device)[asked][sound], fresh[sound])
+        known[asked] = fresh
         return known.to(x.device)
 
 
@@ -208,9 +209,12 @@ class Bank(NamedTuple):
 
 def fill(teacher: RememberingTeacher, views: Views, batch_size: int) -> Iterator[tuple[int, int]]:
     """Fill what is missing in a bank; yields the views done, and how many there are."""
-    total = len(teacher.bank.rows)
-    for part in torch.split(torch.arange(total, device=views.data.labels.device), batch_size):
+    total, size = len(teacher.bank.rows), max(batch_size, FEWEST)
+    for end in range(size, total + size, size):
+        end = min(end, total)
+        # The last batch, too, is a whole one: it has company of views that are known.
+        part = torch.arange(max(end - size, 0), end, device=views.data.labels.device)
         x_nat = views.of_numbers(part)
         teacher.about_to_see(x_nat, part)
         teacher(x_nat)
-        yield int(part[-1]) + 1, total
+        yield end, total

@@ -26,6 +26,7 @@ from absld.ceilings import Ceilings
 from absld.config import TrainConfig
 from absld.data import Draw, ImageSet, pixels
 from absld.environment import environment
+from absld.errors import NonFiniteError
 from absld.models import build_model
 from absld.runtime import Engine, arithmetic, laid_out, resolve_device, training_attack
 from absld.seeding import generator
@@ -139,7 +140,8 @@ class PlainStep:
             loss, *_ = absld_min.absld_step(
                 self.config, self.student, self.teacher, self.temperature, batch
             )
-            assert loss.isfinite()  # as it does, and waits for the device
+            if not loss.isfinite():  # as it does, which waits for the device
+                raise NonFiniteError("the loss of the plain step", "report this")
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -335,7 +337,7 @@ class Fidelity:
                 self.x_nat.shape, generator=random, device=self.setting.device
             )
             x_adv = attack(engine, self.objective, self.x_nat, noise)
-            with frozen_eval(judge), torch.no_grad():
+            with arithmetic("fp32"), frozen_eval(judge), torch.no_grad():
                 found.append(float(self.objective(judge(x_adv))) / len(x_adv))
         return found
 

@@ -105,7 +105,7 @@ def from_file(path: Path, num_classes: int, key: Key, architecture: str) -> Netw
         state, notes, normalisation = raw, [], None
     own = model.state_dict()
     shortcuts = [key for key in state if SHORTCUT in key and as_torchvision(key) in own]
-    if shortcuts and not own.keys() & set(shortcuts):
+    if shortcuts and not state.keys() & set(map(as_torchvision, shortcuts)):
         state = {as_torchvision(key): tensor for key, tensor in state.items()}
         notes.append(f"{len(shortcuts)} tensors of shortcuts, which torchvision calls downsample")
     counters = own.keys() - state.keys()
@@ -196,6 +196,8 @@ def recognise(state: Mapping[str, Tensor]) -> str | None:
     shapes but for the classes."""
     named = {key: tensor.shape[1:] for key, tensor in state.items() if not key.endswith(COUNTER)}
     renamed = {as_torchvision(key): shape for key, shape in named.items()}
+    if len(renamed) < len(named):  # a file with both names is of another network
+        renamed = named
     for name in MODELS:
         own = {key: shape[1:] for key, shape in shapes(name).items() if not key.endswith(COUNTER)}
         if own in (named, renamed):

@@ -46,3 +46,12 @@ hypothesis.register_random(_random)
 def single_thread() -> dict[str, str]:
     """The environment of a child process: one torch thread there, too."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def settings_of_torch():
+    """What absld_min's main sets for its process is put back."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic
+    yield
+    matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic = before

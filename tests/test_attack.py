@@ -192,7 +192,7 @@ def mixed(seed=0):
 
 @both
 def test_training_attack_leaves_no_trace(impl):
-    """absld_min's may set the mode, which its train_step sets next; the package's may not."""
+    """absld_min's may set the mode, which its absld_step sets next; the package's may not."""
     model = impl.build_model("convnet", 3, "test").to(draw.DTYPE)
     model.train() if impl is absld else model.eval()
     x_nat, before = draw.images(0), trace(model)

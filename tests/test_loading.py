@@ -114,6 +114,15 @@ def test_a_resnet_with_the_published_name_of_shortcuts(name, tmp_path):
     assert digest(network.model.state_dict()) == digest(state)
     (note,) = network.notes
     assert note.endswith(f"{renamed} tensors of shortcuts, which torchvision calls downsample")
+    wrapped = {f"module.{key}": value for key, value in published.items()}
+    again = load_network(file_of(tmp_path, wrapped), C, KEY)
+    assert digest(again.model.state_dict()) == digest(state) and len(again.notes) == 2
+
+
+def test_a_resnet_with_two_names_of_a_shortcut_is_refused(tmp_path):
+    state = build_model("resnet18", C, "published").state_dict()
+    both = state | {key.replace("downsample", "shortcut"): value for key, value in state.items()}
+    refused(file_of(tmp_path, both), "has besides ['layer2.0.shortcut", architecture="resnet18")
 
 
 WRAPPERS = [

@@ -112,6 +112,13 @@ def test_order_of_the_parts():
     assert places == sorted(places)
 
 
+def test_no_global_state_and_no_cuda_calls():
+    assert (
+        ".cuda(" not in TEXT and "manual_seed_all" not in TEXT and "torch.manual_seed" not in TEXT
+    )
+    assert not re.search(r"^\s*global ", TEXT, re.MULTILINE)
+
+
 def test_pairs_have_the_agreed_arguments():
     agreed = {
         "soften": ["teacher_logits", "labels", "temperature"],
@@ -160,17 +167,8 @@ assert torch.backends.cuda.matmul.fp32_precision == precision
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
+def in_an_empty_folder(tmp_path, monkeypatch, settings_of_torch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def settings_of_torch():
-    """The program sets them for its process; here, they are put back."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic
-    yield
-    matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic = before
 
 
 def weights(path):
@@ -202,12 +200,36 @@ def test_output(capsys):
         assert weights(path).keys() == absld_min.build_model("convnet", 10).state_dict().keys()
 
 
+def test_the_figures_that_are_printed(monkeypatch, capsys):
+    """Losses, accuracies and temperatures that are known, in their columns."""
+    accuracy = torch.full((2, 10), 0.5)
+    accuracy[0, 0], accuracy[1, 3] = 1.0, 0.0
+
+    def step(config, student, teacher, temperature, batch):
+        loss = sum(weight.sum() for weight in student.parameters()) * 0 + 2.5
+        return loss, torch.arange(20.0).view(2, 10), torch.ones(10)
+
+    monkeypatch.setattr(absld_min, "absld_step", step)
+    monkeypatch.setattr(absld_min, "evaluate", lambda *given: accuracy)
+    torch.save(absld_min.build_model("convnet", 10).state_dict(), "teacher.pt")
+    absld_min.main(["--teacher", "teacher.pt", "--epochs", "30", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[3:33]]
+    # Average 0.45, its deviation 0.15 under attack; temperatures move by 0.1 an epoch, in the mean.
+    assert rows[0] == ["1", "2.5000", "55.0%", "45.0%", "0.0%", "33.3%", "0.90", "-", "1.10"]
+    assert rows[4][6:] == ["0.50", "-", "1.50"] and rows[20][6:] == ["0.50", "-", "3.10"]
+    table = {name: figures for name, *figures in (line.rsplit(maxsplit=2) for line in lines[34:])}
+    assert table["0"] == ["100.00%", "50.00%"] and table["3"] == ["50.00%", "0.00%"]
+    assert table["average"] == ["55.00%", "45.00%"] and table["worst class"] == ["50.00%", "0.00%"]
+    assert table["NSD"] == ["27.27%", "33.33%"]
+
+
 def test_a_teacher_from_a_file_teaches_as_one_that_was_just_trained():
     absld_min.main([*QUICK, "--out", "first"])
     absld_min.main([*QUICK, "--out", "second", "--teacher", "first/teacher.pt"])
     assert digest(weights("first/student.pt")) == digest(weights("second/student.pt"))
     assert [path.name for path in Path("second").iterdir()] == ["student.pt"]
-    # As TRADES publishes its teacher: from several devices, and with a group that is not used.
+    # As from several GPUs, and with a group that is not used, as in TRADES' published teacher.
     state = weights("first/teacher.pt")
     unused = {f"sub_block1.layer.{n}.weight": torch.zeros(1) for n in range(2)}
     torch.save({f"module.{key}": value for key, value in (state | unused).items()}, "trades.pt")

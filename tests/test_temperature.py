@@ -136,6 +136,19 @@ def test_an_absent_class_stays_and_does_not_count(impl):
 
 
 @both
+def test_each_row_is_on_its_own(impl):
+    """Rows whose risks are equal, infinite, absent, and spread."""
+    old = torch.tensor([0.6, 1.5, 3.0, 4.0], dtype=draw.DTYPE)
+    nan, inf = float("nan"), float("inf")
+    risk = torch.tensor([[2, 2, 2, 2], [inf, 1, 2, 3], [nan] * 4, [nan, 1, 2, 4], [0, 1, 2, 4]])
+    risk = risk.to(draw.DTYPE)
+    together = update(impl, old.repeat(5, 1), risk)
+    assert torch.equal(together, torch.stack([update(impl, old, row) for row in risk]))
+    moved = [not torch.equal(row, old) for row in together]
+    assert moved == [False, False, False, True, True]
+
+
+@both
 def test_result_is_a_new_tensor(impl):
     old = torch.ones(3)
     for risk in (torch.arange(3.0), torch.ones(3)):
