@@ -107,7 +107,7 @@ def marked(watch: Stopwatch, student: nn.Module, teacher: nn.Module) -> None:
 
 
 class PlainStep:
-    """That of absld_min.py, in the arithmetic and the memory format that its main sets."""
+    """The step of absld_min.py, in the arithmetic and the memory format that its main sets."""
 
     def __init__(self, setting: Setting) -> None:
         given, device = setting.config, setting.device

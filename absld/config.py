@@ -133,8 +133,7 @@ class TrainConfig(Settings):
     precision: Precision = setting(
         "tf32",
         "Speed",
-        "of the networks' arithmetic: tf32 is that of CUDA devices, and fp32 elsewhere; "
-        "weights and losses stay fp32",
+        "arithmetic of the networks; tf32 applies to CUDA only; weights and losses stay fp32",
         OWN,
     )
     attack_precision: Precision | None = setting(

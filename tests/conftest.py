@@ -50,7 +50,7 @@ def single_thread() -> dict[str, str]:
 
 @pytest.fixture
 def settings_of_torch():
-    """What absld_min's main sets for its process is put back."""
+    """Restore afterwards what the main of absld_min sets for its process."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic
     yield

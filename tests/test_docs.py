@@ -173,7 +173,7 @@ def test_the_readme_s_calls_run():
 
 
 def test_the_page_has_the_whole_file_in_its_order():
-    """What is shown is what `python docs/take_code.py` takes from the file."""
+    """Every block is as `python docs/take_code.py` writes it."""
     take_code = runpy.run_path(str(DOCS / "take_code.py"))
     source, text = read(ROOT / "absld_min.py"), read(DOCS / "reading.md")
     assert take_code["with_code"](text, source) == text
