@@ -382,8 +382,8 @@ class Bench:
             for technique in techniques(self.device, compile=self.config.compile):
                 settings = added(self.kept, technique.settings)
                 candidate = EngineStep(self.setting, settings, folder)
-                precision = settings.get("precision", TrainConfig.precision)
-                precision = settings.get("attack_precision", precision)
+                of_all = settings.get("precision", TrainConfig.precision)
+                precision = settings.get("attack_precision", of_all)
                 base, before, times = self.trial([plain, engine, candidate], precision)
                 row = self.row(f"+ {technique.name}", settings, candidate, times, base, before)
                 if row["kept"]:
