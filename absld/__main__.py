@@ -1,5 +1,5 @@
 """`python -m absld`."""
 
-from absld.cli import main
+from absld.cli.app import main
 
 main()

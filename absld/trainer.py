@@ -14,15 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from absld.attack import TrainingAttack
-from absld.bank import Bank, RememberingTeacher
-from absld.checkpoint import RunDirectory, digest, load
-from absld.config import TrainConfig
-from absld.data import Batch, Draw, ImageSet, Views, draws, steps_per_epoch
-from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
-from absld.methods import Method, build_method
-from absld.metrics import Fairness, fairness
-from absld.ranks import ALONE, Ranks
-from absld.runtime import (
+from absld.config.settings import TrainConfig
+from absld.data.dataset import Batch, Draw, ImageSet, Views, draws, steps_per_epoch
+from absld.engine.distributed import ALONE, Ranks
+from absld.engine.engine import (
     Engine,
     arithmetic,
     check_speed,
@@ -31,9 +26,14 @@ from absld.runtime import (
     memory_format,
     training_attack,
 )
+from absld.engine.logit_cache import Bank, RememberingTeacher
+from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
+from absld.evaluation.teacher import freeze
+from absld.evaluation.validation import ClassAccuracies, check_network, validate
+from absld.methods.absld import Method, build_method
+from absld.metrics import Fairness, fairness
 from absld.seeding import global_generator
-from absld.teacher import freeze
-from absld.validation import ClassAccuracies, check_network, validate
+from absld.storage.checkpoint import RunDirectory, digest, load
 
 Role = Literal["student", "teacher"]
 

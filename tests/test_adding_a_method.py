@@ -13,8 +13,8 @@ from test_cli import few_digits, main
 from test_peers import ATTACK, C, batch, linear, one_hot, parameters, softmax
 
 import absld_min
-from absld.config import TrainConfig, from_toml, resolve
-from absld.methods import build_method
+from absld.config.settings import TrainConfig, from_toml, resolve
+from absld.methods.absld import build_method
 
 PAGE = Path(absld_min.__file__).parent / "docs" / "adding-a-method.md"
 TINY = ["--max-steps", "2", "--batch-size", "16", "--device", "cpu", "--allow-weak-teacher"]
@@ -29,7 +29,7 @@ def files(tmp_path, monkeypatch):
     for kind, name in (("python", "mart.py"), ("toml", "mart.toml")):
         (block,) = re.findall(rf"^```{kind}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
         Path(name).write_text(block)
-    for module in ("job", "assessment", "comparison"):
+    for module in ("runs.training_run", "evaluation.runner", "runs.comparison"):
         monkeypatch.setattr(f"absld.{module}.load_data", lambda dataset, folder, size: few_digits())
     yield
     sys.modules.pop("mart", None)

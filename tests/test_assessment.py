@@ -19,15 +19,18 @@ from image_files import make_folder
 from test_cli import main, refused
 
 import absld
-from absld import assessment, document
-from absld.checkpoint import RunDirectory, load, save
-from absld.config import EvaluationConfig
+from absld.config.settings import EvaluationConfig
+from absld.data.sources import load_data
 from absld.errors import CheckpointError, UsageError
-from absld.evaluation import evaluate, paired
-from absld.models import build_model
-from absld.sources import load_data
+from absld.evaluation import results as document
+from absld.evaluation import runner as assessment
+from absld.evaluation.evaluate import evaluate, paired
+from absld.models.architectures import build_model
+from absld.storage.checkpoint import RunDirectory, load, save
 
-SCHEMA = json.loads(Path(absld.__file__).with_name("evaluation.schema.json").read_text())
+SCHEMA = json.loads(
+    Path(absld.__file__).parent.joinpath("evaluation", "evaluation.schema.json").read_text()
+)
 FAST = ["--attacks", "fgsm,pgd2,cw2", "--device", "cpu"]
 TRAIN = ["--epochs", "8", "--teacher-epochs", "4", "--allow-weak-teacher"]
 
@@ -164,7 +167,7 @@ def test_nothing_is_computed_twice(runs, capfd, monkeypatch):
     flags = [runs["absld"], *FAST, "--out", "out"]
     bare = evaluated(capfd, *flags, "--no-checks")
     assert bare["checks"] is None
-    monkeypatch.setattr("absld.evaluation.said_of", None)  # no attack may run again
+    monkeypatch.setattr("absld.evaluation.evaluate.said_of", None)  # no attack may run again
     with monkeypatch.context() as patch:
         patch.setattr(assessment, "checks", lambda *_: iter(()))
         assert evaluated(capfd, *flags)["checks"] == []
@@ -242,7 +245,9 @@ def test_a_file_a_run_and_a_factory_are_the_same_network(runs, capfd):
 
 
 def test_a_file_whose_network_only_a_factory_knows(capfd):
-    Path("mine.py").write_text("from absld.models import convnet\ndef net(c): return convnet(c)\n")
+    Path("mine.py").write_text(
+        "from absld.models.architectures import convnet\ndef net(c): return convnet(c)\n"
+    )
     model = build_model("convnet", 10, "mine")
     del model.linear.bias
     torch.save(model.state_dict(), "mine.pt")
@@ -379,7 +384,9 @@ def test_against_another_network(runs, capfd):
 
 def test_each_of_two_networks_has_its_own_model(runs, capfd):
     torch.save(build_model("convnet", 10, "mine").state_dict(), "n.pt")
-    Path("mine.py").write_text("from absld.models import convnet\ndef net(c): return convnet(c)\n")
+    Path("mine.py").write_text(
+        "from absld.models.architectures import convnet\ndef net(c): return convnet(c)\n"
+    )
     flags = ["n.pt", "--model", "mine:net", "--dataset", "digits", *FAST, "--no-checks"]
     made = evaluated(capfd, *flags, "--against", runs["absld"])
     assert made["against"]["network"]["architecture"] == "convnet"

@@ -14,8 +14,8 @@ from test_closed_form import sample as linear
 from test_suite import Cut, network
 
 import absld
-from absld import autoattack
-from absld.suite import AutoAttackPart, differentiable
+from absld.evaluation import autoattack
+from absld.evaluation.attacks import AutoAttackPart, differentiable
 
 parts = pytest.mark.parametrize("part", autoattack.COSTS)
 

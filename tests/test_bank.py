@@ -16,7 +16,8 @@ from test_trainer import CONFIG, TRAIN, VALIDATION, bytes_of, image_set, network
 from torch import nn
 
 import absld
-from absld.bank import (
+from absld.data.dataset import Views, batches, draws
+from absld.engine.logit_cache import (
     FEWEST,
     Bank,
     LogitBank,
@@ -28,9 +29,8 @@ from absld.bank import (
     reserve,
     rows_of,
 )
-from absld.checkpoint import save
-from absld.data import Views, batches, draws
 from absld.errors import CheckpointError
+from absld.storage.checkpoint import save
 from absld.trainer import Training
 
 C = len(TRAIN.classes)
@@ -365,7 +365,7 @@ def test_two_processes_share_a_bank(tmp_path):
 
 def test_a_bank_that_is_filled_ahead_answers_for_all_runs(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("absld.job.load_data", lambda *given: few_digits())
+    monkeypatch.setattr("absld.runs.training_run.load_data", lambda *given: few_digits())
     save({"model": absld.build_model("convnet", 10, "t").state_dict()}, Path("teacher.pt"))
     given = ["--teacher", "teacher.pt", "--batch-size", "16", "--device", "cpu"]
     assert main("teacher", "bank", *given) == 0
@@ -382,7 +382,7 @@ def test_a_bank_that_is_filled_ahead_answers_for_all_runs(tmp_path, monkeypatch,
     seen = []
     ask = RememberingTeacher.forward
     monkeypatch.setattr(
-        "absld.bank.RememberingTeacher.forward",
+        "absld.engine.logit_cache.RememberingTeacher.forward",
         lambda self, x: seen.append(self.bank.read(self.announced[1])[1].all()) or ask(self, x),
     )
     quick = ["--epochs", "2", "--allow-weak-teacher", "--max-steps", "2", *given]
@@ -396,7 +396,7 @@ def test_a_bank_that_is_filled_ahead_answers_for_all_runs(tmp_path, monkeypatch,
 
 def test_banks_that_cannot_be(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("absld.job.load_data", lambda *given: few_digits())
+    monkeypatch.setattr("absld.runs.training_run.load_data", lambda *given: few_digits())
     save({"model": absld.build_model("convnet", 10, "t").state_dict()}, Path("teacher.pt"))
     refused(capfd, 2, "whose logits?", "--teacher", "teacher", "bank")
     refused(capfd, 2, "is more than --bank-gib 0", "larger --bank-gib",

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import absld.bench
+import absld.bench.bench
 import absld_min
-from absld.bench import (
+from absld.bench.bench import (
     PARTS,
     Bench,
     BenchConfig,
@@ -23,10 +23,10 @@ from absld.bench import (
     take_turns,
     techniques,
 )
-from absld.bench_view import cost_line, flags_that_pay
-from absld.ceilings import Ceilings
-from absld.cli import main
-from absld.stopwatch import Stopwatch, memory_taken
+from absld.bench.peak_throughput import Ceilings
+from absld.bench.timing import Stopwatch, memory_taken
+from absld.cli.app import main
+from absld.cli.bench_view import cost_line, flags_that_pay
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CONFIG = BenchConfig(
@@ -45,9 +45,9 @@ SETTING = Setting(CONFIG, CPU)
 @pytest.fixture
 def small(monkeypatch):
     """Growth by a factor, but of little."""
-    monkeypatch.setattr(absld.bench, "SIZES", ((20, 3), (40, 3), (20, 5)))
-    monkeypatch.setitem(absld.ceilings.SIZE, "cpu", 64)
-    monkeypatch.setattr(absld.ceilings, "LEAST", 0.0001)
+    monkeypatch.setattr(absld.bench.bench, "SIZES", ((20, 3), (40, 3), (20, 5)))
+    monkeypatch.setitem(absld.bench.peak_throughput.SIZE, "cpu", 64)
+    monkeypatch.setattr(absld.bench.peak_throughput, "LEAST", 0.0001)
 
 
 # --- What takes a step ---
@@ -174,7 +174,7 @@ def test_what_only_cuda_has_is_tried_there():
 def test_what_does_not_pay_is_left_out_of_what_follows(small, monkeypatch):
     """The seconds of a step are decided here: folding pays, channels-last does not."""
     monkeypatch.setattr(
-        absld.bench,
+        absld.bench.bench,
         "EngineStep",
         lambda setting, settings, folder: SimpleNamespace(
             settings=settings, watch=Stopwatch(CPU), prepare=print, step=print
@@ -192,7 +192,7 @@ def test_what_does_not_pay_is_left_out_of_what_follows(small, monkeypatch):
         ]
         return [Times([[each / 4, each / 2, each / 4]] * 3) for each in took]
 
-    monkeypatch.setattr(absld.bench, "take_turns", turns)
+    monkeypatch.setattr(absld.bench.bench, "take_turns", turns)
     monkeypatch.setattr(Bench, "memory", lambda *given: None)
     bench = Bench(CONFIG)
     rows = {row["name"]: row for row in bench.rows()}
@@ -276,7 +276,7 @@ def test_names_that_do_not_exist(capfd, monkeypatch):
 
 
 def test_ceilings_keep_the_best(small, monkeypatch):
-    monkeypatch.setattr(absld.ceilings, "LEAST", 0.03)
+    monkeypatch.setattr(absld.bench.peak_throughput, "LEAST", 0.03)
     ceilings = Ceilings(CPU, "fp32", 4)
     seconds = iter([0.01, 0.02, 0.01, 0.5])
     ceilings.watch.time = lambda work: next(seconds)
@@ -295,7 +295,7 @@ def test_memory_of_work_is_what_it_takes():
 
 def test_a_system_that_does_not_tell_of_memory(monkeypatch):
     done = []
-    monkeypatch.setattr("absld.stopwatch.status_bytes", lambda name: {}[name])
+    monkeypatch.setattr("absld.bench.timing.status_bytes", lambda name: {}[name])
     assert memory_taken(CPU, lambda: done.append(1)) is None and done == [1]
 
 

@@ -8,7 +8,7 @@ import strategies as draw
 import torch
 from hypothesis import example, given
 
-from absld.calibration import BINS, best_temperature, calibration, entropies
+from absld.evaluation.calibration import BINS, best_temperature, calibration, entropies
 
 
 def by_hand(logits, labels):

@@ -22,14 +22,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import absld
-from absld import checkpoint
-from absld.checkpoint import RunDirectory, content_digest, digest, load, replacing, save
 from absld.errors import CheckpointError, Interrupted, NonFiniteError
+from absld.storage import checkpoint
+from absld.storage.checkpoint import RunDirectory, content_digest, digest, load, replacing, save
 
 # A child is forked off a server, which has imported what it needs once, for all test files.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["absld.job", "absld.view", "torchvision.datasets", "sklearn.model_selection", "test_cli"]
+    [
+        "absld.runs.training_run",
+        "absld.cli.training_view",
+        "torchvision.datasets",
+        "sklearn.model_selection",
+        "test_cli",
+    ]
 )
 
 SOURCE = str(Path(absld.__file__).parents[1])
@@ -293,7 +299,7 @@ def test_a_payload_never_runs(tmp_path, single_thread):
     for name in ("zip.pt", "pickle.pt"):
         refused(tmp_path / name, "refused", "mkdir")
     code = (
-        "from absld.checkpoint import *\n"
+        "from absld.storage.checkpoint import *\n"
         "for name in ('zip.pt', 'pickle.pt'):\n"
         "    try: load(name)\n"
         "    except CheckpointError as error: print(error.exit_code, error)"

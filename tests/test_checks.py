@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import absld
-from absld.config import resolve
-from absld.evaluation import evaluate
-from absld.sanity import allowed, checks
-from absld.sources import load_data
+from absld.config.settings import resolve
+from absld.data.sources import load_data
+from absld.evaluation.evaluate import evaluate
+from absld.evaluation.sanity_checks import allowed, checks
 
 NAMES = [
     "the outputs are logits",

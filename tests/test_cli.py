@@ -23,15 +23,15 @@ from image_files import make_folder
 from test_checkpoint import processes
 
 import absld
-import absld.job
+import absld.runs.training_run
 import absld.trainer
-from absld import cli
-from absld.checkpoint import digest, load, save
-from absld.config import RECIPES, Config, EvaluationConfig, resolve
-from absld.data import ImageSet, Splits
+from absld.cli import app as cli
+from absld.config.settings import RECIPES, Config, EvaluationConfig, resolve
+from absld.data.dataset import ImageSet, Splits
+from absld.data.sources import load_data
 from absld.errors import AbsldError, Stopped
-from absld.models import build_model
-from absld.sources import load_data
+from absld.models.architectures import build_model
+from absld.storage.checkpoint import digest, load, save
 
 SOURCE = str(Path(absld.__file__).parents[1])
 QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--allow-weak-teacher"]
@@ -59,7 +59,7 @@ def in_an_empty_folder_with_few_digits(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(absld.job, "load_data", load_few)
+    monkeypatch.setattr(absld.runs.training_run, "load_data", load_few)
 
 
 def main(*flags):
@@ -114,7 +114,7 @@ def teacher(tmp_path_factory):
 def test_help_and_recipes_cost_no_torch_and_start_with_examples(flags):
     code = (
         f"import sys; sys.argv = ['absld', *{flags}]\n"
-        "from absld.cli import main\n"
+        "from absld.cli.app import main\n"
         "try: main()\n"
         "finally: print(sorted({'torch', 'sklearn', 'torchvision'} & set(sys.modules)))"
     )
@@ -200,7 +200,7 @@ def parsed(monkeypatch):
             seen.append((config, resume))
             raise AbsldError("seen", "enough")
 
-        monkeypatch.setattr(absld.job, "train", stop)
+        monkeypatch.setattr(absld.runs.training_run, "train", stop)
         assert main("train", *flags) == 1
         return seen[0]
 
@@ -547,7 +547,7 @@ def test_paths_with_spaces_and_letters_of_any_script(tmp_path, teacher, capfd):
 def test_a_loss_that_is_not_finite(teacher, capfd, monkeypatch):
     loss = absld.absld_loss
     monkeypatch.setattr(
-        "absld.methods.absld_loss", lambda *z, **settings: loss(*z, **settings) * float("nan")
+        "absld.methods.absld.absld_loss", lambda *z, **settings: loss(*z, **settings) * float("nan")
     )
     flags = ["train", *QUICK, "--teacher", teacher]
     refused(capfd, 5, "epoch 1, step 1: ", "what was saved before stays", *flags)
@@ -575,7 +575,9 @@ def test_out_of_memory(teacher, capfd, monkeypatch):
 
 
 def test_a_disk_that_is_full(teacher, capfd, monkeypatch):
-    monkeypatch.setattr("absld.checkpoint.save", failing(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "absld.storage.checkpoint.save", failing(OSError(28, "No space left on device"))
+    )
     flags = ["train", *QUICK, "--teacher", teacher]
     refused(capfd, 1, "No space left", "is there room", *flags)
     assert (the_run() / "STATUS").read_text().startswith("failed: ")
@@ -613,7 +615,7 @@ def test_a_signal_that_is_made_another_error_still_ends_with_its_code(
         except BaseException as signalled:
             raise RuntimeError("Error calling __set_name__") from signalled
 
-    monkeypatch.setattr("absld.job.load_data", interrupted)
+    monkeypatch.setattr("absld.runs.training_run.load_data", interrupted)
     assert main("train", *QUICK) == code
     assert capfd.readouterr().err == ""
 
@@ -646,7 +648,7 @@ def test_resuming_with_other_images_or_another_teacher_is_refused(teacher, capfd
     save({"model": build_model("convnet", 10, "another").state_dict()}, Path("teacher.pt"))
     refused(capfd, 2, "teacher_weights is '", "give the settings of that run", *flags)
     other = few_digits()._replace(train=few_digits().test)
-    monkeypatch.setattr(absld.job, "load_data", lambda *given: other)
+    monkeypatch.setattr(absld.runs.training_run, "load_data", lambda *given: other)
     refused(capfd, 2, "train_images is '", "give the settings of that run", *flags)
 
 
@@ -663,7 +665,7 @@ def child(flags, folder, out, err, environment, slow):
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
-    absld.job.load_data = load_few
+    absld.runs.training_run.load_data = load_few
     if slow:
         calls, step = [], absld.trainer.train_step
 

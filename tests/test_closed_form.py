@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import absld
-from absld.autoattack import parts
-from absld.suite import AutoAttackPart, SquareSearch, parse_attack, parse_attacks
+from absld.evaluation.attacks import AutoAttackPart, SquareSearch, parse_attack, parse_attacks
+from absld.evaluation.autoattack import parts
 
 SIDE = 4
 NAMES = ["fgsm", "pgd20", "pgd20-sat", "cw30"]

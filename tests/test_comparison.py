@@ -19,13 +19,14 @@ import torch
 from test_cli import few_digits, main, refused
 
 import absld
-from absld import comparison, comparison_tables
-from absld.comparison_plot import plot
-from absld.config import of_run, resolve, to_toml
+from absld.config.settings import of_run, resolve, to_toml
 from absld.errors import Interrupted, UsageError
-from absld.evaluation import Evaluation, paired
+from absld.evaluation.evaluate import Evaluation, paired
 from absld.metrics import METRICS, over_seeds
-from absld.summary import ABSENT
+from absld.report import comparison_tables
+from absld.report.comparison_plot import plot
+from absld.report.summary import ABSENT
+from absld.runs import comparison
 
 SETTINGS = ["--epochs", "2", "--teacher-epochs", "1", "--max-steps", "2", "--allow-weak-teacher"]
 SETTINGS += ["--device", "cpu", "--batch-size", "16", "--attacks", "fgsm,pgd2", "--no-checks"]
@@ -41,7 +42,7 @@ def load_few(dataset, folder, image_size):
 def in_an_empty_folder_with_few_digits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for module in ("job", "assessment", "comparison"):
+    for module in ("runs.training_run", "evaluation.runner", "runs.comparison"):
         monkeypatch.setattr(f"absld.{module}.load_data", load_few)
 
 
@@ -50,7 +51,7 @@ def made(tmp_path_factory):
     """A comparison of three methods and two seeds: its folder of runs."""
     folder = tmp_path_factory.mktemp("compared") / "all runs"
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("job", "assessment", "comparison"):
+        for module in ("runs.training_run", "evaluation.runner", "runs.comparison"):
             patch.setattr(f"absld.{module}.load_data", load_few)
         assert main("compare", *THREE, *SETTINGS, "--out", folder) == 0
     return folder
@@ -164,7 +165,7 @@ def test_all_runs_of_a_seed_share_images_and_teacher(made):
 
 def test_the_schedule_is_the_same_for_all_methods(made):
     configs = [
-        resolve(absld.config.from_toml(f"{run}/config.toml"))
+        resolve(absld.config.settings.from_toml(f"{run}/config.toml"))
         for kind in ("rslad", "absld-weights", "sat")
         for run in runs_of(made, kind)
     ]
@@ -231,7 +232,9 @@ def test_more_seeds_make_narrower_intervals_of_the_average():
 
 def test_runs_that_are_there_are_used_again(made, monkeypatch, capfd):
     before = document_of(made)
-    monkeypatch.setattr("absld.job.train", lambda *given, **settings: pytest.fail("trained"))
+    monkeypatch.setattr(
+        "absld.runs.training_run.train", lambda *given, **settings: pytest.fail("trained")
+    )
     assert main("compare", *THREE, *SETTINGS, "--out", made) == 0
     assert capfd.readouterr().out.count("was there") == 6
     assert figures(document_of(made)) == figures(before)
@@ -254,7 +257,7 @@ def test_runs_by_name_say_what_methods_say(made, capfd):
 
 def test_a_stopped_comparison_continues(made, monkeypatch, capfd):
     """Stopped in the middle of the second run, it ends in the figures of one never stopped."""
-    train = absld.job.train
+    train = absld.runs.training_run.train
     left = [5]
 
     def stopped(config, observer, **settings):
@@ -269,11 +272,11 @@ def test_a_stopped_comparison_continues(made, monkeypatch, capfd):
         observer.step = counted
         return train(config, observer, **settings)
 
-    monkeypatch.setattr("absld.job.train", stopped)
+    monkeypatch.setattr("absld.runs.training_run.train", stopped)
     refused(capfd, 130, "stopped by signal 2", "the same command goes on",
             "compare", *THREE, *SETTINGS, "--out", "here")  # fmt: skip
     assert not list(Path("here").glob("comparison-*"))
-    monkeypatch.setattr("absld.job.train", train)
+    monkeypatch.setattr("absld.runs.training_run.train", train)
     assert main("compare", *THREE, *SETTINGS, "--out", "here") == 0
 
     def without_time_and_place(document):
@@ -314,7 +317,7 @@ def test_a_signal_stops_it_after_a_step(tmp_path, single_thread):
 
 def test_a_recipe_file_is_a_method(tmp_path, capfd):
     Path("warm.toml").write_text('temperature_rate = 0.5\nfidelity = "released"\n')
-    Path("mine.py").write_text("from absld.methods import Sat\nclass Own(Sat): pass\n")
+    Path("mine.py").write_text("from absld.methods.absld import Sat\nclass Own(Sat): pass\n")
     given = ["--methods", "absld,warm.toml,mine:Own", *SETTINGS]
     assert main("compare", *given) == 0
     document = document_of("runs")
@@ -406,13 +409,15 @@ def test_a_run_that_fails_is_named(capfd):
     ],
 )
 def test_faults_before_anything_is_trained(flags, cause, way_out, capfd, monkeypatch):
-    monkeypatch.setattr("absld.job.train", lambda *given, **settings: pytest.fail("trained"))
+    monkeypatch.setattr(
+        "absld.runs.training_run.train", lambda *given, **settings: pytest.fail("trained")
+    )
     refused(capfd, 2, cause, way_out, "compare", *flags)
 
 
 def test_seeds():
-    assert absld.cli.seed_list("") == [0] and absld.cli.seed_list("3") == [0, 1, 2]
-    assert absld.cli.seed_list("4,") == [4] and absld.cli.seed_list("0,3,7") == [0, 3, 7]
+    assert absld.cli.app.seed_list("") == [0] and absld.cli.app.seed_list("3") == [0, 1, 2]
+    assert absld.cli.app.seed_list("4,") == [4] and absld.cli.app.seed_list("0,3,7") == [0, 3, 7]
 
 
 def test_labels_tell_settings_apart_but_not_seeds():

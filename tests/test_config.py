@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from absld.config import (
+from absld.config.settings import (
     METHOD_RECIPES,
     RECIPES,
     Config,
@@ -312,7 +312,7 @@ def test_methods_are_compared_with_one_schedule(method):
 
 
 def test_methods_have_the_names_that_are_there():
-    from absld.methods import METHODS
+    from absld.methods.absld import METHODS
 
     assert METHODS.keys() == METHOD_RECIPES.keys()
 
@@ -357,5 +357,7 @@ def test_milestones_are_at_the_nearest_epoch():
 
 
 def test_settings_cost_no_torch():
-    code = "import sys, absld, absld.config, absld.cli; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, absld, absld.config.settings, absld.cli.app; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

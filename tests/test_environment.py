@@ -5,7 +5,7 @@ import subprocess
 import torch
 
 import absld
-from absld.environment import commit, environment
+from absld.storage.environment import commit, environment
 
 
 def git(folder, *arguments):

@@ -21,13 +21,13 @@ from implementations import evaluate, image_set, project, training_attack
 from tolerance import assert_close
 
 import absld
-import absld.cli
-import absld.data
+import absld.cli.app
+import absld.data.dataset
 import absld.temperature
 import absld_min
-from absld.config import TrainConfig, resolve
-from absld.data import Batch, Views
-from absld.methods import build_method
+from absld.config.settings import TrainConfig, resolve
+from absld.data.dataset import Batch, Views
+from absld.methods.absld import build_method
 from absld.seeding import generator
 from absld.trainer import train_step
 
@@ -151,13 +151,15 @@ def test_batches(seed, dataset, batch_size, key):
 
     def ours(first_step=0):
         return list(
-            absld.data.batches(
+            absld.data.dataset.batches(
                 Views(image_set(images, labels), settings.padding),
                 *key,
                 batch_size=batch_size,
                 flip=settings.flip,
                 radius=settings.start_noise,
-                steps=absld.data.steps_per_epoch(len(images), batch_size, settings.max_steps),
+                steps=absld.data.dataset.steps_per_epoch(
+                    len(images), batch_size, settings.max_steps
+                ),
                 first_step=first_step,
             )
         )
@@ -552,7 +554,7 @@ def test_certificate_on_cifar_with_the_networks_of_the_paper(
     absld_min.main(flags)
     monkeypatch.setattr("sys.argv", ["absld", "train", *flags, "--allow-weak-teacher"])
     with pytest.raises(SystemExit) as end:
-        absld.cli.main()
+        absld.cli.app.main()
     assert not end.value.code
     theirs = torch.load(tmp_path / "student.pt", weights_only=True)
     (best,) = tmp_path.glob("cifar10-absld-*/best.pt")

@@ -15,11 +15,11 @@ from test_suite import network
 from torch import nn
 
 import absld
-from absld.autoattack import COSTS
 from absld.errors import NonFiniteError, UsageError
-from absld.evaluation import PENDING, evaluate, paired
+from absld.evaluation.attacks import AutoAttackPart, SquareSearch
+from absld.evaluation.autoattack import COSTS
+from absld.evaluation.evaluate import PENDING, evaluate, paired
 from absld.metrics import METRICS, bootstrap, resampled
-from absld.suite import AutoAttackPart, SquareSearch
 
 C = 3
 NAMES = ("ant", "bee", "cat")
@@ -146,9 +146,12 @@ def test_epsilon_0_is_clean_accuracy_under_every_attack(each):
     model = network(0, torch.float32, classes=4)
     labels = model(x).argmax(1)
     labels[::4] = (labels[::4] + 1) % 4
-    attacks = [SquareSearch("search", 5), *absld.suite.parse_attacks("fgsm,pgd2,cw2", 4, 2)]
+    attacks = [
+        SquareSearch("search", 5),
+        *absld.evaluation.attacks.parse_attacks("fgsm,pgd2,cw2", 4, 2),
+    ]
     try:
-        absld.autoattack.library()
+        absld.evaluation.autoattack.library()
         # The real square search would make 5,000 queries to no end.
         attacks += [AutoAttackPart(part) for part in COSTS if part != "square"]
     except UsageError:
@@ -262,7 +265,7 @@ def test_going_on_is_the_same_with_random_numbers_of_batches_too(each):
         "epsilon": 0.1,
         "attacks": [
             SquareSearch("search", 4, restarts=2),
-            *absld.suite.parse_attacks("pgd2", C, 2),
+            *absld.evaluation.attacks.parse_attacks("pgd2", C, 2),
         ],
         "examples": 11,
         "batch_size": 3,

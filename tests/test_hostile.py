@@ -25,9 +25,9 @@ from test_cli import refused as refused
 from test_cli import teacher as teacher
 from torch import nn
 
-from absld.checkpoint import load, save
 from absld.errors import CheckpointError
-from absld.models import build_model
+from absld.models.architectures import build_model
+from absld.storage.checkpoint import load, save
 
 # One for all tests, for a file of the corpus is made once.
 PROOF = Path(tempfile.gettempdir()) / f"it ran in {os.getpid()}"
@@ -35,7 +35,7 @@ PROOF = Path(tempfile.gettempdir()) / f"it ran in {os.getpid()}"
 
 @pytest.fixture(autouse=True)
 def few_digits_everywhere(monkeypatch):
-    for module in ("assessment", "comparison"):
+    for module in ("evaluation.runner", "runs.comparison"):
         monkeypatch.setattr(f"absld.{module}.load_data", load_few)
 
 
@@ -134,7 +134,7 @@ def runs(tmp_path_factory, teacher):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("absld.job.load_data", load_few)
+        patch.setattr("absld.runs.training_run.load_data", load_few)
         for method in ("absld", "rslad"):
             assert main("train", *QUICK, "--teacher", teacher, "--method", method) == 0
     return sorted(path.resolve() for path in folder.glob("runs/digits-*"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 
 import absld
-from absld.data import stratified
+from absld.data.dataset import stratified
 from absld.metrics import METRICS, bootstrap, resampled, rho, wilson
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))

@@ -8,11 +8,11 @@ from torch import nn
 
 import absld
 import absld_min
-from absld import loading
-from absld.checkpoint import RunDirectory, digest, save
 from absld.errors import CheckpointError, UsageError
-from absld.loading import load_network
-from absld.models import MODELS, build_model
+from absld.models import loading
+from absld.models.architectures import MODELS, build_model
+from absld.models.loading import load_network
+from absld.storage.checkpoint import RunDirectory, digest, save
 
 KEY = (0, "test")
 C = 3
@@ -418,7 +418,7 @@ class Wrapped(nn.Module):
 class Normalised(nn.Sequential):
     def forward(self, x): return super().forward(2 * x - 1)
 def normalised(classes):
-    from absld.models import convnet
+    from absld.models.architectures import convnet
     network = convnet(classes)
     network.__class__ = Normalised
     return network
@@ -445,7 +445,7 @@ def test_a_factory_in_the_current_folder(name, tmp_path, monkeypatch):
 
 
 def test_a_factory_of_a_package():
-    network = load_network("absld.models:convnet", C, KEY)
+    network = load_network("absld.models.architectures:convnet", C, KEY)
     assert digest(network.model.state_dict()) == digest(
         build_model("convnet", C, *KEY).state_dict()
     )
@@ -455,10 +455,10 @@ def test_a_factory_of_a_package():
     "spec",
     [
         "no.such.module:net",
-        "absld.models:no_such_net",
+        "absld.models.architectures:no_such_net",
         "absld_no:net",
         ".models:convnet",
-        "absld.config:OWN",
+        "absld.config.settings:OWN",
     ],
 )
 def test_a_factory_that_is_not_there(spec):

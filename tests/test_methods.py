@@ -11,10 +11,10 @@ from torch import nn
 
 import absld
 from absld.attack import kl
-from absld.config import TrainConfig
-from absld.data import Batch
+from absld.config.settings import TrainConfig
+from absld.data.dataset import Batch
 from absld.errors import UsageError
-from absld.methods import Absld, Rslad, Trades, build_method
+from absld.methods.absld import Absld, Rslad, Trades, build_method
 
 C = 3
 EPSILON = 0.1

@@ -90,13 +90,13 @@ MUTANTS = {
         "methods", D3, "nat_logits, adv_logits = student(x_nat), student(x_adv)", FORWARDS
     ),
     "one forward of both": alike(
-        "methods",
+        "methods/absld",
         D3,
         "adv_logits, nat_logits = student(torch.cat([x_adv, x_nat])).chunk(2)",
         FORWARDS,
     ),
     "temperature on the student, too": apart(
-        "methods",
+        "methods/absld",
         (D3, D3.replace("(x_adv)", "(x_adv) / temperature[0][labels].unsqueeze(1)")),
         (D3, D3.replace("(x_adv)", "(x_adv) / self.temperature.adv[labels].unsqueeze(1)")),
         PAPER,
@@ -135,7 +135,7 @@ MUTANTS = {
         on_both("test_temperature.py::test_an_absent_class_stays_and_does_not_count"),
     ),
     "an update in every batch": apart(
-        "methods",
+        "methods/absld",
         (
             "                risks, counts = risks + sums, counts + members\n",
             "                risks, counts = risks + sums, counts + members\n"
@@ -153,7 +153,7 @@ MUTANTS = {
         ],
     ),
     "uniform start": apart(
-        "data",
+        "data/dataset",
         ("0.001 * torch.randn(", "0.002 * torch.rand("),
         ("torch.randn if start", "torch.rand if start"),
         [

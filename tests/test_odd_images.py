@@ -13,8 +13,8 @@ from test_cli import QUICK, main
 from test_cli import refused as refused_by_the_program
 from test_package_data import make_folder
 
+from absld.data.sources import load_data
 from absld.errors import DataError
-from absld.sources import load_data
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from image_files import make_cifar, make_folder, numbered
 
 import absld_min
-from absld.data import (
+from absld.data.dataset import (
     ImageSet,
     Views,
     batches,
@@ -18,9 +18,9 @@ from absld.data import (
     steps_per_epoch,
     stratified,
 )
+from absld.data.sources import hold_out, load_data
 from absld.errors import DataError
 from absld.seeding import generator
-from absld.sources import hold_out, load_data
 
 LABELS = torch.tensor([0, 1, 2, 1])
 IMAGES = torch.zeros(4, 3, 8, 8)

@@ -12,8 +12,8 @@ import torch
 from test_trainer import CONFIG, train
 from two_processes import METHODS, results
 
+from absld.engine.distributed import ALONE, Ranks, is_cuda, launched
 from absld.errors import UsageError
-from absld.ranks import ALONE, Ranks, is_cuda, launched
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 HERE = Path(__file__).parent

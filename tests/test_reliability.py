@@ -23,15 +23,15 @@ from hypothesis import strategies as st
 from test_checkpoint import processes
 
 import absld
-import absld.data
-import absld.job
-from absld import cli
-from absld.bank import LogitBank, RememberingTeacher
-from absld.checkpoint import RunDirectory, content_digest, load, save
-from absld.config import of_run, resolve, to_toml
-from absld.data import ImageSet, Splits
+import absld.data.dataset
+import absld.runs.training_run
+from absld.cli import app as cli
+from absld.config.settings import of_run, resolve, to_toml
+from absld.data.dataset import ImageSet, Splits
+from absld.engine.logit_cache import LogitBank, RememberingTeacher
 from absld.errors import AbsldError, CheckpointError
-from absld.models import build_model
+from absld.models.architectures import build_model
+from absld.storage.checkpoint import RunDirectory, content_digest, load, save
 
 FLAGS = ["train", "--epochs", "40", "--batch-size", "8", "--max-steps", "2", "--attack-steps", "2"]
 FLAGS += ["--allow-weak-teacher", "--device", "cpu"]
@@ -107,7 +107,7 @@ def program(folder, flags, fault=None, room=0, limit=None):
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
-    absld.job.load_data = few
+    absld.runs.training_run.load_data = few
     if fault:
         disk = Disk(room, FAULTS[fault])
         Path.open = lambda self, *given, **named: disk.open(self, *given, **named)
@@ -311,7 +311,7 @@ def test_damaged_notes_of_a_run_are_an_error_in_two_lines(name, tmp_path):
         path.write_bytes(changed)
         with contextlib.suppress(CheckpointError):
             run.records()
-            absld.job.sessions(tmp_path)
+            absld.runs.training_run.sessions(tmp_path)
 
 
 # --- Readers while a run writes ---
@@ -340,7 +340,7 @@ def test_a_reader_sees_whole_files_while_a_run_writes(tmp_path, teacher):
 
 BREAKS = """
 import torch
-from absld.models import build_model
+from absld.models.architectures import build_model
 
 class Infinite(torch.autograd.Function):
     @staticmethod
@@ -403,7 +403,7 @@ class Half(torch.nn.Module):
 
 
 def test_a_bank_does_not_remember_what_is_not_finite(tmp_path):
-    views = absld.data.Views(few().train, 1)
+    views = absld.data.dataset.Views(few().train, 1)
     bank = LogitBank.open(tmp_path, {"of": "half"}, len(views), 10)
     remembering = RememberingTeacher(Half(), bank)
     index = torch.tensor([4, 5, 6])

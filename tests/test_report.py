@@ -12,13 +12,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from absld import document as documents
-from absld import svg
 from absld.errors import CheckpointError, UsageError
-from absld.evaluation import Evaluation, paired
-from absld.report import STYLE, card, make
-from absld.suite import parse_attacks
-from absld.summary import budget, clip, columns, sampled, verdict
+from absld.evaluation import results as documents
+from absld.evaluation.attacks import parse_attacks
+from absld.evaluation.evaluate import Evaluation, paired
+from absld.report import svg
+from absld.report.html import STYLE, card, make
+from absld.report.summary import budget, clip, columns, sampled, verdict
 
 ATTACKS = "fgsm,pgd20,cw30"
 DIGITS = tuple("0123456789")

@@ -16,16 +16,23 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import absld
-import absld.cuda_graph
-import absld.models
+import absld.engine.cuda_graph
+import absld.models.architectures
 from absld.attack import cross_entropy, kl
-from absld.bank import Bank, RememberingTeacher, fill
-from absld.config import TrainConfig
-from absld.cuda_graph import Recorded, tensors_of
+from absld.config.settings import TrainConfig
+from absld.engine.batch_norm_folding import Folded
+from absld.engine.cuda_graph import Recorded, tensors_of
+from absld.engine.engine import (
+    Compiled,
+    Engine,
+    arithmetic,
+    in_precision,
+    laid_out,
+    training_attack,
+)
+from absld.engine.logit_cache import Bank, RememberingTeacher, fill
 from absld.errors import NonFiniteError, UsageError
-from absld.folding import Folded
-from absld.models import Normalised
-from absld.runtime import Compiled, Engine, arithmetic, in_precision, laid_out, training_attack
+from absld.models.architectures import Normalised
 from absld.seeding import global_generator
 from absld.trainer import Training
 
@@ -84,7 +91,7 @@ def normalised():
 NETWORKS = {
     **{name: named(name) for name in ("convnet", "resnet18", "preactresnet18", "mobilenetv2")},
     "bottlenecks": named("resnet50"),
-    "wrn": lambda: absld.models.WideResNet(10, 1, 3),
+    "wrn": lambda: absld.models.architectures.WideResNet(10, 1, 3),
     "odd": odd,
     "normalised": normalised,
 }
@@ -399,7 +406,7 @@ def test_the_step_that_broke_is_named_whenever_it_is_looked_at(check_every, how,
     if check_every == 1:  # before the optimiser's step
         assert all(p.isfinite().all() for p in student.parameters())
     assert [record["epoch"] for record in run.records()] == [1]
-    saved = absld.checkpoint.load(run.last)
+    saved = absld.storage.checkpoint.load(run.last)
     assert all(t.isfinite().all() for t in saved["model"].values())
 
 
@@ -412,7 +419,9 @@ def test_nothing_broken_is_saved_by_an_interruption_between_two_looks(tmp_path):
 
     with pytest.raises(NonFiniteError, match="step 1: "):
         train(replace(CONFIG, check_every=50), student=student, run=run, on_step=stop)
-    assert all(t.isfinite().all() for t in absld.checkpoint.load(run.last)["model"].values())
+    assert all(
+        t.isfinite().all() for t in absld.storage.checkpoint.load(run.last)["model"].values()
+    )
 
 
 class Waits(TorchDispatchMode):
@@ -509,7 +518,7 @@ def recordings(monkeypatch):
         made.append(Replayed(run))
         return made[-1], made[-1].result
 
-    monkeypatch.setattr(absld.cuda_graph, "record", record)
+    monkeypatch.setattr(absld.engine.cuda_graph, "record", record)
     return made
 
 

@@ -25,10 +25,10 @@ from test_checks import (
 from torch import nn
 
 import absld
-from absld.data import stratified
-from absld.evaluation import evaluate
-from absld.sanity import SAMPLE, allowed, checks, margin_attack
-from absld.suite import parse_attack
+from absld.data.dataset import stratified
+from absld.evaluation.attacks import parse_attack
+from absld.evaluation.evaluate import evaluate
+from absld.evaluation.sanity_checks import SAMPLE, allowed, checks, margin_attack
 
 C, SIDE, EPSILON = 4, 4, 0.1
 

@@ -8,8 +8,8 @@ import torch
 from image_files import make_folder
 from PIL import Image
 
+from absld.data.sources import load_data
 from absld.errors import DataError
-from absld.sources import load_data
 
 
 def refused(*patterns, dataset, root, **settings):

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import absld
-from absld import autoattack
 from absld.attack import margins
-from absld.suite import (
+from absld.evaluation import autoattack
+from absld.evaluation.attacks import (
     AutoAttackPart,
     SignedGradient,
     SquareSearch,

@@ -9,10 +9,10 @@ import torch
 from test_cli import few_digits, main, refused
 
 import absld
-from absld.checkpoint import digest, load, save
-from absld.models import build_model
-from absld.sources import load_data
-from absld.teacher_view import teacher_lines
+from absld.cli.teacher_view import teacher_lines
+from absld.data.sources import load_data
+from absld.models.architectures import build_model
+from absld.storage.checkpoint import digest, load, save
 
 CPU = ["--device", "cpu"]
 DIGITS = ["--dataset", "digits", *CPU]

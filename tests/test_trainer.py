@@ -17,15 +17,15 @@ from torch import nn
 import absld
 from absld import trainer
 from absld.attack import TrainingAttack
-from absld.checkpoint import RunDirectory, digest, load
-from absld.config import TrainConfig
-from absld.data import ImageSet, Views, batches
+from absld.config.settings import TrainConfig
+from absld.data.dataset import ImageSet, Views, batches
+from absld.engine.engine import arithmetic, in_precision
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
-from absld.methods import build_method
-from absld.runtime import arithmetic, in_precision
+from absld.evaluation.validation import ClassAccuracies
+from absld.methods.absld import build_method
 from absld.seeding import global_generator
+from absld.storage.checkpoint import RunDirectory, digest, load
 from absld.trainer import StepReport, fit
-from absld.validation import ClassAccuracies
 
 C = 3
 CONFIG = TrainConfig(

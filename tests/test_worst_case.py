@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import absld
-from absld import evaluation as evaluations
 from absld.errors import CheckpointError, NonFiniteError
-from absld.evaluation import PENDING, evaluate, paired
-from absld.suite import parse_attack, parse_attacks
+from absld.evaluation import evaluate as evaluations
+from absld.evaluation.attacks import parse_attack, parse_attacks
+from absld.evaluation.evaluate import PENDING, evaluate, paired
 
 C = 3
 

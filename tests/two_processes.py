@@ -10,7 +10,7 @@ import torch
 from test_trainer import CONFIG, image_set, train
 from torch import nn
 
-from absld.ranks import ALONE, launched
+from absld.engine.distributed import ALONE, launched
 from absld.seeding import global_generator
 
 METHODS = ["absld", "absld-weights", "absld-margins", "trades"]

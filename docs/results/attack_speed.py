@@ -17,8 +17,8 @@ import torch
 import torchattacks
 
 import absld
-from absld.data import ImageSet
-from absld.suite import parse_attack
+from absld.data.dataset import ImageSet
+from absld.evaluation.attacks import parse_attack
 
 EPSILON, STEPS, IMAGES, BATCH, ROUNDS = 0.1, 20, 1000, 250, 15
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 import absld
-from absld.bank import RememberingTeacher, open_bank
-from absld.config import TrainConfig
-from absld.data import Views, draws
-from absld.methods import build_method
+from absld.config.settings import TrainConfig
+from absld.data.dataset import Views, draws
+from absld.engine.logit_cache import RememberingTeacher, open_bank
+from absld.methods.absld import build_method
 from absld.trainer import train_step
 
 BATCH, ROUNDS, CLASSES = 16, 7, 10

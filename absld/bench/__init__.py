@@ -1,0 +1,1 @@
+"""Step-time measurements: the engine beside the single file, technique by technique."""

@@ -1,0 +1,1 @@
+"""Every setting once: defaults, meanings, sources, recipes, parsing and files."""

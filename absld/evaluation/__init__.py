@@ -1,0 +1,1 @@
+"""Class-wise robustness: attacks, worst case, intervals, sanity checks, results."""

@@ -1,0 +1,1 @@
+"""Training methods: ABSLD and those it is compared with."""

@@ -1,0 +1,1 @@
+"""Files that survive interruption: atomic writes, checkpoints, run directories."""
