@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from absld.class_mean import ClassMean, class_sums
+from absld.metrics import ClassMean, class_sums
 
 Fidelity = Literal["paper", "released"]
 

@@ -8,100 +8,29 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from absld.attack import TrainingAttack
 from absld.config.settings import TrainConfig
-from absld.data.dataset import Batch, Draw, ImageSet, Views, draws, steps_per_epoch
+from absld.data.augmentation import Batch, Draw, Views, draws, steps_per_epoch
+from absld.data.dataset import ImageSet
 from absld.engine.distributed import ALONE, Ranks
-from absld.engine.engine import (
-    Engine,
-    arithmetic,
-    check_speed,
-    in_precision,
-    laid_out,
-    memory_format,
-    training_attack,
-)
+from absld.engine.engine import Engine, check_speed, training_attack
 from absld.engine.logit_cache import Bank, RememberingTeacher
+from absld.engine.precision import arithmetic, in_precision, laid_out, memory_format
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
-from absld.evaluation.teacher import freeze
-from absld.evaluation.validation import ClassAccuracies, check_network, validate
-from absld.methods.absld import Method, build_method
-from absld.metrics import Fairness, fairness
+from absld.evaluation.validation import check_network, freeze, validate
+from absld.methods.base import Method
+from absld.methods.registry import build_method
+from absld.metrics import ClassAccuracies
+from absld.progress import EpochReport, OnStep, Role, StepReport, plain
 from absld.seeding import global_generator
-from absld.storage.checkpoint import RunDirectory, digest, load
-
-Role = Literal["student", "teacher"]
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Progress inside an epoch: `done` of `total` batches of a phase."""
-
-    epoch: int
-    phase: Literal["training", "validation"]
-    done: int
-    total: int
-
-
-OnStep = Callable[[StepReport], None]
-
-
-@dataclass(frozen=True, eq=False)
-class EpochReport:
-    """An epoch: losses in nats, accuracies (C,) on the validation images in [0,1].
-
-    per_class: what the method has to say of each class (C,), by name, such as the temperatures
-    after the epoch and the class risks that moved them. seconds: of training, without validation.
-    """
-
-    epoch: int
-    learning_rate: float
-    temperature_rate: float
-    loss: float
-    parts: dict[str, float]
-    accuracies: ClassAccuracies
-    per_class: dict[str, Tensor]
-    seconds: float
-    images_per_second: float
-    is_best: bool = False
-
-    @property
-    def clean(self) -> Fairness:
-        return fairness(self.accuracies.clean)
-
-    @property
-    def robust(self) -> Fairness:
-        return fairness(self.accuracies.robust)
-
-    @property
-    def score(self) -> float:
-        """What the best epoch has the most of: average + worst robust accuracy."""
-        return self.robust.average + self.robust.worst
-
-    def record(self) -> dict[str, Any]:
-        """The report as plain values, for JSON; NaN, a class without images, is null."""
-        values = {"clean": self.accuracies.clean, "robust": self.accuracies.robust}
-        return {
-            "epoch": self.epoch,
-            "learning_rate": self.learning_rate,
-            "temperature_rate": self.temperature_rate,
-            "loss": self.loss,
-            **self.parts,
-            **{name: plain(tensor) for name, tensor in (values | self.per_class).items()},
-            "score": self.score,
-            "is_best": self.is_best,
-            "seconds": self.seconds,
-            "images_per_second": self.images_per_second,
-        }
-
-
-def plain(tensor: Tensor) -> list[float | int | None]:
-    return [None if value != value else value for value in tensor.tolist()]
+from absld.storage.checkpoint import load
+from absld.storage.files import digest
+from absld.storage.run_directory import RunDirectory
 
 
 @dataclass

@@ -13,8 +13,10 @@ from test_cli import few_digits, main
 from test_peers import ATTACK, C, batch, linear, one_hot, parameters, softmax
 
 import absld_min
-from absld.config.settings import TrainConfig, from_toml, resolve
-from absld.methods.absld import build_method
+from absld.config.files import from_toml
+from absld.config.resolve import resolve
+from absld.config.settings import TrainConfig
+from absld.methods import build_method
 
 PAGE = Path(absld_min.__file__).parent / "docs" / "adding-a-method.md"
 TINY = ["--max-steps", "2", "--batch-size", "16", "--device", "cpu", "--allow-weak-teacher"]

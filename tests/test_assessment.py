@@ -26,7 +26,8 @@ from absld.evaluation import results as document
 from absld.evaluation import runner as assessment
 from absld.evaluation.evaluate import evaluate, paired
 from absld.models.architectures import build_model
-from absld.storage.checkpoint import RunDirectory, load, save
+from absld.storage.checkpoint import load, save
+from absld.storage.run_directory import RunDirectory
 
 SCHEMA = json.loads(
     Path(absld.__file__).parent.joinpath("evaluation", "evaluation.schema.json").read_text()

@@ -16,7 +16,7 @@ from test_trainer import CONFIG, TRAIN, VALIDATION, bytes_of, image_set, network
 from torch import nn
 
 import absld
-from absld.data.dataset import Views, batches, draws
+from absld.data.augmentation import Views, batches, draws
 from absld.engine.logit_cache import (
     FEWEST,
     Bank,

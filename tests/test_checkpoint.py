@@ -24,7 +24,9 @@ from torch import nn
 import absld
 from absld.errors import CheckpointError, Interrupted, NonFiniteError
 from absld.storage import checkpoint
-from absld.storage.checkpoint import RunDirectory, content_digest, digest, load, replacing, save
+from absld.storage.checkpoint import content_digest, load, save
+from absld.storage.files import digest, replacing
+from absld.storage.run_directory import RunDirectory
 
 # A child is forked off a server, which has imported what it needs once, for all test files.
 processes = multiprocessing.get_context("forkserver")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import absld
-from absld.config.settings import resolve
+from absld.config.resolve import resolve
 from absld.data.sources import load_data
 from absld.evaluation.evaluate import evaluate
 from absld.evaluation.sanity_checks import allowed, checks

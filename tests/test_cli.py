@@ -26,12 +26,15 @@ import absld
 import absld.runs.training_run
 import absld.trainer
 from absld.cli import app as cli
-from absld.config.settings import RECIPES, Config, EvaluationConfig, resolve
+from absld.config.recipes import RECIPES
+from absld.config.resolve import resolve
+from absld.config.settings import Config, EvaluationConfig
 from absld.data.dataset import ImageSet, Splits
 from absld.data.sources import load_data
 from absld.errors import AbsldError, Stopped
 from absld.models.architectures import build_model
-from absld.storage.checkpoint import digest, load, save
+from absld.storage.checkpoint import load, save
+from absld.storage.files import digest
 
 SOURCE = str(Path(absld.__file__).parents[1])
 QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--allow-weak-teacher"]
@@ -576,7 +579,7 @@ def test_out_of_memory(teacher, capfd, monkeypatch):
 
 def test_a_disk_that_is_full(teacher, capfd, monkeypatch):
     monkeypatch.setattr(
-        "absld.storage.checkpoint.save", failing(OSError(28, "No space left on device"))
+        "absld.storage.run_directory.save", failing(OSError(28, "No space left on device"))
     )
     flags = ["train", *QUICK, "--teacher", teacher]
     refused(capfd, 1, "No space left", "is there room", *flags)

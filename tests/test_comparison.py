@@ -19,10 +19,12 @@ import torch
 from test_cli import few_digits, main, refused
 
 import absld
-from absld.config.settings import of_run, resolve, to_toml
+from absld.config.files import of_run, to_toml
+from absld.config.resolve import resolve
 from absld.errors import Interrupted, UsageError
 from absld.evaluation.evaluate import Evaluation, paired
-from absld.metrics import METRICS, over_seeds
+from absld.evaluation.intervals import over_seeds
+from absld.metrics import METRICS
 from absld.report import comparison_tables
 from absld.report.comparison_plot import plot
 from absld.report.summary import ABSENT
@@ -165,7 +167,7 @@ def test_all_runs_of_a_seed_share_images_and_teacher(made):
 
 def test_the_schedule_is_the_same_for_all_methods(made):
     configs = [
-        resolve(absld.config.settings.from_toml(f"{run}/config.toml"))
+        resolve(absld.config.files.from_toml(f"{run}/config.toml"))
         for kind in ("rslad", "absld-weights", "sat")
         for run in runs_of(made, kind)
     ]
@@ -317,7 +319,7 @@ def test_a_signal_stops_it_after_a_step(tmp_path, single_thread):
 
 def test_a_recipe_file_is_a_method(tmp_path, capfd):
     Path("warm.toml").write_text('temperature_rate = 0.5\nfidelity = "released"\n')
-    Path("mine.py").write_text("from absld.methods.absld import Sat\nclass Own(Sat): pass\n")
+    Path("mine.py").write_text("from absld.methods import Sat\nclass Own(Sat): pass\n")
     given = ["--methods", "absld,warm.toml,mine:Own", *SETTINGS]
     assert main("compare", *given) == 0
     document = document_of("runs")
@@ -416,8 +418,12 @@ def test_faults_before_anything_is_trained(flags, cause, way_out, capfd, monkeyp
 
 
 def test_seeds():
-    assert absld.cli.app.seed_list("") == [0] and absld.cli.app.seed_list("3") == [0, 1, 2]
-    assert absld.cli.app.seed_list("4,") == [4] and absld.cli.app.seed_list("0,3,7") == [0, 3, 7]
+    assert absld.cli.options.seed_list("") == [0] and absld.cli.options.seed_list("3") == [0, 1, 2]
+    assert absld.cli.options.seed_list("4,") == [4] and absld.cli.options.seed_list("0,3,7") == [
+        0,
+        3,
+        7,
+    ]
 
 
 def test_labels_tell_settings_apart_but_not_seeds():

@@ -10,19 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from absld.config.settings import (
-    METHOD_RECIPES,
-    RECIPES,
-    Config,
-    TrainConfig,
-    bare,
-    from_toml,
-    is_choice,
-    parse,
-    resolve,
-    source,
-    to_toml,
-)
+from absld.config.files import from_toml, to_toml
+from absld.config.parsing import bare, is_choice, parse
+from absld.config.recipes import METHOD_RECIPES, RECIPES
+from absld.config.resolve import resolve, source
+from absld.config.settings import Config, TrainConfig
 from absld.errors import UsageError
 
 TYPES = get_type_hints(Config)
@@ -89,9 +81,9 @@ def test_a_flag_is_read_as_a_line_of_a_file_is(settings):
     """A flag is a text; the same value as a number in a file is the same setting."""
     for name, value in resolve(settings).__dict__.items():
         if isinstance(value, tuple) and value:
-            assert parse(name, ",".join(map(repr, value))) == value
+            assert parse(name, ",".join(map(repr, value)), Config) == value
         elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            assert parse(name, str(value)) == value
+            assert parse(name, str(value), Config) == value
 
 
 def test_what_a_file_does_not_say_comes_from_the_recipe(tmp_path):
@@ -312,7 +304,7 @@ def test_methods_are_compared_with_one_schedule(method):
 
 
 def test_methods_have_the_names_that_are_there():
-    from absld.methods.absld import METHODS
+    from absld.methods import METHODS
 
     assert METHODS.keys() == METHOD_RECIPES.keys()
 

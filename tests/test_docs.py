@@ -284,7 +284,7 @@ def test_deviations_are_numbered_and_whole():
 def test_the_release_on_our_code_is_what_its_flags_say():
     (command,) = re.findall(r"^    absld train (.*)$", read(DOCS / "deviations.md"), re.MULTILINE)
     names_and_values = re.findall(r"--(\S+) (\S+)", command)
-    config = absld.config.settings.resolve(
+    config = absld.config.resolve.resolve(
         {n.replace("-", "_"): value for n, value in names_and_values}
     )
     assert (config.fidelity, config.kl_scale, config.select_on) == ("released", 0.1, "test")

@@ -4,7 +4,6 @@ import subprocess
 
 import torch
 
-import absld
 from absld.storage.environment import commit, environment
 
 
@@ -14,21 +13,20 @@ def git(folder, *arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path):
     """Not of a repository that it is installed in, which does not know it."""
     package = tmp_path / "absld"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(absld, "__file__", str(package / "__init__.py"))
-    assert commit() is None
+    assert commit(package) is None
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "-m", "theirs")
-    assert commit() is None
+    assert commit(package) is None
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "ours")
-    assert commit() == git(tmp_path, "rev-parse", "HEAD")
+    assert commit(package) == git(tmp_path, "rev-parse", "HEAD")
     (package / "__init__.py").write_text("1")
-    assert commit() == git(tmp_path, "rev-parse", "HEAD") + "+"
+    assert commit(package) == git(tmp_path, "rev-parse", "HEAD") + "+"
 
 
 def test_no_git_no_commit(monkeypatch):

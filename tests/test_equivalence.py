@@ -25,9 +25,10 @@ import absld.cli.app
 import absld.data.dataset
 import absld.temperature
 import absld_min
-from absld.config.settings import TrainConfig, resolve
-from absld.data.dataset import Batch, Views
-from absld.methods.absld import build_method
+from absld.config.resolve import resolve
+from absld.config.settings import TrainConfig
+from absld.data.augmentation import Batch, Views
+from absld.methods import build_method
 from absld.seeding import generator
 from absld.trainer import train_step
 
@@ -151,13 +152,13 @@ def test_batches(seed, dataset, batch_size, key):
 
     def ours(first_step=0):
         return list(
-            absld.data.dataset.batches(
+            absld.data.augmentation.batches(
                 Views(image_set(images, labels), settings.padding),
                 *key,
                 batch_size=batch_size,
                 flip=settings.flip,
                 radius=settings.start_noise,
-                steps=absld.data.dataset.steps_per_epoch(
+                steps=absld.data.augmentation.steps_per_epoch(
                     len(images), batch_size, settings.max_steps
                 ),
                 first_step=first_step,

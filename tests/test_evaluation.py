@@ -19,7 +19,8 @@ from absld.errors import NonFiniteError, UsageError
 from absld.evaluation.attacks import AutoAttackPart, SquareSearch
 from absld.evaluation.autoattack import COSTS
 from absld.evaluation.evaluate import PENDING, evaluate, paired
-from absld.metrics import METRICS, bootstrap, resampled
+from absld.evaluation.intervals import bootstrap, resampled
+from absld.metrics import METRICS
 
 C = 3
 NAMES = ("ant", "bee", "cat")

@@ -12,7 +12,8 @@ from tolerance import assert_close
 
 import absld
 from absld.data.dataset import stratified
-from absld.metrics import METRICS, bootstrap, resampled, rho, wilson
+from absld.evaluation.intervals import bootstrap, resampled, wilson
+from absld.metrics import METRICS, rho
 
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 

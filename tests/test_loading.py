@@ -12,7 +12,9 @@ from absld.errors import CheckpointError, UsageError
 from absld.models import loading
 from absld.models.architectures import MODELS, build_model
 from absld.models.loading import load_network
-from absld.storage.checkpoint import RunDirectory, digest, save
+from absld.storage.checkpoint import save
+from absld.storage.files import digest
+from absld.storage.run_directory import RunDirectory
 
 KEY = (0, "test")
 C = 3

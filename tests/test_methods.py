@@ -12,9 +12,9 @@ from torch import nn
 import absld
 from absld.attack import kl
 from absld.config.settings import TrainConfig
-from absld.data.dataset import Batch
+from absld.data.augmentation import Batch
 from absld.errors import UsageError
-from absld.methods.absld import Absld, Rslad, Trades, build_method
+from absld.methods import Absld, Rslad, Trades, build_method
 
 C = 3
 EPSILON = 0.1

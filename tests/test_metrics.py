@@ -14,15 +14,8 @@ from torch import nn
 
 import absld
 import absld_min
-from absld.metrics import (
-    METRICS,
-    bootstrap,
-    class_hits,
-    resampled,
-    rho,
-    wilson,
-    worst_tenth,
-)
+from absld.evaluation.intervals import bootstrap, resampled, wilson
+from absld.metrics import METRICS, class_hits, rho, worst_tenth
 
 accuracies = draw.vectors(0.01, 1)
 

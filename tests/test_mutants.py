@@ -87,7 +87,7 @@ MUTANTS = {
         on_both("test_attack.py::test_closed_form_of_a_linear_model"),
     ),
     "natural before adversarial": alike(
-        "methods", D3, "nat_logits, adv_logits = student(x_nat), student(x_adv)", FORWARDS
+        "methods/absld", D3, "nat_logits, adv_logits = student(x_nat), student(x_adv)", FORWARDS
     ),
     "one forward of both": alike(
         "methods/absld",
@@ -111,7 +111,7 @@ MUTANTS = {
         "temperature", 'fidelity == "released"', 'fidelity == "read"', RELEASED
     ),
     "risks set, not added": apart(
-        "class_mean",
+        "metrics",
         (
             "torch.where(member, risk.unsqueeze(1), 0).sum(0)",
             "risk.new_zeros(num_classes).index_put((labels,), risk)",
@@ -153,7 +153,7 @@ MUTANTS = {
         ],
     ),
     "uniform start": apart(
-        "data/dataset",
+        "data/augmentation",
         ("0.001 * torch.randn(", "0.002 * torch.rand("),
         ("torch.randn if start", "torch.rand if start"),
         [

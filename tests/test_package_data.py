@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from image_files import make_cifar, make_folder, numbered
 
 import absld_min
-from absld.data.dataset import (
-    ImageSet,
-    Views,
-    batches,
-    pixels,
-    steps_per_epoch,
-    stratified,
-)
+from absld.data.augmentation import Views, batches, steps_per_epoch
+from absld.data.dataset import ImageSet, pixels, stratified
 from absld.data.sources import hold_out, load_data
 from absld.errors import DataError
 from absld.seeding import generator

@@ -13,11 +13,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import absld
-from absld.config.settings import TrainConfig, resolve
-from absld.data.dataset import Batch
+from absld.config.resolve import resolve
+from absld.config.settings import TrainConfig
+from absld.data.augmentation import Batch
 from absld.errors import UsageError
-from absld.methods.absld import METHODS, Absld, Counting, Method, build_method, method_class
-from absld.methods.reweighting import class_margins, class_weights
+from absld.methods import (
+    METHODS,
+    Absld,
+    Counting,
+    Method,
+    build_method,
+    class_margins,
+    class_weights,
+    method_class,
+)
 from absld.trainer import train_step
 
 C, N, D = 3, 9, 12
@@ -384,7 +393,7 @@ class Mine(Method):
 
 def test_a_method_by_import_path(monkeypatch, tmp_path):
     (tmp_path / "minez.py").write_text(
-        "from absld.methods.absld import Sat\nclass Own(Sat):\n    beta = 3\nclass No:\n    pass\nx = 3\n"
+        "from absld.methods import Sat\nclass Own(Sat):\n    beta = 3\nclass No:\n    pass\nx = 3\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*__import__("sys").path])

@@ -26,12 +26,14 @@ import absld
 import absld.data.dataset
 import absld.runs.training_run
 from absld.cli import app as cli
-from absld.config.settings import of_run, resolve, to_toml
+from absld.config.files import of_run, to_toml
+from absld.config.resolve import resolve
 from absld.data.dataset import ImageSet, Splits
 from absld.engine.logit_cache import LogitBank, RememberingTeacher
 from absld.errors import AbsldError, CheckpointError
 from absld.models.architectures import build_model
-from absld.storage.checkpoint import RunDirectory, content_digest, load, save
+from absld.storage.checkpoint import content_digest, load, save
+from absld.storage.run_directory import RunDirectory
 
 FLAGS = ["train", "--epochs", "40", "--batch-size", "8", "--max-steps", "2", "--attack-steps", "2"]
 FLAGS += ["--allow-weak-teacher", "--device", "cpu"]
@@ -403,7 +405,7 @@ class Half(torch.nn.Module):
 
 
 def test_a_bank_does_not_remember_what_is_not_finite(tmp_path):
-    views = absld.data.dataset.Views(few().train, 1)
+    views = absld.data.augmentation.Views(few().train, 1)
     bank = LogitBank.open(tmp_path, {"of": "half"}, len(views), 10)
     remembering = RememberingTeacher(Half(), bank)
     index = torch.tensor([4, 5, 6])

@@ -22,15 +22,9 @@ from absld.attack import cross_entropy, kl
 from absld.config.settings import TrainConfig
 from absld.engine.batch_norm_folding import Folded
 from absld.engine.cuda_graph import Recorded, tensors_of
-from absld.engine.engine import (
-    Compiled,
-    Engine,
-    arithmetic,
-    in_precision,
-    laid_out,
-    training_attack,
-)
+from absld.engine.engine import Compiled, Engine, training_attack
 from absld.engine.logit_cache import Bank, RememberingTeacher, fill
+from absld.engine.precision import arithmetic, in_precision, laid_out
 from absld.errors import NonFiniteError, UsageError
 from absld.models.architectures import Normalised
 from absld.seeding import global_generator

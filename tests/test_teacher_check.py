@@ -12,7 +12,8 @@ import absld
 from absld.cli.teacher_view import teacher_lines
 from absld.data.sources import load_data
 from absld.models.architectures import build_model
-from absld.storage.checkpoint import digest, load, save
+from absld.storage.checkpoint import load, save
+from absld.storage.files import digest
 
 CPU = ["--device", "cpu"]
 DIGITS = ["--dataset", "digits", *CPU]

@@ -18,14 +18,18 @@ import absld
 from absld import trainer
 from absld.attack import TrainingAttack
 from absld.config.settings import TrainConfig
-from absld.data.dataset import ImageSet, Views, batches
-from absld.engine.engine import arithmetic, in_precision
+from absld.data.augmentation import Views, batches
+from absld.data.dataset import ImageSet
+from absld.engine.precision import arithmetic, in_precision
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
-from absld.evaluation.validation import ClassAccuracies
-from absld.methods.absld import build_method
+from absld.methods import build_method
+from absld.metrics import ClassAccuracies
+from absld.progress import StepReport
 from absld.seeding import global_generator
-from absld.storage.checkpoint import RunDirectory, digest, load
-from absld.trainer import StepReport, fit
+from absld.storage.checkpoint import load
+from absld.storage.files import digest
+from absld.storage.run_directory import RunDirectory
+from absld.trainer import fit
 
 C = 3
 CONFIG = TrainConfig(

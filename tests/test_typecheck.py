@@ -11,7 +11,7 @@ from torch import nn
 import absld
 import absld.attack
 from absld.config.settings import TrainConfig
-from absld.methods.absld import build_method
+from absld.methods import build_method
 
 N, C = 4, 3
 LOGITS, LABELS = torch.zeros(N, C), torch.zeros(N, dtype=torch.long)
@@ -51,5 +51,5 @@ def test_every_public_function_is_checked():
 def test_a_protocol_is_checked_too():
     """What `build_method` returns is a Method; something else in its place would be refused."""
     built = build_method(TrainConfig(method="trades"), C)
-    assert isinstance(built, absld.methods.absld.Method)
-    assert not isinstance(object(), absld.methods.absld.Method)
+    assert isinstance(built, absld.methods.base.Method)
+    assert not isinstance(object(), absld.methods.base.Method)

@@ -24,11 +24,13 @@ from absld.attack import frozen_eval, kl
 from absld.bench.peak_throughput import Ceilings
 from absld.bench.timing import Stopwatch, memory_taken
 from absld.config.settings import TrainConfig
-from absld.data.dataset import Draw, ImageSet, pixels
-from absld.engine.engine import Engine, arithmetic, laid_out, resolve_device, training_attack
+from absld.data.augmentation import Draw
+from absld.data.dataset import ImageSet, pixels
+from absld.engine.engine import Engine, training_attack
 from absld.engine.logit_cache import Bank, RememberingTeacher, bank_bytes, rows_of
+from absld.engine.precision import arithmetic, laid_out, resolve_device
 from absld.errors import NonFiniteError
-from absld.evaluation.teacher import freeze
+from absld.evaluation.validation import freeze
 from absld.models.architectures import build_model
 from absld.seeding import generator
 from absld.storage.environment import environment

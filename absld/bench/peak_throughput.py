@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from absld.bench.timing import Stopwatch
-from absld.engine.engine import arithmetic
+from absld.engine.precision import arithmetic
 
 SIZE = {"cpu": 2048, "cuda": 8192}
 LEAST = 0.2  # seconds of each, in each round

@@ -1,37 +1,26 @@
 """The command line. Heavy imports are inside the commands, so that help answers at once."""
 
 import contextlib
-import inspect
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import Field, asdict, fields
-from typing import Annotated, Any, get_args, get_type_hints
+from dataclasses import asdict, fields
+from typing import Annotated, Any
 
 import typer
 
-from absld.config.settings import (
-    METHOD_RECIPES,
-    RECIPES,
-    Config,
-    EvaluationConfig,
-    Settings,
-    bare,
-    from_toml,
-    group,
-    is_choice,
-    parse,
-    resolve,
-    source,
-)
+from absld.cli.options import given, seed_list, shown, with_settings
+from absld.cli.signals import Stop, exit_code_of_a_signal
+from absld.config.files import from_toml
+from absld.config.parsing import parse
+from absld.config.recipes import METHOD_RECIPES, RECIPES
+from absld.config.resolve import resolve, source
+from absld.config.settings import Config, EvaluationConfig, group
 from absld.errors import (
     AbsldError,
     CheckpointError,
-    Interrupted,
-    Stopped,
     UnreliableError,
     UsageError,
 )
@@ -110,69 +99,7 @@ def show(
                 typer.echo(f"{f.name:20} {value:20} {origin:24} {f.metadata['meaning']}")
 
 
-def shown(value: Any) -> str:
-    """A setting's value as a person writes it."""
-    if value is None or value == "":
-        return "-"
-    if isinstance(value, tuple):
-        return ",".join(map(shown, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
-
-
 # --- Settings as options ---
-
-ALIASES = {"epsilon": ["--eps"]}
-
-
-def with_settings(
-    of: type[Settings], without: Sequence[str] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command every setting of a class, but those `without`, as an option, in place of its
-    `**settings`."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
-        kinds = get_type_hints(of)
-        options = [option(f, kinds[f.name]) for f in fields(of) if f.name not in without]
-        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]  # inspect reads it
-        del command.__annotations__["settings"]
-        command.__annotations__ |= {p.name: p.annotation for p in options}
-        return command
-
-    return decorate
-
-
-def option(f: "Field[Any]", kind: Any) -> inspect.Parameter:
-    """A setting as a command line option: its name, its meaning and its defaults."""
-    defaults = [shown(f.default)] + [
-        f"{name}: {shown(recipe[f.name][0])}"
-        for name, recipe in (RECIPES | METHOD_RECIPES).items()
-        if f.name in recipe and f.name != "dataset"
-    ]
-    kind = bare(kind)
-    metavar = "|".join(get_args(kind)) if is_choice(kind) else {str: "TEXT", float: "X"}.get(kind)
-    flag = "--" + f.name.replace("_", "-")
-    about = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-        *ALIASES.get(f.name, []),
-        help=f"{f.metadata['meaning']} [dim]({'; '.join(defaults)})[/]",
-        metavar=None if kind is bool else metavar or "N",
-        rich_help_panel=group(f),
-        show_default=False,
-    )
-    # The text is read by absld.config.settings, as in a recipe file: one place knows what is allowed.
-    value: Any = bool if kind is bool else str
-    return inspect.Parameter(
-        f.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[value | None, about],
-    )
-
-
-def given(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given as flags."""
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 # --- Commands ---
@@ -458,18 +385,6 @@ def bank(*, debug: Debug = False, **settings: Any) -> None:
                 told = now
 
 
-def seed_list(text: str) -> list[int]:
-    """5 as the seeds 0 to 4, or the numbers that are listed; one seed where nothing is said."""
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()] or [1]
-    except ValueError:
-        raise UsageError(f"seeds takes whole numbers, not {text!r}", "5, or 0,3,7") from None
-    seeds = numbers if "," in text else list(range(numbers[0]))
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"seeds takes different numbers, not {text!r}", "5, or 0,3,7")
-    return seeds
-
-
 @app.command()
 def bench(
     *,
@@ -554,37 +469,6 @@ def report(
 # --- Signals, errors, exit codes ---
 
 
-class Stop:
-    """Ctrl-C and SIGTERM. While a training runs, the first asks it to stop after its step, when
-    it saves itself; at other times, and the second time, the process ends at once."""
-
-    def __init__(self, *, patient: bool = False) -> None:
-        self.training = False
-        self.received = 0
-        self.patient = patient  # torchrun passes on what the terminal has sent already
-
-    def __enter__(self) -> "Stop":
-        self.before = {n: signal.signal(n, self.hear) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def hear(self, number: int, frame: object) -> None:
-        if self.received and self.patient:
-            return
-        if self.received or not self.training:
-            raise Stopped(128 + number)
-        self.received = number
-        print("stopping after this step; a second signal stops at once", file=sys.stderr)
-
-    def check(self) -> None:
-        """Raises Interrupted if the process has been asked to stop."""
-        if self.received:
-            raise Interrupted(self.received)
-
-
 def main() -> None:
     """Run a command; exit codes as promised, an error in two lines on stderr."""
     if hasattr(signal, "SIGPIPE"):
@@ -605,18 +489,6 @@ def main() -> None:
         sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def exit_code_of_a_signal(error: BaseException | None) -> int | None:
-    """That of the signal an error comes from: what it interrupts, such as an import, may make
-    another error of it."""
-    while error is not None:
-        if isinstance(error, Stopped):
-            return error.exit_code
-        if isinstance(error, KeyboardInterrupt):
-            return 130
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def explained(error: Exception) -> tuple[int, str, str]:

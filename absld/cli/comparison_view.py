@@ -10,10 +10,10 @@ from absld.cli.training_view import Lines, time_text
 from absld.config.settings import TrainConfig
 from absld.evaluation.evaluate import Progress
 from absld.evaluation.sanity_checks import Check
+from absld.progress import EpochReport, Role, StepReport
 from absld.report.comparison_tables import shown, terminal
 from absld.runs.comparison import Comparison, Member
 from absld.runs.training_run import Stops
-from absld.trainer import EpochReport, Role, StepReport
 
 
 class ComparisonView(Lines):

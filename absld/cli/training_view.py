@@ -13,8 +13,8 @@ from torch import Tensor
 
 from absld.config.settings import TrainConfig
 from absld.metrics import fairness, worst_tenth
+from absld.progress import EpochReport, Role, StepReport
 from absld.runs.training_run import Result, Stops
-from absld.trainer import EpochReport, Role, StepReport
 
 HEAD = "epoch     lr    loss  clean robust  worst    NSD temperatures seconds images/s"
 SHOWN_CLASSES = 12

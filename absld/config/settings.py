@@ -6,28 +6,18 @@ the records of runs are all made of the fields below. `RECIPES` holds what a dat
 `METHOD_RECIPES` what a method does.
 """
 
-import difflib
-import hashlib
-import json
 import math
 import re
-import tomllib
-import types
-from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from fractions import Fraction
-from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
-from absld.errors import CheckpointError, UsageError
+from absld.config.parsing import SEE_HELP, did_you_mean, parse
+from absld.config.recipes import METHOD_RECIPES, OWN, RELEASE
+from absld.errors import UsageError
 
 T = TypeVar("T")
 Precision = Literal["fp32", "tf32", "bf16"]
 Dataset = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"]
-
-RELEASE = "the authors' release"
-OWN = "decided here"
-SEE_HELP = "--help, or `absld recipe show digits`, lists every setting"
 
 
 def setting(
@@ -271,204 +261,5 @@ class EvaluationConfig(Settings):
     device: str = setting("auto", "Run", "auto is cuda where there is one, else cpu", OWN)
 
 
-DIGITS_SOURCE = "decided here, for digits"
-RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
-    "digits": {
-        "dataset": ("digits", DIGITS_SOURCE),
-        "student": ("convnet", DIGITS_SOURCE),
-        "teacher_model": ("convnet", DIGITS_SOURCE),
-        "epochs": (40, DIGITS_SOURCE),
-        "teacher_epochs": (30, DIGITS_SOURCE),
-        "epsilon": (0.1, DIGITS_SOURCE),
-        "padding": (1, DIGITS_SOURCE),
-        "flip": (0.0, DIGITS_SOURCE),
-    },
-    "cifar10": {"dataset": ("cifar10", "the paper")},
-    "cifar100": {"dataset": ("cifar100", "the paper")},
-    "svhn": {"dataset": ("svhn", OWN), "flip": (0.0, "decided here: a mirrored digit is none")},
-    "tiny-imagenet": {"dataset": ("tiny-imagenet", OWN), "image_size": (64, "its images")},
-    "folder": {"dataset": ("folder", OWN)},
-}
-HALF_AND_THREE_QUARTERS = (100 / 200, 150 / 200)
-METHOD_RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
-    "absld": {},  # the defaults
-    "absld-weights": {},
-    "absld-margins": {},
-    "rslad": {},
-    "fair-rslad": {},
-    "ard": {
-        "start": ("uniform", "ARD"),
-        "adv_weight": (1.0, "ARD"),
-        "epochs": (200, "ARD"),
-        "milestones": (HALF_AND_THREE_QUARTERS, "ARD"),
-    },
-    "adaad": {
-        "adv_weight": (1.0, "AdaAD"),
-        "epochs": (200, "AdaAD"),
-        "milestones": (HALF_AND_THREE_QUARTERS, "AdaAD"),
-        "weight_decay": (5e-4, "AdaAD"),
-    },
-    "trades": {
-        "relative_step_size": (0.007 / 0.031, "TRADES"),
-        "epochs": (76, "TRADES"),
-        "milestones": ((75 / 76,), "TRADES"),
-    },
-    "sat": {"start": ("uniform", "PGD adversarial training")},
-}
-
-
 def group(setting_field: "Field[Any]") -> str:
     return str(setting_field.metadata["group"])
-
-
-GROUPS = {f.name: group(f) for f in fields(Config)}
-
-
-def resolve(given: Mapping[str, Any], *, schedule_of_method: bool = True) -> Config:
-    """A whole configuration from the settings given: defaults, then the method's recipe, then the
-    data set's, then `given`. Without its schedule, a method's recipe says how it computes, and
-    not how long: so methods are compared.
-
-    Raises UsageError for an unknown name or a value of the wrong type."""
-    given = {name: parse(name, value) for name, value in given.items()}
-    brought = {
-        name: value
-        for name, (value, _) in METHOD_RECIPES.get(given.get("method", "absld"), {}).items()
-        if schedule_of_method or GROUPS[name] != "Training"
-    }
-    of_dataset = {n: value for n, (value, _) in RECIPES[given.get("dataset", "digits")].items()}
-    return Config(**brought | of_dataset | given)
-
-
-def source(config: Config, name: str) -> str:
-    """Where the value of a setting comes from."""
-    recipe = RECIPES[config.dataset]
-    if name in recipe and recipe[name][0] == getattr(config, name):
-        return recipe[name][1]
-    if is_of_method(config, name):
-        return METHOD_RECIPES[config.method][name][1]
-    standard = next(f for f in fields(Config) if f.name == name)
-    is_default = standard.default == getattr(config, name)
-    return str(standard.metadata["source"]) if is_default else "given"
-
-
-def is_of_method(config: Config, name: str) -> bool:
-    """Is the value of a setting that of the method's recipe?"""
-    recipe = METHOD_RECIPES.get(config.method, {})
-    return (
-        name in recipe
-        and name not in RECIPES[config.dataset]
-        and recipe[name][0] == getattr(config, name)
-    )
-
-
-SEAL = "# SHA-256 of the lines above, which a run is read with: "
-
-
-def to_toml(config: Config) -> str:
-    """The settings as a recipe file, which `--recipe` reads back, sealed."""
-    values = {f.name: getattr(config, f.name) for f in fields(Config)}
-    lines = (f"{name} = {toml(value)}" for name, value in values.items() if value is not None)
-    text = "\n".join(lines) + "\n"
-    return f"{text}{SEAL}{sha256(text.encode())}\n"
-
-
-def sha256(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()
-
-
-def of_run(path: Path) -> Config:
-    """The settings of a run, from its config.toml. Raises CheckpointError if they have changed
-    since the run wrote them, UsageError if they are no settings."""
-    values = from_toml(str(path))
-    text, seal, sealed = path.read_bytes().partition(SEAL.encode())
-    if seal and sealed.strip() != sha256(text).encode():
-        raise CheckpointError(
-            f"{path}: has changed since the run wrote it",
-            "copy it again; to train with other settings give it as --recipe",
-        )
-    return resolve(values)
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(toml, value))}]"
-    if isinstance(value, str):
-        # A JSON string is a TOML string, but for one character.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value).lower()  # True is true
-
-
-def from_toml(path: str) -> dict[str, Any]:
-    """The settings in a recipe file of lines `name = value`. Raises UsageError."""
-    try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: {error}", "needed: lines of name = value") from error
-    return {name: parse(name, value) for name, value in values.items()}
-
-
-def parse(name: str, value: Any, of: type[Settings] = Config) -> Any:
-    """The value of a setting from a flag or a recipe file, both of which may write 8/255.
-
-    Raises UsageError with the nearest known name, or with what the setting takes.
-    """
-    types_of = get_type_hints(of)
-    if name not in types_of:
-        raise UsageError(f"there is no setting {name!r}", did_you_mean(name, types_of))
-    kind = types_of[name]
-    try:
-        return convert(kind, value)
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
-        raise UsageError(
-            f"{name} takes {described(kind)}, not {value!r}",
-            did_you_mean(str(value), get_args(bare(kind)) if is_choice(kind) else ()),
-        ) from None
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else SEE_HELP
-
-
-def bare(kind: Any) -> Any:
-    """A type without its `| None`."""
-    return get_args(kind)[0] if get_origin(kind) in (types.UnionType, Union) else kind
-
-
-def is_choice(kind: Any) -> bool:
-    """Does a setting of this type take one of a few words?"""
-    return get_origin(bare(kind)) is Literal
-
-
-def convert(kind: Any, value: Any) -> Any:
-    """`value` as a `kind`, or ValueError."""
-    if bare(kind) is not kind:
-        return None if value is None else convert(bare(kind), value)
-    if is_choice(kind):
-        if value not in get_args(kind):
-            raise ValueError(value)
-        return value
-    if get_origin(kind) is tuple:
-        parts = [part for part in value.split(",") if part] if isinstance(value, str) else value
-        return tuple(convert(float, part) for part in parts)
-    if kind is float and isinstance(value, str):
-        return float(Fraction(value)) if "/" in value else float(value)
-    if kind is int and isinstance(value, str):
-        return int(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(value)
-    return value
-
-
-def described(kind: Any) -> str:
-    """What a setting takes, in words."""
-    kind = bare(kind)
-    if is_choice(kind):
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "numbers"
-    return {float: "a number", int: "a whole number", bool: "true or false"}.get(kind, "a text")

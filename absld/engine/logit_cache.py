@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from absld.attack import frozen_eval
-from absld.data.dataset import Views, view_count
+from absld.data.augmentation import Views, view_count
 from absld.errors import CheckpointError
-from absld.storage.checkpoint import digest, key_of, write_text
+from absld.storage.files import digest, key_of, write_text
 
 VERSION = 2
 CHECK_OF_ZEROS = 0x5EED  # not 0, or an empty row would be a row of zeros

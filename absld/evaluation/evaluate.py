@@ -18,8 +18,9 @@ from absld.attack import frozen_eval, project_linf
 from absld.data.dataset import ImageSet, pixels, stratified
 from absld.errors import NonFiniteError, UsageError
 from absld.evaluation.attacks import STANDARD, Attack, parse_attacks
+from absld.evaluation.intervals import Interval, bootstrap, resampled, wilson
 from absld.evaluation.validation import check_network
-from absld.metrics import METRICS, Interval, bootstrap, present, resampled, rho, wilson
+from absld.metrics import METRICS, present, rho
 from absld.seeding import generator
 
 PENDING = -1

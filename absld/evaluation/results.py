@@ -15,9 +15,9 @@ from torch import Tensor
 from absld.errors import CheckpointError
 from absld.evaluation.attacks import Attack
 from absld.evaluation.evaluate import Differences, Evaluation
-from absld.metrics import Interval
+from absld.evaluation.intervals import Interval
 from absld.models.loading import Network
-from absld.storage.checkpoint import digest
+from absld.storage.files import digest
 
 SCHEMA = "absld-evaluation-1"
 
@@ -105,3 +105,8 @@ def read(path: Path) -> dict[str, Any]:
 KEYS = {"environment", "seconds", "network", "data", "settings", "attacks", "robust"}
 KEYS |= {"confusion", "checks", "against"}
 NEEDED = "needed: an evaluation.json by `absld evaluate`"
+
+
+def warnings(document: Mapping[str, Any]) -> list[str]:
+    """The names of the checks that did not pass."""
+    return [check["name"] for check in document["checks"] or () if not check["passed"]]

@@ -16,21 +16,25 @@ import torch
 from torch import nn
 
 from absld.attack import frozen_eval
-from absld.config.settings import Config, EvaluationConfig, of_run, resolve
+from absld.config.files import of_run
+from absld.config.resolve import resolve
+from absld.config.settings import Config, EvaluationConfig
 from absld.data.dataset import ImageSet, pixels
 from absld.data.sources import load_data
-from absld.engine.engine import arithmetic, in_precision, resolve_device
+from absld.engine.precision import arithmetic, in_precision, resolve_device
 from absld.errors import AbsldError, CheckpointError, NonFiniteError, UsageError
 from absld.evaluation import results as document
 from absld.evaluation.attacks import Attack, parse_attacks
 from absld.evaluation.evaluate import Evaluation, Progress, evaluate, paired
+from absld.evaluation.results import warnings
 from absld.evaluation.sanity_checks import Check, checks
 from absld.evaluation.validation import check_network
 from absld.models.architectures import MODELS
 from absld.models.loading import Network, load_network
-from absld.report.summary import warnings
-from absld.storage.checkpoint import RunDirectory, digest, key_of, load, save, write_text
+from absld.storage.checkpoint import load, save
 from absld.storage.environment import environment
+from absld.storage.files import digest, key_of, write_text
+from absld.storage.run_directory import RunDirectory
 
 SAVE_EVERY = 10.0  # seconds
 ANEW = "remove it to evaluate anew"

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from absld.attack import frozen_eval
 from absld.config.settings import EvaluationConfig
 from absld.data.dataset import ImageSet, pixels
-from absld.engine.engine import arithmetic, in_precision, resolve_device
+from absld.engine.precision import arithmetic, in_precision, resolve_device
 from absld.evaluation.attacks import parse_attacks
 from absld.evaluation.calibration import Calibration, calibration, entropies
 from absld.evaluation.evaluate import Evaluation, Progress, evaluate
 from absld.evaluation.results import about_network, results
 from absld.evaluation.runner import completed, images, network_at_fault, network_of
-from absld.evaluation.teacher import MARGIN
+from absld.evaluation.validation import MARGIN
 from absld.metrics import present
 from absld.storage.environment import environment
 

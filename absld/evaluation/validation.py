@@ -1,25 +1,16 @@
 """What training asks of a network: does it fit the images, and how good is each class by now?"""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from absld.attack import cross_entropy, frozen_eval, pgd
 from absld.data.dataset import ImageSet, pixels
 from absld.engine.distributed import ALONE, Ranks
 from absld.errors import CheckpointError, NonFiniteError
-from absld.metrics import class_hits
+from absld.metrics import ClassAccuracies, class_hits, fairness
 from absld.seeding import generator
-
-
-class ClassAccuracies(NamedTuple):
-    """Accuracy of each class (C,) in [0,1]; NaN for a class without images."""
-
-    clean: Float[Tensor, " c"]
-    robust: Float[Tensor, " c"]
 
 
 def validate(
@@ -98,3 +89,30 @@ def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
             f"{name} gives {given} for {len(some)} images, needed are logits {needed}",
             "needed: a network of these classes",
         )
+
+
+MARGIN = 0.05
+
+
+def freeze(teacher: nn.Module) -> nn.Module:
+    """Set a teacher to eval mode and its parameters to ask for no gradient, for good."""
+    return teacher.eval().requires_grad_(False)
+
+
+def check_teacher(teacher: nn.Module, validation: ImageSet, name: str, allow_weak: bool) -> float:
+    """The teacher's clean average on validation images.
+
+    Raises CheckpointError if it does not fit the images and classes, gives no finite logits, or is
+    within five points of chance, unless that is allowed.
+    """
+    check_network(teacher, validation, name)
+    try:
+        accuracy = fairness(validate(teacher, validation, epsilon=0.0, steps=0).clean).average
+    except NonFiniteError as error:
+        raise CheckpointError(f"{name}: {error}", "needed: a sound teacher") from error
+    if accuracy < 1 / validation.num_classes + MARGIN and not allow_weak:
+        raise CheckpointError(
+            f"{name}: near chance on validation images, {accuracy:.1%} clean",
+            "needed: a better teacher, longer training of it, or --allow-weak-teacher",
+        )
+    return accuracy

@@ -18,7 +18,9 @@ from absld.config.imports import import_object
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.models.architectures import MODELS, Normalised, build_model, seeded
 from absld.seeding import Key
-from absld.storage.checkpoint import RunDirectory, digest, load
+from absld.storage.checkpoint import load
+from absld.storage.files import digest
+from absld.storage.run_directory import RunDirectory
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema")
 PREFIXES = re.compile(r"^((module|model|net|_orig_mod)\.)+")

@@ -6,7 +6,7 @@ from typing import Any
 
 from absld.errors import UsageError
 from absld.report.summary import clip
-from absld.storage.checkpoint import replacing
+from absld.storage.files import replacing
 
 # Colours that the colour-blind tell apart, each with a marker of its own.
 COLOURS = ("#0b5cad", "#c77700", "#1b7f4d", "#a3307f", "#56a0d3", "#7a5c00", "#a33300", "#444c56")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absld.errors import UsageError
+from absld.evaluation.results import warnings
 from absld.report.summary import (
     INTERVALS,
     MANY,
@@ -35,7 +36,6 @@ from absld.report.summary import (
     title,
     trajectories,
     verdict,
-    warnings,
     worst,
 )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation import results as documents
+from absld.evaluation.results import warnings
 from absld.report import figure as plots
 from absld.report.summary import (
     INTERVALS,
@@ -33,11 +34,11 @@ from absld.report.summary import (
     title,
     trajectories,
     verdict,
-    warnings,
     worst,
 )
 from absld.report.svg import Bar, Markup, bars, join, lines, tag
-from absld.storage.checkpoint import RunDirectory, replacing
+from absld.storage.files import replacing
+from absld.storage.run_directory import RunDirectory
 
 FREQUENT = 20  # confusions that are listed where there are too many classes for a map
 NARROW = 12  # more classes than these take the whole width

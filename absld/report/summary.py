@@ -213,11 +213,6 @@ def worst(document: Mapping[str, Any]) -> list[int]:
     return [k for k, value in enumerate(values) if value is not None and value == least]
 
 
-def warnings(document: Mapping[str, Any]) -> list[str]:
-    """The names of the checks that did not pass."""
-    return [check["name"] for check in document["checks"] or () if not check["passed"]]
-
-
 def verdict(each: Mapping[str, Any], name: str) -> str:
     """What an interval of a difference says: it is better or worse if it leaves out zero."""
     low, high = each["low"], each["high"]

@@ -13,30 +13,27 @@ from typing import Any, Protocol
 
 import torch
 
-from absld.runs import training_run as job
+from absld.config.files import from_toml, of_run
+from absld.config.recipes import METHOD_RECIPES
+from absld.config.resolve import GROUPS, resolve
+from absld.config.settings import Config, EvaluationConfig
+from absld.data.dataset import Splits
+from absld.data.sources import load_data
+from absld.engine.precision import resolve_device
+from absld.errors import AbsldError, CheckpointError, Interrupted, UsageError
+from absld.evaluation.attacks import parse_attacks
+from absld.evaluation.evaluate import Differences, Evaluation, paired
+from absld.evaluation.intervals import Interval, over_seeds
+from absld.evaluation.results import to_json
 from absld.evaluation.runner import Assessment, assess_network, completed, network_of
 from absld.evaluation.runner import Observer as EvaluationObserver
-from absld.storage.checkpoint import RunDirectory, key_of, write_text
+from absld.metrics import METRICS, present, rho
 from absld.report.comparison_plot import plot
 from absld.report.comparison_tables import csv_text, latex, markdown
-from absld.config.settings import (
-    GROUPS,
-    METHOD_RECIPES,
-    Config,
-    EvaluationConfig,
-    from_toml,
-    of_run,
-    resolve,
-)
-from absld.data.dataset import Splits
-from absld.evaluation.results import to_json
+from absld.runs import training_run as job
 from absld.storage.environment import environment
-from absld.errors import AbsldError, CheckpointError, Interrupted, UsageError
-from absld.evaluation.evaluate import Differences, Evaluation, paired
-from absld.metrics import METRICS, Interval, over_seeds, present, rho
-from absld.engine.engine import resolve_device
-from absld.data.sources import load_data
-from absld.evaluation.attacks import parse_attacks
+from absld.storage.files import key_of, write_text
+from absld.storage.run_directory import RunDirectory
 
 SCHEMA = "absld-comparison-1"
 OF_A_METHOD = ("Method", "Attack", "Training")  # groups of settings

@@ -10,21 +10,25 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from absld.engine.logit_cache import Bank, RememberingTeacher, bank_bytes, fill, open_bank, rows_of
-from absld.storage.checkpoint import ReadRunDirectory, RunDirectory, digest, key_of, load
-from absld.config.settings import Config, TrainConfig, of_run, to_toml
-from absld.data.dataset import Splits, Views
-from absld.storage.environment import environment
-from absld.errors import CheckpointError, UsageError
-from absld.models.loading import Network, load_network, load_state
-from absld.methods.absld import method_class
-from absld.metrics import fairness
-from absld.engine.distributed import ALONE, Ranks
-from absld.engine.engine import arithmetic, in_precision, laid_out, resolve_device
+from absld.config.files import of_run, to_toml
+from absld.config.settings import Config, TrainConfig
+from absld.data.augmentation import Views
+from absld.data.dataset import Splits
 from absld.data.sources import load_data
-from absld.evaluation.teacher import check_teacher, freeze
-from absld.trainer import EpochReport, Role, StepReport, compare, fit, plain
-from absld.evaluation.validation import ClassAccuracies, check_network, validate
+from absld.engine.distributed import ALONE, Ranks
+from absld.engine.logit_cache import Bank, RememberingTeacher, bank_bytes, fill, open_bank, rows_of
+from absld.engine.precision import arithmetic, in_precision, laid_out, resolve_device
+from absld.errors import CheckpointError, UsageError
+from absld.evaluation.validation import check_network, check_teacher, freeze, validate
+from absld.methods.registry import method_class
+from absld.metrics import ClassAccuracies, fairness
+from absld.models.loading import Network, load_network, load_state
+from absld.progress import EpochReport, Role, StepReport, plain
+from absld.storage.checkpoint import load
+from absld.storage.environment import environment
+from absld.storage.files import digest, key_of
+from absld.storage.run_directory import ReadRunDirectory, RunDirectory
+from absld.trainer import compare, fit
 
 
 class Observer(Protocol):
@@ -47,7 +51,7 @@ class Observer(Protocol):
 
 
 class Stops(Protocol):
-    """What ends a training early; see absld.cli.app.Stop."""
+    """What ends a training early; see absld.cli.signals.Stop."""
 
     training: bool
 

@@ -4,43 +4,23 @@ Checkpoints hold tensors and plain values only and are read with `weights_only=T
 a file is executed. Their content carries a SHA-256. A run directory keeps all files of a run.
 """
 
-import contextlib
 import errno
 import hashlib
 import io
-import json
-import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from absld.errors import CheckpointError, Interrupted, UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; there, a second process is not noticed
-    fcntl = None  # type: ignore[assignment]  # the module is the value wherever it exists
+from absld.errors import CheckpointError, UsageError
+from absld.storage.files import raw_bytes, replacing
 
 SEAL = "content_sha256"
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the sorted names of a state dict, each followed by dtype, shape, raw bytes."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        sha.update((name + f"{tensor.dtype}{tuple(tensor.shape)}").encode())
-        sha.update(raw_bytes(tensor))
-    return sha.hexdigest()
-
-
-def raw_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def content_digest(content: Any) -> str:
@@ -65,38 +45,6 @@ def content_digest(content: Any) -> str:
 
     walk(content)
     return sha.hexdigest()
-
-
-def key_of(made_of: Mapping[str, Any]) -> str:
-    """A short digest of settings and the like, for the name of a directory."""
-    return hashlib.sha256(repr(sorted(made_of.items())).encode()).hexdigest()[:8]
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that gets the name `path` when it is whole and on the disk, or never."""
-    # One name for all attempts: what a killed process left behind is written over.
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # some systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def save(content: dict[str, Any], path: Path) -> None:
@@ -219,110 +167,3 @@ def diagnosis(path: Path, error: Exception) -> tuple[str, str]:
     if head.startswith(b"PK"):
         return f"{path}: a checkpoint that is truncated or damaged", again
     return f"{path}: no checkpoint; it starts with {head[:20]!r}", "needed: a file by torch.save"
-
-
-class RunDirectory:
-    """The files of one run: config.toml, environment.json, metrics.jsonl, best.pt, last.pt, STATUS.
-
-    Used as a context it is locked: a second process is refused (CheckpointError), and STATUS says
-    how the run ended.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.best, self.last = self.path / "best.pt", self.path / "last.pt"
-        self.metrics = self.path / "metrics.jsonl"
-        self._lock: IO[str] | None = None
-
-    def __enter__(self) -> "RunDirectory":
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
-        if fcntl:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._lock.close()
-                raise CheckpointError(
-                    f"{self.path}: another process is at work in this run",
-                    "wait for it, or give another --out",
-                ) from None
-        self.set_status("running")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                self.set_status("finished")
-            elif issubclass(kind, Interrupted) or not issubclass(kind, Exception):
-                self.set_status("interrupted")
-            else:
-                self.set_status(f"failed: {' '.join(str(error).split())}")
-        except OSError:
-            if error is None:
-                raise
-        finally:
-            if self._lock:
-                self._lock.close()
-
-    def put(self, content: dict[str, Any], path: Path) -> None:
-        """Write a checkpoint."""
-        save(content, path)
-
-    def exists(self) -> bool:
-        """Has a run been started here?"""
-        return (self.path / "STATUS").exists()
-
-    def status(self) -> str:
-        return (self.path / "STATUS").read_text().strip()
-
-    def set_status(self, status: str) -> None:
-        self.write("STATUS", status + "\n")
-
-    def write(self, name: str, text: str) -> None:
-        write_text(self.path / name, text)
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """One record more in metrics.jsonl, on the disk when this returns."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def records(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl; a last line that was cut off is left out. Raises
-        CheckpointError for a line that is no record."""
-        if not self.metrics.exists():
-            return []
-        *whole, _ = self.metrics.read_bytes().split(b"\n")
-        try:
-            records: list[dict[str, Any]] = [json.loads(line) for line in whole]
-            _ = [(record["epoch"], record.get("seconds")) for record in records]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.metrics}: damaged ({error})", "copy the run again from where it came from"
-            ) from error
-        return records
-
-    def keep_records(self, epochs: int) -> None:
-        """Drop what was recorded after `epochs`: the checkpoint does not know of it."""
-        kept = [record for record in self.records() if record["epoch"] <= epochs]
-        self.write(self.metrics.name, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-class ReadRunDirectory(RunDirectory):
-    """A run directory in the hands of a process that leaves all writing to another."""
-
-    def __enter__(self) -> "ReadRunDirectory":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def write(self, name: str, text: str) -> None:
-        pass
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        pass
-
-    def put(self, content: dict[str, Any], path: Path) -> None:
-        pass

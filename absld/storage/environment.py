@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-import absld
-
 PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy")
 
 
@@ -21,7 +19,7 @@ def environment(device: torch.device) -> dict[str, object]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "absld": absld.__version__,
+        "absld": version("absld"),
         "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
@@ -39,9 +37,8 @@ def version(package: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """The commit of this package's own checkout, "+" where it was changed since; None without."""
-    folder = Path(absld.__file__).parent
+def commit(package: Path = Path(__file__).parents[1]) -> str | None:
+    """The commit of the package's own checkout, "+" where it was changed since; None without."""
     answers = []
     questions = (
         # A package that is installed inside somebody else's repository is not in it.
@@ -52,7 +49,7 @@ def commit() -> str | None:
     for question in questions:
         try:
             answer = subprocess.run(
-                ["git", "-C", str(folder), *question], capture_output=True, text=True, timeout=10
+                ["git", "-C", str(package), *question], capture_output=True, text=True, timeout=10
             )
         except (OSError, subprocess.TimeoutExpired):
             return None

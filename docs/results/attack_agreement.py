@@ -20,7 +20,7 @@ from torch import nn
 import absld
 from absld.attack import margin, margins
 from absld.evaluation.attacks import parse_attack
-from absld.metrics import wilson
+from absld.evaluation.intervals import wilson
 
 EPSILON = 0.1
 PGD, SAT, CW = (parse_attack(name) for name in ("pgd20", "pgd20-sat", "cw30"))

@@ -16,9 +16,9 @@ import torch
 
 import absld
 from absld.config.settings import TrainConfig
-from absld.data.dataset import Views, draws
+from absld.data.augmentation import Views, draws
 from absld.engine.logit_cache import RememberingTeacher, open_bank
-from absld.methods.absld import build_method
+from absld.methods import build_method
 from absld.trainer import train_step
 
 BATCH, ROUNDS, CLASSES = 16, 7, 10

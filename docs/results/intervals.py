@@ -3,12 +3,13 @@
     python docs/results/intervals.py
 
 Draws evaluations of networks whose class accuracies are known, and counts. Prints the table of
-intervals.md: the intervals of `absld.metrics.bootstrap`, and plain percentiles beside them.
+intervals.md: the intervals of `absld.evaluation.intervals.bootstrap`, and plain percentiles beside them.
 """
 
 import torch
 
-from absld.metrics import METRICS, bootstrap, resampled
+from absld.evaluation.intervals import bootstrap, resampled
+from absld.metrics import METRICS
 
 TRIALS, REPLICATES = 400, 1000
 SPREAD = [0.524, 0.678, 0.311, 0.318, 0.339, 0.369, 0.376, 0.468, 0.592, 0.576]

@@ -1,0 +1,55 @@
+"""What `import absld` offers; `absld/__init__.py` loads each name when it is first used."""
+
+from . import attack as attack
+from . import bench as bench
+from . import cli as cli
+from . import config as config
+from . import data as data
+from . import engine as engine
+from . import errors as errors
+from . import evaluation as evaluation
+from . import loss as loss
+from . import methods as methods
+from . import metrics as metrics
+from . import models as models
+from . import progress as progress
+from . import report as report
+from . import runs as runs
+from . import seeding as seeding
+from . import storage as storage
+from . import temperature as temperature
+from . import trainer as trainer
+from .attack import TrainingAttack as TrainingAttack
+from .attack import frozen_eval as frozen_eval
+from .attack import kl as kl
+from .attack import pgd as pgd
+from .attack import project_linf as project_linf
+from .config.settings import Config as Config
+from .config.settings import TrainConfig as TrainConfig
+from .data.dataset import ImageSet as ImageSet
+from .data.sources import load_data as load_data
+from .errors import AbsldError as AbsldError
+from .errors import CheckpointError as CheckpointError
+from .errors import DataError as DataError
+from .errors import Interrupted as Interrupted
+from .errors import NonFiniteError as NonFiniteError
+from .errors import UsageError as UsageError
+from .evaluation.evaluate import Evaluation as Evaluation
+from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.evaluate import paired as paired
+from .evaluation.validation import validate as validate
+from .loss import absld_loss as absld_loss
+from .loss import soft_label_kl as soft_label_kl
+from .metrics import fairness as fairness
+from .models.architectures import build_model as build_model
+from .models.loading import load_network as load_network
+from .progress import EpochReport as EpochReport
+from .storage.files import digest as digest
+from .storage.run_directory import RunDirectory as RunDirectory
+from .temperature import ClassTemperature as ClassTemperature
+from .temperature import class_risk_sums as class_risk_sums
+from .temperature import soften as soften
+from .temperature import update_temperature as update_temperature
+from .trainer import fit as fit
+
+__version__: str

@@ -1,0 +1,1 @@
+"""Image sets, their augmented views, and the data sets they come from."""

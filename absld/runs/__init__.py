@@ -1,0 +1,1 @@
+"""Whole runs: a training from data to test figures, and comparisons of several."""

@@ -1,0 +1,116 @@
+"""The files of one run, and the lock that one process holds on them."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from absld.errors import CheckpointError, Interrupted
+from absld.storage.checkpoint import save
+from absld.storage.files import write_text
+
+
+class RunDirectory:
+    """The files of one run: config.toml, environment.json, metrics.jsonl, best.pt, last.pt, STATUS.
+
+    Used as a context it is locked: a second process is refused (CheckpointError), and STATUS says
+    how the run ended.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.best, self.last = self.path / "best.pt", self.path / "last.pt"
+        self.metrics = self.path / "metrics.jsonl"
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+
+    def __enter__(self) -> "RunDirectory":
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise CheckpointError(
+                f"{self.path}: another process is at work in this run",
+                "wait for it, or give another --out",
+            ) from None
+        self.set_status("running")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self.set_status("finished")
+            elif issubclass(kind, Interrupted) or not issubclass(kind, Exception):
+                self.set_status("interrupted")
+            else:
+                self.set_status(f"failed: {' '.join(str(error).split())}")
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            self._lock.release()
+
+    def put(self, content: dict[str, Any], path: Path) -> None:
+        """Write a checkpoint."""
+        save(content, path)
+
+    def exists(self) -> bool:
+        """Has a run been started here?"""
+        return (self.path / "STATUS").exists()
+
+    def status(self) -> str:
+        return (self.path / "STATUS").read_text().strip()
+
+    def set_status(self, status: str) -> None:
+        self.write("STATUS", status + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        write_text(self.path / name, text)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """One record more in metrics.jsonl, on the disk when this returns."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; a last line that was cut off is left out. Raises
+        CheckpointError for a line that is no record."""
+        if not self.metrics.exists():
+            return []
+        *whole, _ = self.metrics.read_bytes().split(b"\n")
+        try:
+            records: list[dict[str, Any]] = [json.loads(line) for line in whole]
+            _ = [(record["epoch"], record.get("seconds")) for record in records]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.metrics}: damaged ({error})", "copy the run again from where it came from"
+            ) from error
+        return records
+
+    def keep_records(self, epochs: int) -> None:
+        """Drop what was recorded after `epochs`: the checkpoint does not know of it."""
+        kept = [record for record in self.records() if record["epoch"] <= epochs]
+        self.write(self.metrics.name, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+class ReadRunDirectory(RunDirectory):
+    """A run directory in the hands of a process that leaves all writing to another."""
+
+    def __enter__(self) -> "ReadRunDirectory":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def write(self, name: str, text: str) -> None:
+        pass
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def put(self, content: dict[str, Any], path: Path) -> None:
+        pass
