@@ -16,6 +16,7 @@ from . import progress as progress
 from . import report as report
 from . import runs as runs
 from . import seeding as seeding
+from . import stepper as stepper
 from . import storage as storage
 from . import temperature as temperature
 from . import trainer as trainer
@@ -36,7 +37,7 @@ from .errors import NonFiniteError as NonFiniteError
 from .errors import UsageError as UsageError
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
-from .evaluation.evaluate import paired as paired
+from .evaluation.evaluate import paired_differences as paired_differences
 from .evaluation.validation import validate as validate
 from .loss import absld_loss as absld_loss
 from .loss import soft_label_kl as soft_label_kl

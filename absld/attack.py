@@ -1,7 +1,8 @@
-"""Projected gradient descent in the L-infinity ball (D2), and what it can climb.
+"""Projected gradient descent in the L-infinity ball (D2) and its objectives, for training and for
+the named attacks of an evaluation (absld.evaluation.attacks).
 
-The attack knows a forward function and an objective of its outputs; teachers, labels and methods
-live in the objective. Pixels, epsilon and step size are in [0,1] units.
+The attack takes a forward function and an objective of its outputs; teachers, labels and methods
+are in the objective. Pixels, epsilon and step size are in [0,1] units.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,20 +16,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Objective = Callable[[Tensor], Tensor]
-"""Outputs (N,C) -> scalar to maximise, summed over the batch: an image's gradient is then the same
-in any company."""
-
+"""Outputs (N,C) -> scalar to maximise, summed over the batch, so that an image's gradient does not
+depend on the rest of the batch."""
 
 Budget = float | Float[Tensor, "n 1 1 1"]
-"""Radius of the L-infinity ball, of all images or of each; pixels in [0,1]."""
+"""Radius of the L-infinity ball, one for all images or one for each; pixels in [0,1]."""
 
 
 def project_linf(
     x_adv: Float[Tensor, "*shape"], x_nat: Float[Tensor, "*shape"], epsilon: Budget
 ) -> Float[Tensor, "*shape"]:
-    """The nearest point to `x_adv` within `epsilon` of `x_nat`, then inside the pixel box [0,1].
+    """Project `x_adv` into the ball of radius `epsilon` around `x_nat`, then into the box [0,1].
 
-    Source: D2. The ball comes first, so the box has the last word.
+    The box comes last: the result is an image. Source: D2.
     """
     return x_adv.clamp(x_nat - epsilon, x_nat + epsilon).clamp(0, 1)
 
@@ -43,13 +43,11 @@ def pgd(
     step_size: float,
     steps: int,
 ) -> Float[Tensor, "n *shape"]:
-    """Climb `objective(forward(x))` by signed gradients from `x_nat + noise`, inside the ball.
+    """Maximise `objective(forward(x))` by signed gradient steps from `x_nat + noise`, in the ball.
 
     The start is not clipped before the first step: noise moves it off the centre, where the
-    gradient of a KL is zero. Leaves no gradients on parameters and touches no global state; for
-    the mode of the network see `frozen_eval`.
-
-    Source: D2.
+    gradient of a KL is zero. No gradients are left on parameters and no global state changes; for
+    the mode of the network see `frozen_eval`. Source: D2.
     """
     x_adv = x_nat + noise
     for _ in range(steps):
@@ -64,11 +62,11 @@ def pgd(
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, `model` is in eval mode and its parameters ask for no gradient.
+    """Set `model` to eval mode, its parameters not requiring gradients, inside the context.
 
-    Batch norm is not to see the attack, and no work is spent on gradients of weights. On leaving,
-    also by an exception, the training flag of every module and `requires_grad` of every
-    parameter are what they were. Source: D2.
+    The attack then leaves batch norm alone, and no gradients of weights are computed. On leaving,
+    also by an exception, the training flag of every module and `requires_grad` of every parameter
+    are restored. Source: D2.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -85,7 +83,7 @@ def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def kl(soft_labels: Float[Tensor, "n c"]) -> Objective:
-    """Objective: KL(soft_labels || student), summed over classes and batch. Source: D2."""
+    """Make the objective KL(soft_labels || student), summed over classes and batch. Source: D2."""
     return partial(kl_to, soft_labels)
 
 
@@ -94,7 +92,10 @@ def kl_to(soft_labels: Float[Tensor, "n c"], logits: Float[Tensor, "n c"]) -> Fl
 
 
 def cross_entropy(labels: Int[Tensor, " n"]) -> Objective:
-    """Objective: cross-entropy with hard labels, summed over the batch. Source: spec, PGD-20."""
+    """Make the objective cross-entropy with hard labels, summed over the batch.
+
+    Source: arXiv 1706.06083.
+    """
     return partial(cross_entropy_of, labels)
 
 
@@ -103,16 +104,16 @@ def cross_entropy_of(labels: Int[Tensor, " n"], logits: Float[Tensor, "n c"]) ->
 
 
 def margins(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Per image, the best wrong logit minus the true one: above 0, the image is misclassified."""
+    """Compute the largest wrong logit minus the true one: above 0, the image is misclassified."""
     true = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     is_true = F.one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(is_true, -torch.inf).amax(1) - true
 
 
 def margin(labels: Int[Tensor, " n"], confidence: float = 50.0) -> Objective:
-    """Objective: the margins, in logits, capped at `confidence`, summed over the batch.
+    """Make the objective of CW: margins in logits, capped at `confidence`, summed over the batch.
 
-    Source: spec, the loss of CW-inf.
+    Source: arXiv 1608.04644.
     """
 
     def objective(logits: Tensor) -> Tensor:
@@ -123,9 +124,9 @@ def margin(labels: Int[Tensor, " n"], confidence: float = 50.0) -> Objective:
 
 @dataclass(frozen=True)
 class TrainingAttack:
-    """The inner maximisation with its settings: PGD on a frozen network in eval mode.
+    """The inner maximisation: PGD on a frozen network in eval mode.
 
-    epsilon and step_size in [0,1] pixel units; epsilon may be one for each image. Source: D2.
+    epsilon and step_size are in [0,1] pixel units; epsilon may differ by image. Source: D2.
     """
 
     epsilon: Budget

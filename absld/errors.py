@@ -1,6 +1,6 @@
-"""What can go wrong on the way to a result, each kind with its exit code.
+"""Expected faults, each kind with its exit code.
 
-A message is one line with the cause; `way_out` is one line with what to do about it.
+The message is one line with the cause; `hint` is one line with what to do.
 """
 
 
@@ -9,9 +9,9 @@ class AbsldError(Exception):
 
     exit_code = 1
 
-    def __init__(self, cause: str, way_out: str = "") -> None:
+    def __init__(self, cause: str, hint: str = "") -> None:
         super().__init__(" ".join(cause.split()))
-        self.way_out = way_out
+        self.hint = hint
 
 
 class UsageError(AbsldError, ValueError):
@@ -42,7 +42,7 @@ class Interrupted(AbsldError):
     """A request to stop, raised between two steps; what was trained so far has been saved."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number}", "--resume continues this run")
+        super().__init__(f"interrupted by signal {signal_number}", "--resume continues this run")
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 

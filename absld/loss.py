@@ -1,4 +1,4 @@
-"""The loss of the method (D4): soft labels in, a scalar out. It knows no temperatures."""
+"""The loss of the method (D4): from logits and soft labels to a scalar."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -10,11 +10,11 @@ def soft_label_kl(
     soft_labels: Float[Tensor, "n c"],
     weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """KL(soft_labels || softmax(logits)) in nats: summed over classes, mean over images.
+    """Compute KL(soft_labels || softmax(logits)) in nats: summed over classes, mean over images.
 
     The student's temperature is 1, and no factor T^2 compensates the teacher's. Finite for logits
     up to 1e4: the logarithm is taken by log_softmax. weights: factors of the images, for methods
-    that have such. Source: D4.
+    that have them. Source: D4.
     """
     log_q = F.log_softmax(logits, dim=1)
     if weights is None:
@@ -32,10 +32,10 @@ def absld_loss(
     kl_scale: float = 1.0,
     weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """`adv_weight` KL(soft_adv || adversarial) + the rest KL(soft_nat || natural), in nats.
+    """Compute adv_weight KL(soft_adv || adv) + (1 - adv_weight) KL(soft_nat || nat), in nats.
 
-    `kl_scale=0.1` gives the value of the authors' release, which averages over its ten classes
-    too. weights: factors of the images, in both terms. Source: D4.
+    `kl_scale=0.1` gives the value of the authors' release, which also averages over its ten
+    classes. weights: factors of the images, in both terms. Source: D4.
     """
     adv = soft_label_kl(adv_logits, soft_adv, weights)
     nat = soft_label_kl(nat_logits, soft_nat, weights)

@@ -1,11 +1,21 @@
-"""What is said of the accuracies of the classes, and how sure it is. Accuracies are in [0,1]."""
+"""Figures per class: sums and means over classes, and fairness metrics of class accuracies.
+
+Accuracies are in [0,1]; a class without images has NaN.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class ClassAccuracies(NamedTuple):
+    """Accuracy of each class (C,) in [0,1]; NaN for a class without images."""
+
+    clean: Float[Tensor, " c"]
+    robust: Float[Tensor, " c"]
 
 
 class Fairness(NamedTuple):
@@ -17,17 +27,21 @@ class Fairness(NamedTuple):
 
 
 def class_hits(
-    predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], num_classes: int
+    predictions: Int[Tensor, " n"], labels: Int[Tensor, " n"], num_classes: int
 ) -> Int[Tensor, " c"]:
-    """Per class, the number of images that were predicted right; adds up over batches."""
-    return labels[predicted == labels].bincount(minlength=num_classes)
+    """Count the correct predictions of each class; counts of batches add up."""
+    return labels[predictions == labels].bincount(minlength=num_classes)
 
 
 def fairness(class_accuracy: Float[Tensor, " c"], ddof: int = 0) -> Fairness:
-    """Average, worst and normalized_std of class accuracies, where NaN is a class with no image.
+    """Compute average, worst and normalized_std of class accuracies.
 
-    `ddof=0` is the standard deviation of the population, 1 of a sample. If all accuracies are 0,
-    normalized_std is 0. Source: spec, Evaluation.
+    Args:
+        class_accuracy: (C,) in [0,1]; NaN for a class without images, which does not count.
+        ddof: 0 for the standard deviation of the population (the paper's NSD), 1 of a sample.
+
+    Returns:
+        The three figures; normalized_std is 0 if all accuracies are 0. Source: arXiv 2312.05508.
     """
     accuracy = present(class_accuracy)
     nsd = normalized_std(accuracy, ddof)
@@ -35,17 +49,17 @@ def fairness(class_accuracy: Float[Tensor, " c"], ddof: int = 0) -> Fairness:
 
 
 def worst_tenth(class_accuracy: Float[Tensor, " c"]) -> float:
-    """Mean accuracy of the worst 10 % of the classes, at least one. Source: spec, Evaluation."""
+    """Compute the mean accuracy of the worst 10 % of the classes, at least one class."""
     return METRICS["worst_tenth"](present(class_accuracy)).item()
 
 
 def present(class_accuracy: Float[Tensor, " c"]) -> Float[Tensor, " p"]:
-    """The accuracies of the classes that have images, in float64 on the CPU."""
+    """Return the accuracies of the classes that have images, in float64 on the CPU."""
     return class_accuracy[~class_accuracy.isnan()].cpu().double()
 
 
 def normalized_std(accuracy: Tensor, ddof: int = 0) -> Tensor:
-    """Standard deviation over mean of accuracies (...,C); 0 where all are 0."""
+    """Compute standard deviation over mean of accuracies (...,C); 0 where all are 0."""
     return accuracy.std(-1, correction=ddof) / accuracy.mean(-1).clamp_min(1e-12)
 
 
@@ -59,61 +73,61 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     "gap": lambda accuracy: accuracy.amax(-1) - accuracy.amin(-1),
     "normalized_std": normalized_std,
 }
-"""Name -> what it says of class accuracies (...,C): their mean; the least; the mean of the worst
-10 % of the classes; best minus worst; population standard deviation over mean (NSD)."""
+"""Metrics of class accuracies by name: mean; least; mean of the worst 10 % of the classes; best
+minus worst; population standard deviation over mean (NSD)."""
 
 
 def rho(ours: Tensor, base: Tensor) -> Tensor:
-    """How much better class accuracies (...,C) are than a baseline's: the sum of the relative gains
-    in worst class and average (...).
+    """Compute the sum of the relative gains in worst class and average over a baseline.
 
-    A gain over 0 is infinite; where there is none, it is 0. Source: spec, peers.
+    ours, base: class accuracies (...,C); returns (...). A gain over 0 is infinite, no gain is 0.
+    Source: arXiv 2401.12532.
     """
 
     def gain(metric: Callable[[Tensor], Tensor]) -> Tensor:
-        mine, theirs = metric(ours), metric(base)
-        return torch.where(mine == theirs, 0.0, (mine - theirs) / theirs)
+        value, baseline = metric(ours), metric(base)
+        return torch.where(value == baseline, 0.0, (value - baseline) / baseline)
 
     return gain(METRICS["worst"]) + gain(METRICS["average"])
 
 
-# --- Uncertainty ---
+# --- Sums and means over an epoch ---
 
 
 def class_sums(
     values: Float[Tensor, " n"], labels: Int[Tensor, " n"], num_classes: int
 ) -> tuple[Float[Tensor, " c"], Int[Tensor, " c"]]:
-    """Per class: the sum of the values of its images, and the number of images. Both add up over
-    batches, in any order."""
+    """Sum the values of each class, and count its images; both add up over batches."""
     member = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
     return torch.where(member, values.unsqueeze(1), 0).sum(0), member.sum(0)
 
 
-class ClassMean:
-    """The mean of each class over an epoch. sums (C,) in float; counts (C,): images."""
+class ClassMean(nn.Module):
+    """Means by class over an epoch, gathered batch by batch.
+
+    Buffers: sums (C,) in float; counts (C,) of images.
+    """
+
+    sums: Tensor
+    counts: Tensor
 
     def __init__(self, num_classes: int, *, dtype: torch.dtype = torch.float32) -> None:
-        self.sums = torch.zeros(num_classes, dtype=dtype)
-        self.counts = torch.zeros(num_classes, dtype=torch.long)
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(num_classes, dtype=dtype))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.long))
 
     def add(self, sums: Float[Tensor, " c"], counts: Int[Tensor, " c"]) -> None:
-        """Add a batch; the state follows it to its device."""
-        self.sums = self.sums.to(sums.device) + sums.to(self.sums.dtype)
-        self.counts = self.counts.to(counts.device) + counts
+        """Add the sums of a batch, and move to its device."""
+        self.to(sums.device)
+        self.sums = self.sums + sums.to(self.sums.dtype)
+        self.counts = self.counts + counts
 
     def mean(self) -> Float[Tensor, " c"]:
-        """The mean of each class; NaN for a class that was not seen."""
+        """Return the mean of each class; NaN for a class that was not seen."""
         mean = self.sums / self.counts
-        # A NaN that was observed is no absence.
+        # A NaN that was observed must not look like an absent class.
         return mean.masked_fill((self.counts > 0) & mean.isnan(), torch.inf)
 
     def reset(self) -> None:
         """Start the next epoch."""
         self.sums, self.counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
-
-
-class ClassAccuracies(NamedTuple):
-    """Accuracy of each class (C,) in [0,1]; NaN for a class without images."""
-
-    clean: Float[Tensor, " c"]
-    robust: Float[Tensor, " c"]

@@ -1,11 +1,12 @@
-"""What a training, an evaluation and a comparison report while they run."""
+"""Reports of trainings, evaluations and comparisons while they run, and their observer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from absld.config.settings import TrainConfig
 from absld.metrics import ClassAccuracies, Fairness, fairness
 
 Role = Literal["student", "teacher"]
@@ -28,7 +29,7 @@ OnStep = Callable[[StepReport], None]
 class EpochReport:
     """An epoch: losses in nats, accuracies (C,) on the validation images in [0,1].
 
-    per_class: what the method has to say of each class (C,), by name, such as the temperatures
+    per_class: values per class (C,) that the method records, by name, such as the temperatures
     after the epoch and the class risks that moved them. seconds: of training, without validation.
     """
 
@@ -53,7 +54,7 @@ class EpochReport:
 
     @property
     def score(self) -> float:
-        """What the best epoch has the most of: average + worst robust accuracy."""
+        """Average + worst-class robust accuracy, which selects the best epoch."""
         return self.robust.average + self.robust.worst
 
     def record(self) -> dict[str, Any]:
@@ -74,4 +75,61 @@ class EpochReport:
 
 
 def plain(tensor: Tensor) -> list[float | int | None]:
+    """Return the values of a tensor (C,) for JSON, null for NaN."""
     return [None if value != value else value for value in tensor.tolist()]
+
+
+class AttackProgress(NamedTuple):
+    """`done` of `total` images under one attack; `cost`: of the evaluation so far, and of all of
+    it, in forward-backward passes, if no more images break."""
+
+    attack: str
+    done: int
+    total: int
+    cost: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A sanity check: its name, whether it passed, and the numbers in words."""
+
+    name: str
+    passed: bool
+    numbers: str
+
+
+class Observer:
+    """Receives what trainings, evaluations and comparisons report; override what you show.
+
+    `step` and `attack_batch` may raise Interrupted: the work so far is then saved.
+    """
+
+    def note(self, text: str) -> None:
+        """Handle a line worth knowing."""
+
+    def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
+        """Handle the beginning of a training, or its resuming."""
+
+    def step(self, report: StepReport) -> None:
+        """Handle the end of a batch of training or validation."""
+
+    def epoch(self, report: EpochReport) -> None:
+        """Handle the end of an epoch."""
+
+    def end_training(self) -> None:
+        """Handle the end of the training that began last."""
+
+    def attack_batch(self, progress: AttackProgress) -> None:
+        """Handle the end of a batch of an evaluation."""
+
+    def check(self, check: Check) -> None:
+        """Handle a sanity check."""
+
+    def begin_run(self, label: str, seed: int, number: int, total: int) -> None:
+        """Handle the beginning of run `number` of `total` of a comparison."""
+
+    def end_run(self, metrics: Mapping[str, float], seconds: float, reused: bool) -> None:
+        """Handle the end of a run of a comparison.
+
+        seconds: of its training. reused: its training was finished before.
+        """

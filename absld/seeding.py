@@ -1,7 +1,7 @@
-"""Random numbers from keys: no draw depends on what was drawn before, here or elsewhere.
+"""Random generators from keys: no draw depends on earlier draws.
 
-A key names what is drawn, as in `("student", epoch, step)`. A run that is interrupted continues
-with the very numbers it would have had, and other code using torch's global state changes nothing.
+A key names what is drawn, as in `("student", epoch, step)`. A resumed run continues with the
+numbers it would have had, and code that uses torch's global state changes nothing.
 """
 
 import hashlib
@@ -18,14 +18,13 @@ def seed_of(*key: int | str) -> int:
 
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on `device` whose state is a function of `key` alone."""
+    """Make a generator on `device` whose state is a function of `key` alone."""
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 @contextmanager
 def global_generator(*key: int | str, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside, what draws from torch's global generators draws from `key`; outside, their state is
-    as before."""
+    """Seed torch's global generators from `key` inside the context, and restore them after it."""
     device = torch.device(device)
     used = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(used):

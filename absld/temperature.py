@@ -5,13 +5,12 @@ carries from batch to batch and from epoch to epoch.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from absld.metrics import ClassMean, class_sums
 
@@ -23,7 +22,7 @@ def soften(
     labels: Int[Tensor, " n"],
     temperature: Float[Tensor, " c"],
 ) -> Float[Tensor, "n c"]:
-    """Softmax of each image's logits over the temperature of its true class.
+    """Compute the softmax of each image's logits over the temperature of its true class.
 
     Returns new storage; the logits stay as they are. A label outside 0..C-1 is refused by gather
     (RuntimeError), where indexing would read -1 as the last class. Source: D1.
@@ -34,7 +33,7 @@ def soften(
 def class_risk_sums(
     logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], num_classes: int
 ) -> tuple[Float[Tensor, " c"], Int[Tensor, " c"]]:
-    """Per class: the sum of the hard-label cross-entropies in nats, and the number of images.
+    """Sum the hard-label cross-entropies of each class, in nats, and count its images.
 
     Both add up over batches, in any order. No gradient. Source: D5.
     """
@@ -50,13 +49,13 @@ def update_temperature(
     lower: float,
     upper: float,
 ) -> Float[Tensor, "*rows c"]:
-    """New temperatures from old ones and the mean risks of the classes, where NaN means absent.
+    """Compute new temperatures from old ones and the mean risks of the classes.
 
-    A class above the mean risk gets colder, so sharper labels; one below it warmer. The farthest
-    class moves by the full `rate` at any scale of the risks, the others in proportion; then all
-    are clipped to [`lower`, `upper`]. An absent class stays and does not count in the mean. If a
-    risk is infinite, or all are equal up to rounding, nothing moves. Each row is on its own. Pure:
-    the result is a new tensor. Source: D6.
+    A class above the mean risk gets a lower temperature, so sharper labels; one below it a higher
+    one. The farthest class moves by the full `rate` at any scale of the risks, the others in
+    proportion; then all are clipped to [`lower`, `upper`]. A risk of NaN means an absent class: it
+    stays and does not count in the mean. If a risk is infinite, or all are equal up to rounding,
+    nothing moves. Each row is on its own. The result is a new tensor. Source: D6.
     """
     gap = (class_risk - class_risk.nanmean(-1, keepdim=True)).nan_to_num(0.0)
     largest = gap.abs().amax(-1, keepdim=True)
@@ -70,12 +69,12 @@ def update_temperature(
 class ClassRisk(ClassMean):
     """The class risks of an epoch (D5), gathered batch by batch.
 
-    sums (C,): cross-entropies in nats; counts (C,): images. Its mean is infinite where a NaN was
-    observed, so that nothing moves (D6).
+    Buffers: sums (C,) of cross-entropies in nats; counts (C,) of images. The mean is infinite
+    where a NaN was observed, so that nothing moves (D6).
     """
 
     def observe(self, logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> None:
-        """Add a batch; the state follows the logits to their device."""
+        """Add a batch, and move to its device."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()  # an epoch's sum needs more than their 8 or 11 bits
         self.add(*class_risk_sums(logits, labels, len(self.sums)))
@@ -88,16 +87,30 @@ class EpochRisk(NamedTuple):
     nat: Tensor
 
 
-class ClassTemperature:
+class ClassTemperature(nn.Module):
     """The temperatures of the classes, for any training loop.
 
-    In a batch: `soft_labels`, then `observe`; at the end of an epoch: `step`. The state follows
-    the tensors it is given to their device. `adv` and `nat` (C,) are the temperatures; they
-    start at 1. `fidelity="released"` reads D1 as the authors' script computes it: it divides one
-    buffer in place by both temperatures, so both labels use their product.
+    In a batch: `soft_labels`, then `observe`; at the end of an epoch: `step`. The temperatures are
+    the buffers `adv` and `nat` (C,), which start at 1; with the risks gathered so far they are the
+    state dict, which is enough to go on in the middle of an epoch. The state follows the tensors it
+    is given to their device.
 
-    Source: D1, D5, D6; defaults as released.
+    Args:
+        num_classes: C, 2 or more.
+        rate: how far the farthest class moves in an epoch.
+        lower, upper: bounds of the temperatures; 1 is in between.
+        fidelity: "paper" reads D1 as published; "released" as the authors' script computes it: it
+            divides one buffer in place by both temperatures, so both labels use their product.
+        dtype: of temperatures and risks.
+
+    Raises:
+        ValueError: for values out of range.
+
+    Source: D1, D5, D6; defaults of the authors' release.
     """
+
+    adv: Tensor
+    nat: Tensor
 
     def __init__(
         self,
@@ -116,9 +129,10 @@ class ClassTemperature:
         check_rate(rate)
         if fidelity not in get_args(Fidelity):
             raise ValueError(f"fidelity must be one of {get_args(Fidelity)}, not {fidelity!r}")
+        super().__init__()
         self.rate, self.lower, self.upper, self.fidelity = rate, lower, upper, fidelity
-        self.adv = torch.ones(num_classes, dtype=dtype)
-        self.nat = torch.ones(num_classes, dtype=dtype)
+        self.register_buffer("adv", torch.ones(num_classes, dtype=dtype))
+        self.register_buffer("nat", torch.ones(num_classes, dtype=dtype))
         self.adv_risk = ClassRisk(num_classes, dtype=dtype)
         self.nat_risk = ClassRisk(num_classes, dtype=dtype)
 
@@ -129,13 +143,13 @@ class ClassTemperature:
     def soft_labels(
         self, teacher_logits: Tensor, labels: Tensor
     ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
-        """Soft labels for the adversarial and the natural images, from the teacher's clean logits.
+        """Compute soft labels for the adversarial and for the natural images.
 
-        teacher_logits (N,C), labels (N,) integers in 0..C-1. Constants for autograd.
-        Raises ValueError for anything else. Source: D1.
+        teacher_logits (N,C): of the clean images; labels (N,): integers in 0..C-1. The labels are
+        constants for autograd. Raises ValueError for anything else. Source: D1.
         """
         check_batch(teacher_logits, labels, self.num_classes)
-        self.adv, self.nat = self.adv.to(labels.device), self.nat.to(labels.device)
+        self.to(labels.device)
         adv, nat = self.adv, self.nat
         if self.fidelity == "released":
             adv = nat = adv * nat
@@ -143,7 +157,7 @@ class ClassTemperature:
         return soften(logits, labels, adv), soften(logits, labels, nat)
 
     def observe(self, adv_logits: Tensor, nat_logits: Tensor, labels: Tensor) -> None:
-        """Take a batch of the student's training logits (N,C), labels (N,), into the class risks.
+        """Add a batch of the student's training logits (N,C), labels (N,), to the class risks.
 
         Raises ValueError as `soft_labels` does. Source: D5.
         """
@@ -153,48 +167,21 @@ class ClassTemperature:
         self.nat_risk.observe(nat_logits, labels)
 
     def step(self, rate: float | None = None) -> EpochRisk:
-        """End an epoch: move the temperatures by its class risks and start to gather anew.
+        """End an epoch: move the temperatures by its class risks, which start anew.
 
-        `rate` overrides the rate given at the start, for a schedule. Returns the class risks.
+        rate: in place of the rate given at the start, for a schedule. Returns the class risks.
         Raises ValueError for a negative rate, NaN or infinity. Source: D6.
         """
-        if rate is not None:
-            check_rate(rate)
-        risk = EpochRisk(self.adv_risk.mean(), self.nat_risk.mean())
         rate = self.rate if rate is None else rate
-        self.adv, self.nat = (
-            update_temperature(
-                old.to(new.device), new, rate=rate, lower=self.lower, upper=self.upper
-            )
-            for old, new in ((self.adv, risk.adv), (self.nat, risk.nat))
-        )
+        check_rate(rate)
+        risk = EpochRisk(self.adv_risk.mean(), self.nat_risk.mean())
+        self.to(risk.adv.device)
+        bounds = {"rate": rate, "lower": self.lower, "upper": self.upper}
+        self.adv = update_temperature(self.adv, risk.adv, **bounds)
+        self.nat = update_temperature(self.nat, risk.nat, **bounds)
         self.adv_risk.reset()
         self.nat_risk.reset()
         return risk
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Temperatures and the risks gathered so far, copied: enough to go on in mid-epoch."""
-        return {
-            "adv": self.adv.clone(),
-            "nat": self.nat.clone(),
-            "adv_risk_sums": self.adv_risk.sums.clone(),
-            "adv_risk_counts": self.adv_risk.counts.clone(),
-            "nat_risk_sums": self.nat_risk.sums.clone(),
-            "nat_risk_counts": self.nat_risk.counts.clone(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError for another number of classes."""
-        own = self.state_dict()
-        if state.keys() != own.keys() or any(state[k].shape != own[k].shape for k in own):
-            raise ValueError(
-                f"not the state of {self.num_classes} class temperatures: "
-                f"{ {name: tuple(tensor.shape) for name, tensor in state.items()} }"
-            )
-        self.adv, self.nat = state["adv"].clone(), state["nat"].clone()
-        for risk, name in ((self.adv_risk, "adv_risk"), (self.nat_risk, "nat_risk")):
-            risk.sums = state[f"{name}_sums"].clone()
-            risk.counts = state[f"{name}_counts"].clone()
 
 
 def check_rate(rate: float) -> None:

@@ -1,83 +1,46 @@
 """The training loop: any student, teacher and set of images; it yields a report an epoch.
 
 It knows no terminal. Every random number comes from a key (seed, role, epoch, step), so a run
-that goes on from a checkpoint computes what it would have computed without the interruption.
+that is resumed from a checkpoint computes what it would have computed without the interruption.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from absld.attack import TrainingAttack
 from absld.config.settings import TrainConfig
-from absld.data.augmentation import Batch, Draw, Views, draws, steps_per_epoch
 from absld.data.dataset import ImageSet
-from absld.engine.distributed import ALONE, Ranks
-from absld.engine.engine import Engine, check_speed, training_attack
-from absld.engine.logit_cache import Bank, RememberingTeacher
-from absld.engine.precision import arithmetic, in_precision, laid_out, memory_format
-from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
-from absld.evaluation.validation import check_network, freeze, validate
-from absld.methods.base import Method
-from absld.methods.registry import build_method
+from absld.engine.distributed import SINGLE_PROCESS, Distributed
+from absld.engine.logit_cache import LogitCacheSettings
+from absld.engine.precision import (
+    float32_precision,
+    with_precision,
+)
+from absld.engine.step_metrics import StepMetrics
+from absld.errors import CheckpointError, Interrupted, NonFiniteError
+from absld.evaluation.validation import validate
 from absld.metrics import ClassAccuracies
-from absld.progress import EpochReport, OnStep, Role, StepReport, plain
-from absld.seeding import global_generator
-from absld.storage.checkpoint import load
+from absld.progress import EpochReport, OnStep, Role, StepReport
+from absld.stepper import Stepper
 from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
-
-
-@dataclass
-class Progress:
-    """Where a training stands: `step` batches of `epoch` are done."""
-
-    epoch: int = 1
-    step: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    best_score: float = -1.0
+from absld.storage.training_checkpoint import TrainingCheckpoint
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """The learning rate in an epoch: a tenth after each milestone. Source: D7."""
+    """Compute the learning rate in an epoch: a tenth after each milestone. Source: D7."""
     return config.learning_rate * 0.1 ** sum(epoch > m for m in config.milestone_epochs())  # D7
 
 
 def temperature_rate(config: TrainConfig, epoch: int) -> float:
-    """The rate of the update that ends an epoch: a tenth from each milestone on. Source: D7."""
-    return config.temperature_rate * 0.1 ** sum(epoch >= m for m in config.milestone_epochs())
+    """Compute the rate of the update that ends an epoch: a tenth from each milestone on.
 
-
-def train_step(
-    method: Method,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    batch: Batch,
-    attack: TrainingAttack,
-    optimizer: torch.optim.Optimizer,
-    look: Callable[[dict[str, Tensor]], None] = lambda figures: None,
-) -> dict[str, Tensor]:
-    """One step of the optimiser on a batch: D1 to D5. Returns its figures: the loss and its parts
-    in nats, and the norm of the gradient.
-
-    look: sees them before the optimiser takes its step, and may raise: what is not finite would
-    spread to all weights.
+    Source: D7.
     """
-    step = method.step(student, teacher, batch, attack)
-    optimizer.zero_grad()
-    step.loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
-    gradients = [p.grad for p in student.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    figures = {"loss": step.loss.detach(), **step.parts, "gradient": norm}
-    look(figures)
-    optimizer.step()
-    return figures
+    return config.temperature_rate * 0.1 ** sum(epoch >= m for m in config.milestone_epochs())
 
 
 def fit(
@@ -90,327 +53,59 @@ def fit(
     run: RunDirectory | None = None,
     role: Role = "student",
     about: Mapping[str, Any] | None = None,
-    on_step: OnStep = lambda step: None,
-    bank: Bank | None = None,
-    ranks: Ranks = ALONE,
+    on_step: OnStep = lambda report: None,
+    logit_cache: LogitCacheSettings | None = None,
+    distributed: Distributed = SINGLE_PROCESS,
 ) -> Iterator[EpochReport]:
-    """Train `student` in place, with a report an epoch; in the end it has its best weights.
+    """Train `student` in place, with a report an epoch; it ends with its best weights.
 
     Best is the epoch of the highest average + worst-class accuracy under PGD-20 on `validation`.
-    The teacher is set to eval mode and frozen; the student ends in train mode. All is moved to the
-    student's device.
+    The teacher is frozen in eval mode; the student ends in train mode. Both take images
+    (N,channels,H,W) in [0,1] and return logits (N,C). Everything is moved to the student's device.
 
-    run: with a run directory (locked by `with RunDirectory(...) as run`), each epoch is recorded and saved there before it is reported, and
-    a training that was interrupted continues, with bit-equal results on the CPU. `about` (plain
-    values) goes into its checkpoints. on_step hears of every batch and may raise Interrupted: the
-    training so far is then saved, to the step. role: part of the keys of all random numbers.
-    bank: where the teacher's logits of clean views are remembered; by default nowhere.
-    ranks: the processes that train this student together; each gets a part of every batch, and the
-    same reports.
+    Args:
+        run: a locked run directory (`with RunDirectory(...) as run`): each epoch is saved there
+            before it is reported, and an interrupted training resumes, bit-equal on the CPU.
+        role: part of the keys of all random numbers.
+        about: plain values that go into the checkpoints.
+        on_step: receives a report of every batch; it may raise Interrupted: the training so far is
+            then saved, to the step.
+        logit_cache: where the teacher's logits of clean views are cached; by default nowhere.
+        distributed: the processes that share every batch and yield the same reports.
 
-    Raises UsageError if the method needs a teacher and there is none, or a technique cannot be used
-    here, DataError if the images do not fill a batch, CheckpointError if a network does not fit
-    the images or `run` holds another training, NonFiniteError if the loss, its gradient, or the
-    student becomes NaN or infinite.
+    Raises:
+        UsageError: if the method lacks a teacher, or a technique cannot be used.
+        DataError: if the images do not fill a batch.
+        CheckpointError: if a network does not fit the images, or `run` holds another training.
+        NonFiniteError: if the loss, its gradient or the student becomes NaN or infinite.
     """
-    saved = None
-    training = Training(student, teacher, train, validation, config, role, on_step, bank, ranks)
+    stepper = Stepper(
+        student, teacher, train, config, role=role, logit_cache=logit_cache, distributed=distributed
+    )
+    training = Training(stepper, validation, on_step)
+    checkpoint = None
     if run is not None:
-        same = identity(student, teacher, train, validation, config, role)
-        saved = Saved(training, run, dict(about or {}), same)
-        saved.resume()
+        identity = training_identity(student, teacher, train, validation, config, role)
+        checkpoint = TrainingCheckpoint(run, about or {}, identity)
+        if state := checkpoint.load():
+            training.load_state(state)
+        training.best = checkpoint.load_best(epochs=training.progress.epoch - 1)
     while training.progress.epoch <= config.epochs:
         try:
             report = training.epoch()
         except Interrupted:
-            if saved:
-                saved.save_last()
+            if checkpoint:
+                checkpoint.save(training.gather_state())
             raise
-        if saved:
-            saved.record(report)
+        if checkpoint:
+            best = training.best if report.is_best else None
+            checkpoint.save_epoch(report.record(), best, training.gather_state())
         yield report
     if training.best:
         student.load_state_dict(training.best)
 
 
-class Training:
-    """All that a training needs and changes; `progress` and the state dicts are its state."""
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        train: ImageSet,
-        validation: ImageSet,
-        config: TrainConfig,
-        role: Role,
-        on_step: OnStep,
-        bank: Bank | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        if config.sync_batch_norm:
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
-        self.student, self.config, self.role = student, config, role
-        self.on_step, self.ranks = on_step, ranks
-        device = next(student.parameters()).device
-        check_speed(config, device)
-        self.train, self.validation = train.to(device), validation.to(device)
-        self.steps = steps_per_epoch(len(train), config.batch_size, config.max_steps)
-        if self.steps == 0:
-            raise DataError(
-                f"{len(train)} training images do not fill a batch of {config.batch_size}",
-                "needed: a smaller --batch-size, or more images",
-            )
-        if config.batch_size % ranks.count:
-            raise UsageError(
-                f"{ranks.count} processes cannot share a batch of {config.batch_size} evenly",
-                "another --batch-size",
-            )
-        check_network(student, self.train, "student")
-        laid_out(student, config.channels_last)
-        self.engine = Engine(student, config, ranks)
-        self.attack = training_attack(config)
-        self.tested = in_precision(student, config.precision)
-        self.method = build_method(config, train.num_classes)
-        self.views = Views(self.train, config.padding)
-        self.teacher = None
-        if teacher is not None:
-            check_network(teacher.to(device), self.train, "teacher")
-            precision = config.teacher_precision or config.precision
-            network = freeze(laid_out(teacher, config.channels_last))
-            called = in_precision(network, precision, around=config.precision)
-            self.teacher = called
-            if bank and self.method.asks_clean_views:
-                with arithmetic(config.precision):
-                    self.teacher = bank.remembering(
-                        called, self.views, flip=config.flip, precision=precision
-                    )
-        elif self.method.needs_teacher:
-            raise UsageError(f"{config.method} needs a teacher", "pass one, or method='trades'")
-        self.optimizer = torch.optim.SGD(
-            student.parameters(),
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        self.progress = Progress()
-        self.unseen: list[dict[str, Tensor]] = []  # figures of the last steps, not looked at yet
-        self.best: dict[str, Tensor] = {}
-
-    def epoch(self) -> EpochReport:
-        """The epoch that is next, or the rest of it: its steps, then validation."""
-        config, progress, number = self.config, self.progress, self.progress.epoch
-        rate = self.optimizer.param_groups[0]["lr"] = learning_rate(config, number)
-        try:
-            with arithmetic(config.precision):
-                self.remaining_steps()
-                accuracies = self.validated()
-        except NonFiniteError as error:
-            raise NonFiniteError(f"epoch {number}, {error}", error.way_out) from error
-        self.sum_class_means()
-        decayed = temperature_rate(config, number)
-        losses = {name: total / self.steps for name, total in progress.losses.items()}
-        report = EpochReport(
-            epoch=number,
-            learning_rate=rate,
-            temperature_rate=decayed,
-            loss=losses.pop("loss"),
-            parts=losses,
-            accuracies=accuracies,
-            per_class=self.method.end_epoch(decayed),
-            seconds=progress.seconds,
-            images_per_second=self.steps * config.batch_size / progress.seconds,
-        )
-        self.progress = Progress(number + 1, best_score=progress.best_score)
-        if report.score > progress.best_score:
-            self.progress.best_score = report.score
-            self.best = {k: v.clone() for k, v in self.student.state_dict().items()}
-            report = replace(report, is_best=True)
-        return report
-
-    def remaining_steps(self) -> None:
-        """The steps of the epoch from `progress.step` on."""
-        progress = self.progress
-        start = time.perf_counter() - progress.seconds
-        for draw in self.draws():
-            self.step(draw)
-            progress.seconds = time.perf_counter() - start
-            self.tell(StepReport(progress.epoch, "training", progress.step, self.steps))
-        self.look()  # which waits for an accelerator that is still at work
-        progress.seconds = time.perf_counter() - start
-
-    def key(self) -> tuple[int | str, ...]:
-        """Of all random numbers of the epoch."""
-        return self.config.seed, self.role, self.progress.epoch
-
-    def draws(self) -> Iterator[Draw]:
-        """What the batches of the epoch are made of, from `progress.step` on."""
-        config = self.config
-        return draws(
-            self.views,
-            *self.key(),
-            batch_size=config.batch_size,
-            flip=config.flip,
-            start=config.start,
-            radius=config.start_noise if config.start == "normal" else config.epsilon,
-            steps=self.steps,
-            first_step=self.progress.step,
-        )
-
-    def step(self, draw: Draw) -> None:
-        """The next step, with this process' part of a batch."""
-        ranks, progress, device = self.ranks, self.progress, self.train.labels.device
-        mine = Draw(*(each.chunk(ranks.count)[ranks.rank] for each in draw))
-        x_nat, labels, noise = self.views.batch(mine)
-        layout = memory_format(self.config.channels_last)
-        x_nat = x_nat.contiguous(memory_format=layout)
-        batch = Batch(x_nat, labels, noise.contiguous(memory_format=layout))
-        if isinstance(self.teacher, RememberingTeacher):
-            self.teacher.about_to_see(x_nat, self.views.numbers(mine))
-        # Nothing here draws from torch's global state, but a student with dropout does.
-        key = *self.key(), progress.step, "student", *ranks.key()
-        with global_generator(*key, device=device):
-            train_step(
-                self.method,
-                self.engine,
-                self.teacher,
-                batch,
-                self.attack,
-                self.optimizer,
-                self.see,
-            )
-        ranks.mean_(self.student.buffers())
-        progress.step += 1
-
-    def see(self, figures: dict[str, Tensor]) -> None:
-        """The figures of a step: looked at now or, to spare an accelerator the wait, later."""
-        self.unseen.append(figures)
-        if len(self.unseen) >= self.config.check_every:
-            self.look(before_the_step=True)
-
-    def look(self, *, before_the_step: bool = False) -> None:
-        """Take the figures that were not looked at into those of the epoch. Raises NonFiniteError,
-        which names the first step that is not finite."""
-        if not self.unseen:
-            return
-        together = torch.stack([torch.stack(list(each.values())) for each in self.unseen])
-        rows = (self.ranks.total(together) / self.ranks.count).tolist()
-        names, first = list(self.unseen[0]), self.progress.step + before_the_step - len(rows) + 1
-        self.unseen = []
-        for number, row in enumerate(rows, first):
-            figures = dict(zip(names, row, strict=True))
-            if not all(map(math.isfinite, row)):
-                state = {name: plain(tensor) for name, tensor in self.method.state_dict().items()}
-                raise NonFiniteError(
-                    f"step {number}: {figures}, {state}",
-                    "a lower learning_rate may help; what was saved before stays",
-                )
-            del figures["gradient"]
-            for name, value in figures.items():
-                self.progress.losses[name] = self.progress.losses.get(name, 0.0) + value
-
-    def tell(self, report: StepReport) -> None:
-        """Tell the observer of a batch; if it wants to stop, all processes stop at this step."""
-        stop = 0
-        try:
-            self.on_step(report)
-        except Interrupted as request:
-            stop = request.signal_number
-        if stop := self.ranks.greatest(stop, self.train.labels.device):
-            raise Interrupted(stop)
-
-    def sum_class_means(self) -> None:
-        """Of all processes, in each."""
-        device = self.train.labels.device
-        for mean in self.method.class_means():
-            mean.sums = self.ranks.total(mean.sums.to(device))
-            mean.counts = self.ranks.total(mean.counts.to(device))
-
-    def keep_class_means_once(self) -> None:
-        """In the first process only, where they are sums over all."""
-        if not self.ranks.first:
-            for mean in self.method.class_means():
-                mean.reset()
-
-    def validated(self) -> ClassAccuracies:
-        """The accuracies of the student on the validation images."""
-        number = self.progress.epoch
-        try:
-            return validate(
-                self.tested,
-                self.validation,
-                epsilon=self.config.epsilon,
-                batch_size=self.config.batch_size,
-                on_batch=lambda *done: self.tell(StepReport(number, "validation", *done)),
-                ranks=self.ranks,
-            )
-        except NonFiniteError as error:
-            raise NonFiniteError(f"validation: {error}", error.way_out) from error
-
-    def state(self) -> dict[str, Any]:
-        """All that the rest of the training depends on, as tensors and plain values."""
-        self.look()
-        self.sum_class_means()
-        self.keep_class_means_once()
-        return {
-            "progress": asdict(self.progress),
-            "model": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "method": self.method.state_dict(),
-        }
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave."""
-        self.student.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.method.load_state_dict(state["method"])
-        self.keep_class_means_once()
-        self.progress = Progress(**state["progress"])
-
-
-@dataclass
-class Saved:
-    """A training and its run directory."""
-
-    training: Training
-    run: RunDirectory
-    about: dict[str, Any]
-    identity: dict[str, Any]
-
-    def record(self, report: EpochReport) -> None:
-        """Put an epoch on the disk. The checkpoint comes last: what it does not know of is
-        dropped on resuming, and computed again."""
-        if report.is_best:
-            best = {"model": self.training.best, "record": report.record()}
-            self.run.put(self.about | best, self.run.best)
-        self.run.append(report.record())
-        self.save_last()
-
-    def save_last(self) -> None:
-        rest = {"identity": self.identity, **self.training.state()}
-        self.run.put(self.about | rest, self.run.last)
-
-    def resume(self) -> None:
-        """Take up what is on the disk, if anything is. Raises CheckpointError if that is another
-        training."""
-        training = self.training
-        self.run.path.mkdir(parents=True, exist_ok=True)
-        if self.run.last.exists():
-            state = load(self.run.last)
-            differences = compare(state["identity"], self.identity)
-            if differences:
-                raise CheckpointError(
-                    f"{self.run.path} holds another training: {'; '.join(differences)}",
-                    "give the same settings, or another --out",
-                )
-            training.load_state(state)
-        finished = training.progress.epoch - 1
-        self.run.keep_records(finished)
-        if finished:
-            training.best = load(self.run.best)["model"]
-
-
-def identity(
+def training_identity(
     student: nn.Module,
     teacher: nn.Module | None,
     train: ImageSet,
@@ -418,7 +113,7 @@ def identity(
     config: TrainConfig,
     role: Role,
 ) -> dict[str, Any]:
-    """All that decides what a training computes: the same identity, the same numbers."""
+    """Return all that decides what a training computes: the same identity, the same numbers."""
     return {
         **asdict(config),
         "role": role,
@@ -429,10 +124,126 @@ def identity(
     }
 
 
-def compare(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What differs between two sets of settings, as `name: there, here`."""
-    return [
-        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in {**here, **there}
-        if there.get(name) != here.get(name)
-    ]
+@dataclass
+class Position:
+    """Where a training stands: `step` batches of `epoch` are done."""
+
+    epoch: int = 1
+    step: int = 0
+    seconds: float = 0.0
+    best_score: float = -1.0
+
+
+class Training:
+    """A training in progress: its position, metrics and best weights, and validation."""
+
+    def __init__(self, stepper: Stepper, validation: ImageSet, on_step: OnStep) -> None:
+        self.stepper, self.on_step, self.config = stepper, on_step, stepper.config
+        self.validation = validation.to(stepper.device)
+        self.validated_network = with_precision(stepper.student, self.config.precision)
+        self.progress = Position()
+        self.metrics = StepMetrics(self.config.check_every, stepper.distributed)
+        self.best: dict[str, Tensor] = {}
+
+    def epoch(self) -> EpochReport:
+        """Train the next epoch, or the rest of it, and validate."""
+        config, progress, number = self.config, self.progress, self.progress.epoch
+        method, count = self.stepper.method, self.stepper.count
+        rate = self.stepper.optimizer.param_groups[0]["lr"] = learning_rate(config, number)
+        try:
+            with float32_precision(config.precision):
+                self.remaining_steps()
+                accuracies = self.validate()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"epoch {number}, {error}", error.hint) from error
+        self.stepper.sum_class_means()
+        decayed = temperature_rate(config, number)
+        means = self.metrics.means(count)
+        del means["gradient"]
+        report = EpochReport(
+            epoch=number,
+            learning_rate=rate,
+            temperature_rate=decayed,
+            loss=means.pop("loss"),
+            parts=means,
+            accuracies=accuracies,
+            per_class=method.end_epoch(decayed),
+            seconds=progress.seconds,
+            images_per_second=count * config.batch_size / progress.seconds,
+        )
+        self.progress = Position(number + 1, best_score=progress.best_score)
+        if report.score > progress.best_score:
+            self.progress.best_score = report.score
+            self.best = {k: v.clone() for k, v in self.stepper.student.state_dict().items()}
+            report = replace(report, is_best=True)
+        return report
+
+    def remaining_steps(self) -> None:
+        """Take the steps of the epoch from `progress.step` on."""
+        progress, count = self.progress, self.stepper.count
+        start = time.perf_counter() - progress.seconds
+
+        def check(metrics: dict[str, Tensor]) -> None:
+            self.metrics.add(metrics, progress.step + 1)
+
+        for draw in self.stepper.draws(progress.epoch, progress.step):
+            self.stepper.step(draw, progress.epoch, progress.step, check)
+            progress.step += 1
+            progress.seconds = time.perf_counter() - start
+            self.report_step(StepReport(progress.epoch, "training", progress.step, count))
+        self.metrics.check_finite(progress.step)  # which waits for the device
+        progress.seconds = time.perf_counter() - start
+
+    def report_step(self, report: StepReport) -> None:
+        """Report a batch; if the observer of one process stops, all stop at this step."""
+        signal_number = 0
+        try:
+            self.on_step(report)
+        except Interrupted as request:
+            signal_number = request.signal_number
+        distributed, device = self.stepper.distributed, self.stepper.device
+        if signal_number := distributed.all_reduce_max(signal_number, device):
+            raise Interrupted(signal_number)
+
+    def validate(self) -> ClassAccuracies:
+        """Compute the class accuracies of the student on the validation images."""
+        epoch = self.progress.epoch
+        try:
+            return validate(
+                self.validated_network,
+                self.validation,
+                epsilon=self.config.epsilon,
+                batch_size=self.config.batch_size,
+                on_batch=lambda *done: self.report_step(StepReport(epoch, "validation", *done)),
+                distributed=self.stepper.distributed,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"validation: {error}", error.hint) from error
+
+    def gather_state(self) -> dict[str, Any]:
+        """Gather all that the rest of the training depends on; every process must call this."""
+        self.metrics.check_finite(self.progress.step)
+        self.stepper.sum_class_means()
+        self.stepper.keep_class_means_on_main()
+        return {
+            "progress": asdict(self.progress),
+            "metric_sums": self.metrics.sums,
+            "model": self.stepper.student.state_dict(),
+            "optimizer": self.stepper.optimizer.state_dict(),
+            "method": self.stepper.method.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Resume from what `gather_state` returned. Raises CheckpointError for anything else."""
+        try:
+            self.stepper.student.load_state_dict(state["model"])
+            self.stepper.optimizer.load_state_dict(state["optimizer"])
+            self.stepper.method.load_state_dict(state["method"])
+            self.metrics.sums = dict(state["metric_sums"])
+            self.progress = Position(**state["progress"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the saved state is not one of this training: {error}",
+                "another --out starts a new run",
+            ) from error
+        self.stepper.keep_class_means_on_main()

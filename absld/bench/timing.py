@@ -1,38 +1,39 @@
-"""Seconds and bytes that work takes, on a CPU or an accelerator."""
+"""The seconds and the memory that work takes, on a CPU or an accelerator."""
 
 import ctypes
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-class Stopwatch:
-    """Marks on a time line; on CUDA events that the device passes, without waiting for it."""
+class Timer:
+    """Marks on a time line: seconds, or on CUDA events that the device passes, without a wait."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.marks: list[float | torch.cuda.Event] = []
+        self.now: Callable[[], Any] = cuda_event if device.type == "cuda" else time.perf_counter
+        self.marks: list[Any] = []
 
     def mark(self) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types there
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
+        self.marks.append(self.now())
 
     def spans(self) -> list[float]:
-        """Seconds from each mark to the next, and a clean line."""
+        """Return the seconds from each mark to the next, and remove the marks."""
         marks, self.marks = self.marks, []
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return [between(*pair) for pair in itertools.pairwise(marks)]
+        return [
+            end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+            for start, end in itertools.pairwise(marks)
+        ]
 
     def time(self, work: Callable[[], object]) -> float:
-        """Seconds that `work` takes."""
+        """Return the seconds that `work` takes."""
         self.marks = []
         self.mark()
         work()
@@ -40,24 +41,34 @@ class Stopwatch:
         return sum(self.spans())
 
 
-def between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        return float(start.elapsed_time(end)) / 1000
-    assert isinstance(start, float) and isinstance(end, float)
-    return end - start
+def cuda_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types there
+    event.record()
+    return event
 
 
-def memory_taken(device: torch.device, work: Callable[[], object]) -> int | None:
-    """Bytes that `work` takes at its peak beyond what was in use before: of the device, or of this
-    process. None where the system does not tell."""
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+
+
+def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """Return the spread of the speed-up from pair to pair."""
+    return spread([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+def peak_memory(device: torch.device, work: Callable[[], object]) -> int | None:
+    """Return the bytes that `work` takes at its peak beyond what was in use before.
+
+    They are those of the device, or of this process; None where the system does not report them.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        # What earlier work has left free is given back, and the peak set to what is in use now:
-        # glibc, and Linux.
+        # Give back what earlier work left free, and reset the peak to what is in use now: glibc
+        # and Linux only.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = status_bytes("VmHWM")
@@ -69,7 +80,7 @@ def memory_taken(device: torch.device, work: Callable[[], object]) -> int | None
 
 
 def status_bytes(name: str) -> int:
-    """A figure of /proc/self/status. Raises OSError or KeyError where there is none."""
+    """Return a value of /proc/self/status. Raises OSError or KeyError where there is none."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    figures = dict(line.split(":", 1) for line in lines)
-    return int(figures[name].split()[0]) * 1024
+    values = dict(line.split(":", 1) for line in lines)
+    return int(values[name].split()[0]) * 1024

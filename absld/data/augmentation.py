@@ -1,4 +1,4 @@
-"""Augmented views of images: random crops and mirror images, drawn by number."""
+"""Data augmentation: random crops and horizontal flips, as numbered views of images."""
 
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -13,16 +13,21 @@ from absld.seeding import generator
 
 
 class Batch(NamedTuple):
-    """x_nat (n,channels,H,W) in [0,1], labels (n,), and the noise that starts the attack."""
+    """Images with what a training step needs beside them.
+
+    x_nat (n,channels,H,W): clean augmented images in [0,1]. labels (n,). noise: where the attack
+    starts, relative to x_nat. views (n,): numbers of the augmented views (`Views.numbers`), for a
+    teacher whose logits are cached; None for any other.
+    """
 
     x_nat: Float[Tensor, "n channels height width"]
     labels: Int[Tensor, " n"]
     noise: Float[Tensor, "n channels height width"]
+    views: Int[Tensor, " n"] | None = None
 
 
 class Draw(NamedTuple):
-    """What a batch is made of: numbers of images (n,), offsets of their crops (n,), which are
-    mirrored (n,), and the noise."""
+    """The random choices of a batch (n,): images, offsets of crops, flips, and the noise."""
 
     images: Int[Tensor, " n"]
     dy: Int[Tensor, " n"]
@@ -32,12 +37,12 @@ class Draw(NamedTuple):
 
 
 def view_count(images: int, padding: int) -> int:
-    """How many views so many images have: crops at every offset, and their mirrors."""
+    """Count the views of a number of images: crops at every offset, and their mirror images."""
     return 2 * (2 * padding + 1) ** 2 * images
 
 
 class Views:
-    """The views of a set: every crop of the zero-padded image at its own size, and its mirror."""
+    """The augmented views of a set: crops of the zero-padded images, and their mirror images."""
 
     def __init__(self, data: ImageSet, padding: int) -> None:
         self.data, self.padding = data, padding
@@ -53,34 +58,33 @@ class Views:
         dx: Int[Tensor, " n"],
         mirror: Tensor,
     ) -> Float[Tensor, "n channels height width"]:
-        """Images `index`, cropped at row `dy`, column `dx` (0 to twice the padding), and mirrored
-        where `mirror` (n,) is true."""
+        """Crop images at row `dy`, column `dx` (0 to twice the padding); flip where `mirror`."""
         crop = pixels(self.windows[index, :, dy, dx])
         return torch.where(mirror.view(-1, 1, 1, 1), crop.flip(3), crop)
 
     def batch(self, draw: Draw) -> Batch:
-        """The batch of a draw."""
+        """Make the batch of a draw."""
         images, dy, dx, mirror, noise = draw
         return Batch(self(images, dy, dx, mirror), self.data.labels[images], noise)
 
     def __len__(self) -> int:
-        """The number of all views of all images."""
+        """Count all views of all images."""
         return view_count(len(self.data), self.padding)
 
     def numbers(self, draw: Draw) -> Int[Tensor, " n"]:
-        """The number of each view of a draw: mirrors come last, and those of an image together."""
+        """Return the number of each view of a draw: by flip, image, row and column."""
         place = (draw.images * self.side + draw.dy) * self.side + draw.dx
         return draw.mirror * (len(self) // 2) + place
 
     def of_numbers(self, numbers: Int[Tensor, " n"]) -> Float[Tensor, "n channels height width"]:
-        """The views of these numbers."""
+        """Return the views of these numbers."""
         mirror, place = numbers >= len(self) // 2, numbers % (len(self) // 2)
         dx, dy = place % self.side, place // self.side % self.side
         return self(place // self.side**2, dy, dx, mirror)
 
 
 def steps_per_epoch(images: int, batch_size: int, max_steps: int | None = None) -> int:
-    """Whole batches in so many images; a short last batch is dropped."""
+    """Count the whole batches in a number of images; a short last batch is dropped."""
     steps = images // batch_size
     return steps if max_steps is None else min(steps, max_steps)
 
@@ -95,12 +99,13 @@ def draws(
     steps: int,
     first_step: int = 0,
 ) -> Iterator[Draw]:
-    """The draws of an epoch from `first_step` on; each is a function of `key` and its number.
+    """Draw the augmentations and noises of an epoch; each depends on `key` and its step alone.
 
-    flip: probability of a mirror image. start: how the noise is distributed; radius: its deviation
-    if normal, its greatest value if uniform, in pixels.
+    flip: probability of a horizontal flip. start: distribution of the noise; radius: its standard
+    deviation if normal, its half-width if uniform, in pixels.
     """
     data, device = views.data, views.data.labels.device
+    dtype = data.images.dtype if data.images.is_floating_point() else torch.get_default_dtype()
     order = torch.randperm(len(data), generator=generator(*key, device=device), device=device)
     for step in range(first_step, steps):
         random = generator(*key, step, device=device)
@@ -108,18 +113,15 @@ def draws(
         n = len(index)
         dy, dx = torch.randint(views.side, (2, n), generator=random, device=device)
         mirror = torch.rand(n, generator=random, device=device) < flip
-        kind = data.images.dtype if data.images.is_floating_point() else torch.get_default_dtype()
-        shape, source = (
-            (n, *data.images.shape[1:]),
-            torch.randn if start == "normal" else torch.rand,
-        )
-        noise = source(shape, generator=random, device=device, dtype=kind)
+        source = torch.randn if start == "normal" else torch.rand
+        shape = n, *data.images.shape[1:]
+        noise = source(shape, generator=random, device=device, dtype=dtype)
         if start == "uniform":
             noise = 2 * noise - 1
         yield Draw(index, dy, dx, mirror, radius * noise)
 
 
 def batches(views: Views, *key: int | str, **settings: Any) -> Iterator[Batch]:
-    """The batches of an epoch; key and settings are those of `draws`."""
+    """Make the batches of an epoch; key and settings are those of `draws`."""
     for draw in draws(views, *key, **settings):
         yield views.batch(draw)

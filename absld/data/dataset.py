@@ -1,7 +1,6 @@
-"""Images as tensors: sets, their splits, and random views of them.
+"""Image sets as tensors, their splits, and stratified subsets.
 
-A set lies whole on the device as uint8; a view of an image (crop, mirror) is a tensor operation
-with explicit offsets. No worker processes, no global random state.
+A set lies whole on the device as uint8: no worker processes, no global random state.
 """
 
 import hashlib
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from absld.errors import DataError
 from absld.seeding import generator
+from absld.storage.files import raw_bytes
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images (N,channels,H,W), uint8 or floating in [0,1]; labels (N,) int64; class names.
+    """Images (N,channels,H,W), uint8 or floating in [0,1]; labels (N,) int64; names of the classes.
 
-    Raises DataError, a ValueError, if they are anything else.
+    Raises DataError, a ValueError, for anything else.
     """
 
     images: Tensor
@@ -58,21 +58,21 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
 
     def subset(self, index: Int[Tensor, " m"]) -> "ImageSet":
-        """The images of these numbers, in this order."""
+        """Return the images of these numbers, in this order."""
         index = index.to(self.labels.device)
         return ImageSet(self.images[index], self.labels[index], self.classes)
 
     def digest(self) -> str:
-        """SHA-256 over type, shape and bytes of images and labels, and the names of the classes."""
+        """Compute the SHA-256 of type, shape and bytes of images and labels, and of class names."""
         sha = hashlib.sha256(repr(self.classes).encode())
         for tensor in (self.images, self.labels):
             sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            sha.update(raw_bytes(tensor))
         return sha.hexdigest()
 
 
 class Splits(NamedTuple):
-    """Three sets of the same classes; no image is in two of them."""
+    """Three sets of the same classes, without common images."""
 
     train: ImageSet
     validation: ImageSet
@@ -85,13 +85,16 @@ class Splits(NamedTuple):
 def stratified(
     labels: Int[Tensor, " n"], num_classes: int, size: int | None, *key: int | str
 ) -> Int[Tensor, " m"]:
-    """The numbers of `size` images, ascending, in proportion to the classes, and one of each class
-    as far as there is room; all of them if size is None or as large as that. Drawn from `key`."""
+    """Choose `size` images, stratified by class, with random numbers from `key`.
+
+    Returns their numbers, ascending: in proportion to the classes, with one of each class as far as
+    there is room; all if `size` is None or not smaller.
+    """
     labels = labels.cpu()
     if size is None or size >= len(labels):
         return torch.arange(len(labels))
-    # Each class lays its images out evenly over [0,1], in random order, the first one at 0; taken
-    # are those that come first.
+    # Each class spreads its images evenly over [0,1] in random order, the first one at 0; the images
+    # that come first are chosen.
     place = torch.zeros(len(labels), dtype=torch.float64)
     drawn = torch.randperm(len(labels), generator=generator(*key))
     for k in range(num_classes):
@@ -102,8 +105,5 @@ def stratified(
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Images as floating pixels in [0,1]."""
+    """Return images as floating pixels in [0,1]."""
     return images if images.is_floating_point() else images / 255
-
-
-# --- Views ---

@@ -1,8 +1,8 @@
-"""Where images come from: archives of published data sets, folders, scikit-learn's digits."""
+"""Data sets: published archives, folders of images, scikit-learn's digits."""
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from absld.data.dataset import ImageSet, Splits
 from absld.errors import DataError
 
-WAYS_OUT = {
+HINTS = {
     "folder": "needed in {folder}: train/CLASS/* and test/CLASS/*",
     "cifar10": "needed in {folder}: cifar-10-python.tar.gz, or a network to fetch it",
     "cifar100": "needed in {folder}: cifar-100-python.tar.gz, or a network to fetch it",
@@ -23,13 +23,18 @@ WAYS_OUT = {
 
 
 def load_data(dataset: str, folder: str, image_size: int = 32) -> Splits:
-    """Training, validation and test set of a data set, on the CPU.
+    """Load the training, validation and test set of a data set, on the CPU.
 
-    dataset: digits, or one of those in WAYS_OUT. folder: where its files are; archives of CIFAR and
-    SVHN are downloaded to it if they are not there. image_size: side in pixels to which images of
-    folder and tiny-imagenet are resized. Validation is split off the training images by class, alike
-    for all seeds: 5 % (digits 15 %), and so many that each class has one. Raises DataError, with the
-    file or class at fault.
+    Validation is split off the training images by class, the same for all seeds: 5 % (digits 15 %),
+    and at least one image of each class.
+
+    Args:
+        dataset: digits, or one of those in HINTS.
+        folder: where its files are; archives of CIFAR and SVHN are downloaded to it if missing.
+        image_size: side in pixels to which images of folder and tiny-imagenet are resized.
+
+    Raises:
+        DataError: with the file or class at fault.
     """
     sources: dict[str, Callable[[], Splits]] = {
         "digits": digits,
@@ -43,53 +48,51 @@ def load_data(dataset: str, folder: str, image_size: int = 32) -> Splits:
         raise DataError(f"there is no data set {dataset!r}", f"there are: {', '.join(sources)}")
     try:
         return sources[dataset]()
-    except DataError as error:
-        if error.way_out:
-            raise
-        raise DataError(str(error), WAYS_OUT[dataset].format(folder=folder)) from error
     except (OSError, RuntimeError, ValueError, ImportError, EOFError) as error:
-        raise DataError(str(error), WAYS_OUT[dataset].format(folder=folder)) from error
+        if isinstance(error, DataError) and error.hint:
+            raise
+        raise DataError(str(error), HINTS[dataset].format(folder=folder)) from error
 
 
 def split(data: ImageSet, size: int) -> tuple[ImageSet, ImageSet]:
-    """The set in two, the second of `size` images, in proportion to the classes."""
+    """Split a set in two, the second of `size` images, stratified by class."""
     from sklearn.model_selection import train_test_split
 
-    parts = train_test_split(
-        data.images, data.labels, test_size=size, stratify=data.labels, random_state=0
+    first, second = train_test_split(
+        torch.arange(len(data)), test_size=size, stratify=data.labels, random_state=0
     )
-    first, second, first_labels, second_labels = parts
-    return (
-        ImageSet(first, first_labels, data.classes),
-        ImageSet(second, second_labels, data.classes),
-    )
+    return data.subset(first), data.subset(second)
 
 
-def hold_out(train: ImageSet, test: ImageSet, share: float) -> Splits:
-    """Split validation images off the training images: a share, and one of each class."""
+def hold_out(train: ImageSet, test: ImageSet, share: float = 0.05) -> Splits:
+    """Split validation images off the training images: a share, at least one of each class."""
     rarest = max(2, int(train.labels.bincount(minlength=train.num_classes).min()))
     size = max(round(share * len(train)), -(-len(train) // rarest))
     return Splits(*split(train, size), test)
+
+
+def image_set(images: Any, labels: Any, classes: Iterable[str]) -> ImageSet:
+    """Make a set of arrays or lists."""
+    return ImageSet(torch.as_tensor(images), torch.as_tensor(labels).long(), tuple(classes))
 
 
 # --- Published archives ---
 
 
 def digits() -> Splits:
-    """scikit-learn's 1,797 digits of 8x8 pixels, grey as RGB; a third is the test set."""
+    """Load scikit-learn's 1,797 digits of 8x8 pixels, grey as RGB; a third is the test set."""
     from sklearn.datasets import load_digits
 
     grey, labels = map(torch.from_numpy, load_digits(return_X_y=True))
     images = (grey * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
-    train, test = split(ImageSet(images, labels, tuple("0123456789")), 599)
-    return hold_out(train, test, 0.15)
+    return hold_out(*split(image_set(images, labels, "0123456789"), 599), share=0.15)
 
 
 @contextmanager
-def impatient() -> Iterator[None]:
-    """Inside, a network that never answers is none."""
+def socket_timeout(seconds: float) -> Iterator[None]:
+    """Set the default timeout of sockets, so that a network without an answer is an error."""
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
+    socket.setdefaulttimeout(seconds)
     try:
         yield
     finally:
@@ -97,42 +100,37 @@ def impatient() -> Iterator[None]:
 
 
 def cifar(dataset: str, folder: str) -> Splits:
-    """CIFAR-10 or CIFAR-100 from its archive in `folder`, downloaded if it is not there."""
+    """Load CIFAR-10 or CIFAR-100 from its archive in `folder`, downloaded if missing."""
     from torchvision import datasets
 
     source = getattr(datasets, dataset.upper())
-    with impatient():
+    with socket_timeout(10):
         parts = [source(folder, train=train, download=True) for train in (True, False)]
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     train, test = (
-        ImageSet(
-            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-            torch.tensor(part.targets),
-            tuple(part.classes),
-        )
-        for part in parts
+        image_set(x, part.targets, part.classes) for x, part in zip(images, parts, strict=True)
     )
-    return hold_out(train, test, 0.05)
+    return hold_out(train, test)
 
 
 def svhn(folder: str) -> Splits:
-    """Street View House Numbers, cropped digits, from train_32x32.mat and test_32x32.mat in
-    `folder`, downloaded if they are not there; without the extra training images."""
+    """Load Street View House Numbers from train_32x32.mat and test_32x32.mat in `folder`.
+
+    They are downloaded if missing. The extra training images are not used.
+    """
     from torchvision import datasets
 
-    with impatient():
+    with socket_timeout(10):
         parts = [datasets.SVHN(folder, split=part, download=True) for part in ("train", "test")]
-    train, test = (
-        ImageSet(
-            torch.from_numpy(part.data), torch.from_numpy(part.labels).long(), tuple("0123456789")
-        )
-        for part in parts
-    )
-    return hold_out(train, test, 0.05)
+    train, test = (image_set(part.data, part.labels, "0123456789") for part in parts)
+    return hold_out(train, test)
 
 
 def tiny_imagenet(folder: str, image_size: int) -> Splits:
-    """Tiny ImageNet as its archive unpacks, in `folder` or its subfolder tiny-imagenet-200; its
-    labelled validation images are the test set, for those of its test set have no labels."""
+    """Load Tiny ImageNet as its archive unpacks, in `folder` or its tiny-imagenet-200.
+
+    Its labelled validation images are the test set; its test images have no labels.
+    """
     root = Path(folder)
     if (root / "tiny-imagenet-200").is_dir():
         root /= "tiny-imagenet-200"
@@ -141,28 +139,28 @@ def tiny_imagenet(folder: str, image_size: int) -> Splits:
     label_of = {wnid: label for label, wnid in enumerate(ids)}
     # The first synonym is enough, where no other class has the same.
     short = [names.get(wnid, wnid).split(",")[0] for wnid in ids]
-    classes = tuple(
+    classes = [
         name if short.count(name) == 1 else f"{name} {wnid}"
         for name, wnid in zip(short, ids, strict=True)
-    )
+    ]
 
-    def images(files: Sequence[tuple[Path, str]], where: Path) -> ImageSet:
+    def read(files: Sequence[tuple[Path, str]], where: Path) -> ImageSet:
         unknown = next((wnid for _, wnid in files if wnid not in label_of), None)
         if unknown or not files:
-            what = f"{unknown} is no class of wnids.txt" if unknown else "no images"
-            raise DataError(f"{where}: {what}", "unpack the archive anew")
-        pictures = read_images([str(path) for path, _ in files], image_size)
-        return ImageSet(pictures, torch.tensor([label_of[wnid] for _, wnid in files]), classes)
+            cause = f"{unknown} is not a class of wnids.txt" if unknown else "no images"
+            raise DataError(f"{where}: {cause}", "unpack the archive anew")
+        images = read_images([str(path) for path, _ in files], image_size)
+        return image_set(images, [label_of[wnid] for _, wnid in files], classes)
 
     train, val = root / "train", root / "val"
-    of_train = [(p, wnid) for wnid in ids for p in sorted((train / wnid / "images").iterdir())]
+    train_files = [(p, wnid) for wnid in ids for p in sorted((train / wnid / "images").iterdir())]
     rows = (row.split("\t") for row in lines(val / "val_annotations.txt"))
-    of_val = [(val / "images" / row[0], row[1]) for row in rows if len(row) > 1]
-    return hold_out(images(of_train, train), images(of_val, val), 0.05)
+    val_files = [(val / "images" / row[0], row[1]) for row in rows if len(row) > 1]
+    return hold_out(read(train_files, train), read(val_files, val))
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
+    """Read the lines of a text file that are not empty."""
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -170,28 +168,32 @@ def lines(path: Path) -> list[str]:
 
 
 def from_folder(folder: str, image_size: int) -> Splits:
-    """Images in `folder`/{train,test}/CLASS/, and in folders below, of any format Pillow reads,
-    resized. Links are followed, but for those that lead round in a circle."""
+    """Load images in `folder`/{train,test}/CLASS/ and folders below, resized.
+
+    Any format that Pillow reads. Links are followed, except to a folder that holds the link.
+    """
     from torchvision import datasets
 
-    train_folder, test_folder = (os.path.join(folder, part) for part in ("train", "test"))
-    refuse_circles(train_folder)
-    refuse_circles(test_folder)
-    # isfile: a file that is no image is an error, not passed over.
-    train, test = (
-        datasets.ImageFolder(part, is_valid_file=os.path.isfile)
-        for part in (train_folder, test_folder)
-    )
-    if len(train.classes) < 2 or train.classes != test.classes:
+    folders = [os.path.join(folder, part) for part in ("train", "test")]
+    for part in folders:
+        refuse_circles(part)
+    # isfile: a file that is not an image is an error, not skipped.
+    parts = [datasets.ImageFolder(part, is_valid_file=os.path.isfile) for part in folders]
+    train, test = (part.classes for part in parts)
+    if len(train) < 2 or train != test:
         raise DataError(
-            f"classes in train: {train.classes}, in test: {test.classes}",
+            f"classes in train: {train}, in test: {test}",
             "both need the same folders, two or more, one for each class",
         )
-    return hold_out(stacked(train, image_size), stacked(test, image_size), 0.05)
+    train_set, test_set = (
+        image_set(read_images([path for path, _ in part.samples], image_size), part.targets, train)
+        for part in parts
+    )
+    return hold_out(train_set, test_set)
 
 
 def refuse_circles(folder: str, above: tuple[str, ...] = ()) -> None:
-    """Raise DataError if a folder holds, by a link, itself: its images would count many times."""
+    """Raise DataError if a folder holds itself by a link: its images would count many times."""
     here = os.path.realpath(folder)
     if here in above:
         raise DataError(f"{folder}: a link to a folder that holds it", "remove it")
@@ -201,14 +203,8 @@ def refuse_circles(folder: str, above: tuple[str, ...] = ()) -> None:
                 refuse_circles(entry.path, (*above, here))
 
 
-def stacked(part: Any, side: int) -> ImageSet:
-    """The images that torchvision's ImageFolder found, as a set."""
-    images = read_images([path for path, _ in part.samples], side)
-    return ImageSet(images, torch.tensor(part.targets), tuple(part.classes))
-
-
 def read_images(paths: Sequence[str], side: int) -> Tensor:
-    """Image files as (N,3,side,side) uint8."""
+    """Read image files as (N,3,side,side) uint8."""
     images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
     for image, path in zip(images, paths, strict=True):
         image.copy_(read_image(path, side))
@@ -216,7 +212,7 @@ def read_images(paths: Sequence[str], side: int) -> Tensor:
 
 
 def read_image(path: str, side: int) -> Tensor:
-    """An image file as (3,side,side) uint8."""
+    """Read an image file as (3,side,side) uint8."""
     from torchvision.datasets.folder import default_loader
     from torchvision.transforms.v2.functional import pil_to_tensor, resize
 

@@ -1,1 +1,1 @@
-"""How the same training runs fast: precision, batch-norm folding, CUDA graphs, processes, cached logits."""
+"""Fast training: precision, batch-norm folding, CUDA graphs, processes, cached logits."""

@@ -1,7 +1,7 @@
-"""The processes that train together: who this one is, and sums over all of them.
+"""The processes that train together: the rank of this one, and reductions over all of them.
 
 Started by torchrun, each process has a device of its own and a part of every batch. Nothing here
-acts by itself: what has to be summed is given `Ranks`, and alone it costs nothing.
+acts by itself: what has to be reduced is given to `Distributed`, at no cost in a single process.
 """
 
 import inspect
@@ -17,60 +17,63 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process is number `rank` of `count`, and number `local` of those on its machine."""
+class Distributed:
+    """The ranks of this process, among all and on its machine, and the number of processes."""
 
     rank: int = 0
-    count: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
     @property
-    def first(self) -> bool:
-        """Is this the process that writes and speaks?"""
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device that `name`, as given to all, is for this process."""
-        return f"cuda:{self.local}" if self.count > 1 and is_cuda(name) else name
+        """Return the device of this process, where all were given the device `name`."""
+        return f"cuda:{self.local_rank}" if self.world_size > 1 and is_cuda(name) else name
 
     def key(self) -> tuple[str, ...]:
-        """What sets the random numbers of this process apart from the first one's."""
+        """Return the part of a generator's key that differs between processes."""
         return (f"rank {self.rank}",) if self.rank else ()
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in each."""
-        if self.count > 1:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes, in each."""
+        if self.world_size > 1:
             tensor = tensor.clone()
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def mean_(self, tensors: Iterable[Tensor]) -> None:
-        """Put the mean over all processes in place of each floating tensor."""
-        if self.count > 1:
-            floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-            if floating:
-                together = self.total(torch.cat([each.flatten() for each in floating])) / self.count
-                parts = torch.split(together, [each.numel() for each in floating])
-                for tensor, mean in zip(floating, parts, strict=True):
-                    tensor.copy_(mean.view_as(tensor))
+    def all_reduce_mean_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each floating tensor by its mean over all processes."""
+        floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+        if self.world_size > 1 and floating:
+            flat = torch.cat([tensor.flatten() for tensor in floating])  # one message for all
+            means = self.all_reduce_sum(flat) / self.world_size
+            parts = torch.split(means, [tensor.numel() for tensor in floating])
+            for tensor, mean in zip(floating, parts, strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
-    def greatest(self, number: int, device: torch.device) -> int:
-        """The greatest of the numbers that the processes bring."""
-        if self.count > 1:
-            held = torch.tensor(number, device=device)
-            torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
-            number = int(held)
+    def all_reduce_max(self, number: int, device: torch.device) -> int:
+        """Return the maximum over all processes, in each."""
+        if self.world_size > 1:
+            tensor = torch.tensor(number, device=device)
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+            number = int(tensor)
         return number
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.world_size > 1:
             torch.distributed.barrier()
 
-    def parallel(self, network: nn.Module) -> nn.Module:
-        """The network, with its gradients averaged over all processes. Its buffers are not sent
-        about: a step has two forwards, and the first one's must not be overwritten."""
-        if self.count == 1:
+    def data_parallel(self, network: nn.Module) -> nn.Module:
+        """Return the network with its gradients averaged over all processes.
+
+        Buffers are not broadcast: a step has two forwards, and those of the first one must not be
+        overwritten.
+        """
+        if self.world_size == 1:
             return network
         parallel = nn.parallel.DistributedDataParallel
         newer = "forward_sync_buffers" in inspect.signature(parallel.__init__).parameters
@@ -78,7 +81,7 @@ class Ranks:
         return parallel(network, **buffers)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Distributed()
 
 
 def is_cuda(device: str) -> bool:
@@ -86,16 +89,17 @@ def is_cuda(device: str) -> bool:
 
 
 @contextmanager
-def launched(device: str) -> Iterator[Ranks]:
-    """The processes that torchrun has started, on devices of this kind; alone without it."""
+def init_distributed(device: str) -> Iterator[Distributed]:
+    """Join the processes that torchrun started, on this kind of device; else a single process."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
-    local = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ["LOCAL_RANK"])
     if is_cuda(device):
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local_rank)
     torch.distributed.init_process_group("nccl" if is_cuda(device) else "gloo")
     try:
-        yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local)
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        yield Distributed(rank, world_size, local_rank)
     finally:
         torch.distributed.destroy_process_group()

@@ -1,10 +1,10 @@
-"""Device, precision and engine: how fast the same training is done.
+"""The engine: the same training, faster.
 
-Nothing here changes what is computed but for rounding, and each technique is a setting of its own,
+It changes nothing that is computed except for rounding, and each technique is a setting of its own,
 off by default: docs/performance.md says what each is worth, and on which machine.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,62 +13,52 @@ from torch import Tensor, nn
 
 from absld.attack import Objective, TrainingAttack, frozen_eval, pgd
 from absld.config.settings import TrainConfig
-from absld.engine.batch_norm_folding import Folded
-from absld.engine.cuda_graph import Recorded, tensors_of
-from absld.engine.distributed import ALONE, Ranks
-from absld.engine.precision import arithmetic, in_precision
+from absld.engine.batch_norm_folding import FoldedNetwork
+from absld.engine.cuda_graph import GraphedFunction, partial_tensors
+from absld.engine.distributed import SINGLE_PROCESS, Distributed
+from absld.engine.precision import float32_precision, with_precision
 from absld.errors import UsageError
-
-# --- Precision ---
-
-
-# --- Memory format ---
-
-
-# --- The engine ---
 
 
 class Engine(nn.Module):
-    """A student with two forwards: in train mode that of the training; in eval mode that of the
-    attack, which may be of a folded copy, and in another precision. The weights are the student's.
+    """A student with two forwards, which share its weights.
+
+    In train mode the forward is that of the training; in eval mode that of the attack, which may be
+    of a folded copy and in another precision.
     """
 
-    def __init__(self, student: nn.Module, config: TrainConfig, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, student: nn.Module, config: TrainConfig, distributed: Distributed = SINGLE_PROCESS
+    ) -> None:
         super().__init__()
-        self.folded = Folded(student) if config.fold_batch_norm else None
-        compiled: Callable[[nn.Module], nn.Module] = Compiled if config.compile else same
-        self.trained = ranks.parallel(in_precision(compiled(student), config.precision))
-        self.attacked = in_precision(
-            compiled(self.folded or student), config.attack_precision or config.precision
-        )
+        self.folded = FoldedNetwork(student) if config.fold_batch_norm else None
+        networks = student, self.folded or student
+        trained, attacked = map(Compiled, networks) if config.compile else networks
+        self.train_forward = distributed.data_parallel(with_precision(trained, config.precision))
+        self.attack_forward = with_precision(attacked, config.attack_precision or config.precision)
 
     def train(self, mode: bool = True) -> "Engine":
         super().train(mode)
         if self.folded and not mode:
-            self.folded.rewrite()  # an optimiser's step may lie behind
+            self.folded.refresh()  # the optimiser may have moved the weights
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.trained(x) if self.training else self.attacked(x)
+        logits: Tensor = self.train_forward(x) if self.training else self.attack_forward(x)
         return logits
 
 
-def same(model: nn.Module) -> nn.Module:
-    return model
-
-
 class Compiled(nn.Module):
-    """A network whose forward is compiled when it is first called. Raises UsageError where that
-    cannot be."""
+    """A network whose forward is compiled at its first call; UsageError if that fails."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.call = torch.compile(model, dynamic=False)
+        self.compiled = torch.compile(model, dynamic=False)
 
     def forward(self, x: Tensor) -> Tensor:
         try:
-            logits: Tensor = self.call(x)
+            logits: Tensor = self.compiled(x)
         except torch._dynamo.exc.TorchDynamoException as error:
             cause = next((line for line in str(error).splitlines() if line.strip()), "")
             raise UsageError(f"--compile: {cause}", "leave out --compile") from error
@@ -77,28 +67,28 @@ class Compiled(nn.Module):
 
 @dataclass(frozen=True)
 class EngineAttack(TrainingAttack):
-    """The training attack in its precision; as a CUDA graph, if that is wanted and can be."""
+    """The training attack in its precision, and as a CUDA graph where that is set and possible."""
 
     precision: str = "fp32"
     cuda_graph: bool = False
-    recorded: dict[Hashable, Recorded] = field(default_factory=dict, compare=False)
+    graphs: dict[Hashable, GraphedFunction] = field(default_factory=dict, compare=False)
 
     def __call__(
         self, student: nn.Module, objective: Objective, x_nat: Tensor, noise: Tensor
     ) -> Tensor:
-        with arithmetic(self.precision):
-            tensors = tensors_of(objective)
+        with float32_precision(self.precision):
+            tensors = partial_tensors(objective)
             # What an objective holds besides tensors would stay that of the first batch.
             if self.cuda_graph and tensors is not None and isinstance(self.epsilon, float):
-                return self.replayed(student, objective, x_nat, noise, *tensors)
+                return self.replay(student, objective, x_nat, noise, *tensors)
             return super().__call__(student, objective, x_nat, noise)
 
-    def replayed(self, student: nn.Module, objective: Objective, *given: Tensor) -> Tensor:
-        """The attack by the graph for such tensors, recorded where there is none."""
+    def replay(self, student: nn.Module, objective: Objective, *inputs: Tensor) -> Tensor:
+        """Attack by the graph for inputs of these shapes, which is captured at the first call."""
         assert isinstance(objective, partial)
         function = objective.func
 
-        def run(x_nat: Tensor, noise: Tensor, *tensors: Tensor) -> Tensor:
+        def attack(x_nat: Tensor, noise: Tensor, *tensors: Tensor) -> Tensor:
             return pgd(
                 student,
                 partial(function, *tensors),
@@ -109,15 +99,15 @@ class EngineAttack(TrainingAttack):
                 steps=self.steps,
             )
 
-        key = student, function, *(tensor.shape for tensor in given)
+        key = student, function, *(tensor.shape for tensor in inputs)
         with frozen_eval(student):
-            if key not in self.recorded:
-                self.recorded[key] = Recorded(run, given)
-            return self.recorded[key](*given)
+            if key not in self.graphs:
+                self.graphs[key] = GraphedFunction(attack, inputs)
+            return self.graphs[key](*inputs)
 
 
 def training_attack(config: TrainConfig) -> EngineAttack:
-    """The attack of a training, with its settings."""
+    """Return the training attack of these settings."""
     return EngineAttack(
         config.epsilon,
         config.epsilon * config.relative_step_size,
@@ -127,9 +117,9 @@ def training_attack(config: TrainConfig) -> EngineAttack:
     )
 
 
-def check_speed(config: TrainConfig, device: torch.device) -> None:
-    """Raise UsageError for a technique that this device has not."""
-    on_cuda = {"cuda_graph": config.cuda_graph, "sync_batch_norm": config.sync_batch_norm}
-    if device.type != "cuda" and (wanted := [name for name, on in on_cuda.items() if on]):
-        flag = f"--{wanted[0].replace('_', '-')}"
-        raise UsageError(f"{flag} needs a CUDA device, not {device.type}", f"leave out {flag}")
+def check_device_supports(config: TrainConfig, device: torch.device) -> None:
+    """Raise UsageError for a technique that does not work on this device."""
+    for name in ("cuda_graph", "sync_batch_norm"):
+        if getattr(config, name) and device.type != "cuda":
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} needs a CUDA device, not {device.type}", f"leave out {flag}")

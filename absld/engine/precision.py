@@ -13,7 +13,7 @@ T = TypeVar("T", bound=nn.Module)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device `name`; "auto" is cuda where there is one, else the CPU. Raises UsageError."""
+    """Return the device `name`; "auto" is cuda where there is one, else cpu. Raises UsageError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -25,10 +25,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """Inside, float32 is multiplied in full (fp32, bf16), or in tf32, and cuDNN is repeatable.
+def float32_precision(precision: str) -> Iterator[None]:
+    """Set how torch multiplies float32 inside: in TF32 for "tf32", else in full (IEEE).
 
-    torch's own settings are as before afterwards.
+    cuDNN is deterministic inside. On leaving, torch's settings are what they were.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     conv = cudnn.conv  # type: ignore[attr-defined]  # set at run time
@@ -41,35 +41,41 @@ def arithmetic(precision: str) -> Iterator[None]:
         matmul.fp32_precision, conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
 
 
-class InPrecision(nn.Module):
-    """A network whose forward computes in a precision, from float32 weights to float32 logits. A
-    backward is in that of the code around it, but for bf16."""
+class WithPrecision(nn.Module):
+    """A network whose forward computes in a precision, from float32 weights to float32 logits.
+
+    A backward is in the precision of the code around it, except for bf16.
+    """
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
         self.model, self.precision = model, precision
 
     def forward(self, x: Tensor) -> Tensor:
-        # Weights are cast once a forward: there is nothing to cache, and a graph could not.
-        half = torch.autocast(
+        # Each forward casts each weight once: there is nothing to cache, and a CUDA graph could not.
+        autocast = torch.autocast(
             x.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False
         )
-        with arithmetic(self.precision), half:
+        with float32_precision(self.precision), autocast:
             logits: Tensor = self.model(x)
         return logits.float() if self.precision == "bf16" else logits
 
 
-def in_precision(model: nn.Module, precision: str, around: str | None = None) -> nn.Module:
-    """The network to call for a precision: itself, or a wrapper. The weights are shared. around:
-    the `arithmetic` in which it will be called, if not its own."""
-    as_around = precision == (around or precision) != "bf16"
-    return model if as_around else InPrecision(model, precision)
+def with_precision(
+    model: nn.Module, precision: str, caller_precision: str | None = None
+) -> nn.Module:
+    """Return the module to call for a precision: the network, or a wrapper that shares its weights.
+
+    caller_precision: the `float32_precision` of the calling code; by default `precision`.
+    """
+    unchanged = precision == (caller_precision or precision) != "bf16"
+    return model if unchanged else WithPrecision(model, precision)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def laid_out(model: T, channels_last: bool) -> T:
-    """The network itself, its weights in the memory format. Its state dict is as before."""
+def to_memory_format(model: T, channels_last: bool) -> T:
+    """Return the network itself, its weights in the memory format. Its state dict is unchanged."""
     return model.to(memory_format=torch.channels_last) if channels_last else model

@@ -1,15 +1,16 @@
-"""The attacks of an evaluation, by the names under which this field reports them.
+"""The attacks of an evaluation, by the names under which the field reports them.
 
-`fgsm`, `pgd20` (TRADES' step), `pgd20-sat` (the longer step of plain adversarial training), `cw30`
-(PGD on the margin), with any number of steps; `autoattack` is its four parts (absld.evaluation.autoattack).
+`fgsm`, `pgd20` (the step of TRADES), `pgd20-sat` (the longer step of plain adversarial training) and
+`cw30` (PGD on the margin), with any number of steps; `autoattack` is the four parts of AutoAttack.
 
-Random numbers are made for an image by its number in its set, or for a batch by that of its first.
+Random numbers are keyed by the image's number in its set, or a batch's by that of its first image.
 """
 
+import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -17,51 +18,63 @@ from torch import Tensor, nn
 
 from absld.attack import Objective, cross_entropy, margin, margins, pgd, project_linf
 from absld.errors import UsageError
-from absld.evaluation import autoattack
-from absld.seeding import generator
+from absld.seeding import Key, generator, global_generator
 
-STANDARD = "clean,fgsm,pgd20,cw30"
 OBJECTIVES: dict[str, Callable[[Tensor], Objective]] = {
     "cross-entropy": cross_entropy,
     "margin": margin,
 }
+Images = Float[Tensor, "n channels height width"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttackBatch:
+    """Images to attack, and the settings of this attempt.
+
+    x_nat (n,channels,H,W): clean images, pixels in [0,1]. labels (n,). index (n,): the images'
+    numbers in their set. epsilon: radius of the L-infinity ball. seed: of the evaluation. restart:
+    number of the attempt, from 0.
+    """
+
+    x_nat: Images
+    labels: Int[Tensor, " n"]
+    index: Int[Tensor, " n"]
+    epsilon: float
+    seed: int = 0
+    restart: int = 0
+
+    def key(self, attack: str, row: int = 0) -> Key:
+        """Return the key of an attack's random numbers for the image in this row of the batch."""
+        return "evaluate", self.seed, attack, self.restart, int(self.index[row])
 
 
 class Attack(Protocol):
-    """What an evaluation asks of an attack."""
+    """An attack of an evaluation: any object with these members, such as a dataclass."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def restarts(self) -> int:
-        """How often it is tried, each time on the images that it has not broken."""
+        """Number of attempts, each on the images that no earlier one broke."""
 
     @property
     def cost(self) -> float:
-        """Of an image and a try, in forwards with their backwards, about: for the time left."""
+        """Approximate forward-backward passes for an image and an attempt, to estimate the time."""
 
-    def perturb(
-        self,
-        model: nn.Module,
-        x_nat: Float[Tensor, "n channels height width"],
-        labels: Int[Tensor, " n"],
-        index: Int[Tensor, " n"],
-        *,
-        restart: int,
-        epsilon: float,
-        seed: int,
-    ) -> Float[Tensor, "n channels height width"]:
-        """Images that the network may misclassify. index: their numbers in their set. The network
-        is called in the mode it is in; see `absld.frozen_eval`."""
+    def perturb(self, model: nn.Module, batch: AttackBatch) -> Images:
+        """Return adversarial images; what leaves the ball is projected into it afterwards.
+
+        The network is called in the mode it is in; see `absld.frozen_eval`.
+        """
 
 
 @dataclass(frozen=True)
 class SignedGradient:
-    """PGD. step_size: in epsilons, so that it scales with them.
+    """PGD in the L-infinity ball (arXiv 1706.06083).
 
-    The first start is the image, or uniform in the ball; those of restarts are uniform.
-    Source: spec, Evaluation.
+    step_size: in multiples of epsilon. The first attempt starts at the image, or uniformly in the
+    ball if `uniform_start`; restarts start uniformly.
     """
 
     name: str
@@ -75,26 +88,17 @@ class SignedGradient:
     def cost(self) -> float:
         return float(self.steps)
 
-    def perturb(
-        self,
-        model: nn.Module,
-        x_nat: Float[Tensor, "n channels height width"],
-        labels: Int[Tensor, " n"],
-        index: Int[Tensor, " n"],
-        *,
-        restart: int,
-        epsilon: float,
-        seed: int,
-    ) -> Float[Tensor, "n channels height width"]:
+    def perturb(self, model: nn.Module, batch: AttackBatch) -> Images:
+        x_nat, epsilon = batch.x_nat, batch.epsilon
         noise = torch.zeros(x_nat.shape)
-        if self.uniform_start or restart:
-            # By the image's number: batch size, a subset and an interruption change nothing.
-            for row, number in zip(noise, index.tolist(), strict=True):
-                random = generator("evaluate", seed, self.name, restart, number)
-                row.uniform_(-epsilon, epsilon, generator=random)
+        if self.uniform_start or batch.restart:
+            # Keyed by the image: batch size, a subset and an interruption do not change it.
+            for row, image_noise in enumerate(noise):
+                random = generator(*batch.key(self.name, row))
+                image_noise.uniform_(-epsilon, epsilon, generator=random)
         return pgd(
             differentiable(model),
-            OBJECTIVES[self.objective](labels),
+            OBJECTIVES[self.objective](batch.labels),
             x_nat,
             noise.to(x_nat),
             epsilon=epsilon,
@@ -103,40 +107,76 @@ class SignedGradient:
         )
 
 
+# Approximate forward-backward passes for an image: 100 steps; 100 towards each of nine classes; the
+# same with two passes a step; 5000 forwards.
+AUTOATTACK_COSTS = {"apgd-ce": 100.0, "apgd-t": 900.0, "fab-t": 1800.0, "square": 1700.0}
+
+
 @dataclass(frozen=True)
 class AutoAttackPart:
-    """One of the four attacks of AutoAttack."""
+    """One of the four attacks of AutoAttack (arXiv 2003.01690), from the package pyautoattack.
+
+    Settings are those of its `standard` version; with fewer than ten classes every other class is a
+    target. An image that is not broken may come back unchanged. Images are float32.
+    """
 
     name: str
     restarts: int = 1
 
     @property
     def cost(self) -> float:
-        return autoattack.COSTS[self.name]
+        return AUTOATTACK_COSTS[self.name]
 
-    def perturb(
-        self,
-        model: nn.Module,
-        x_nat: Float[Tensor, "n channels height width"],
-        labels: Int[Tensor, " n"],
-        index: Int[Tensor, " n"],
-        *,
-        restart: int,
-        epsilon: float,
-        seed: int,
-    ) -> Float[Tensor, "n channels height width"]:
-        key = ("evaluate", seed, self.name, restart, int(index[0]))
-        forward = differentiable(model)
-        x_nat = x_nat.contiguous()  # it views images as vectors
-        return autoattack.perturb(self.name, forward, x_nat, labels, epsilon=epsilon, key=key)
+    def perturb(self, model: nn.Module, batch: AttackBatch) -> Images:
+        x_nat = batch.x_nat.contiguous()  # it views images as vectors
+        forward, device = differentiable(model), x_nat.device
+
+        def logits(x: Tensor) -> Tensor:
+            return forward(x).clone()  # it writes to them, and they may be a view of the image
+
+        suite = import_autoattack().AutoAttack(
+            logits, norm="Linf", eps=batch.epsilon, seed=0, version="standard", device=device
+        )
+        suite.apgd.loss = "ce"
+        suite.fab.targeted = True
+        targets = forward(x_nat[:1]).shape[1] - 1
+        for targeted in (suite.fab, suite.apgd_targeted):
+            targeted.n_target_classes = min(targeted.n_target_classes, targets)
+        attacks = (suite.apgd, suite.apgd_targeted, suite.fab, suite.square)
+        attack = dict(zip(AUTOATTACK_COSTS, attacks, strict=True))[self.name]
+        with global_generator(*batch.key(self.name), device=device), torch.no_grad():
+            # The parts seed torch's global generators, each with its own number.
+            attack.seed = int(torch.randint(2**31, ()))
+            x_adv: Tensor = attack.perturb(x_nat, batch.labels)
+        return x_adv
+
+
+def autoattack_parts(num_classes: int) -> list[AutoAttackPart]:
+    """Return the parts; the loss of apgd-t is undefined for three or fewer classes."""
+    return [
+        AutoAttackPart(name) for name in AUTOATTACK_COSTS if num_classes > 3 or name != "apgd-t"
+    ]
+
+
+def import_autoattack() -> Any:
+    """Import pyautoattack. Raises UsageError if it is not installed."""
+    try:
+        import pyautoattack
+    except ImportError as error:
+        raise UsageError(
+            f"autoattack needs the package pyautoattack: {error}", "pip install 'absld[autoattack]'"
+        ) from error
+    # Its warnings are replaced by the sanity checks.
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    return pyautoattack
 
 
 @dataclass(frozen=True)
 class SquareSearch:
-    """A search without gradients: squares of +-epsilon, kept where the margin grows.
+    """Random search without gradients: squares of +-epsilon are kept where the margin grows.
 
-    The idea of the Square attack (Andriushchenko et al. 2020), with one square for a whole batch;
-    the checks set it against PGD, `autoattack` has the real one. Source: decided here.
+    A simplified Square attack (arXiv 1912.00049) with one square for the whole batch, which the
+    sanity checks compare with PGD; `autoattack` has the original. Source: decided here.
     """
 
     name: str
@@ -147,26 +187,18 @@ class SquareSearch:
     def cost(self) -> float:
         return self.queries / 3
 
-    def perturb(
-        self,
-        model: nn.Module,
-        x_nat: Float[Tensor, "n channels height width"],
-        labels: Int[Tensor, " n"],
-        index: Int[Tensor, " n"],
-        *,
-        restart: int,
-        epsilon: float,
-        seed: int,
-    ) -> Float[Tensor, "n channels height width"]:
-        random = generator("evaluate", seed, self.name, restart, int(index[0]))
+    def perturb(self, model: nn.Module, batch: AttackBatch) -> Images:
+        x_nat, labels, epsilon = batch.x_nat, batch.labels, batch.epsilon
+        random = generator(*batch.key(self.name))
         n, channels, height, width = x_nat.shape
 
-        def corners(*shape: int) -> Tensor:
+        def random_corners(*shape: int) -> Tensor:
             signs = torch.randint(2, shape, generator=random) * 2 - 1
             return (epsilon * signs).to(x_nat)
 
         with torch.no_grad():
-            x_adv = project_linf(x_nat + corners(n, channels, 1, width), x_nat, epsilon)  # stripes
+            stripes = random_corners(n, channels, 1, width)
+            x_adv = project_linf(x_nat + stripes, x_nat, epsilon)
             best = margins(model(x_adv), labels)
             for query in range(self.queries):
                 share = 0.8 * 0.5 ** (8 * query / self.queries)  # of the pixels: large, then small
@@ -175,25 +207,25 @@ class SquareSearch:
                 top = int(torch.randint(height - side + 1, (), generator=random))
                 left = int(torch.randint(width - side + 1, (), generator=random))
                 window = (..., slice(top, top + side), slice(left, left + side))
-                tried = x_adv.clone()
-                tried[window] = x_nat[window] + corners(n, channels, 1, 1)
-                tried = project_linf(tried, x_nat, epsilon)
-                found = margins(model(tried), labels)
-                better = found > best
-                x_adv[better], best[better] = tried[better], found[better]
+                candidate = x_adv.clone()
+                candidate[window] = x_nat[window] + random_corners(n, channels, 1, 1)
+                candidate = project_linf(candidate, x_nat, epsilon)
+                reached = margins(model(candidate), labels)
+                better = reached > best
+                x_adv[better], best[better] = candidate[better], reached[better]
         return x_adv
 
 
 def parse_attacks(names: str, num_classes: int, restarts: int = 1) -> tuple[Attack, ...]:
-    """The attacks that `names`, separated by commas, mean, without `clean`, which is always done.
+    """Return the attacks that `names`, separated by commas, mean.
 
-    restarts: of PGD and CW. Raises UsageError.
+    `clean` is left out: it is always evaluated. restarts: of PGD and CW. Raises UsageError.
     """
     attacks: list[Attack] = []
     for name in filter(None, map(str.strip, names.lower().split(","))):
         if name == "autoattack":
-            autoattack.library()  # if it is missing, say so now
-            attacks += map(AutoAttackPart, autoattack.parts(num_classes))
+            import_autoattack()  # a missing package is reported before any work
+            attacks += autoattack_parts(num_classes)
         elif name != "clean":
             attacks.append(parse_attack(name, restarts))
     if len({attack.name for attack in attacks}) < len(attacks):
@@ -201,33 +233,37 @@ def parse_attacks(names: str, num_classes: int, restarts: int = 1) -> tuple[Atta
     return tuple(attacks)
 
 
+# Objective, step size in multiples of epsilon, uniform start.
+STYLES: dict[str, tuple[Literal["cross-entropy", "margin"], float, bool]] = {
+    "pgd": ("cross-entropy", 0.003 / (8 / 255), True),
+    "pgd-sat": ("cross-entropy", 2 / 8, True),
+    "cw": ("margin", 2 / 8, False),
+}
+
+
 def parse_attack(name: str, restarts: int = 1) -> SignedGradient:
-    """fgsm, pgdN, pgdN-sat or cwN, of N steps. Source of the step sizes: spec, Evaluation."""
+    """Return fgsm, pgdN, pgdN-sat or cwN, of N steps.
+
+    The steps are those of TRADES (arXiv 1901.08573), and of arXiv 1706.06083 for -sat and cw.
+    Raises UsageError.
+    """
     if name == "fgsm":
         return SignedGradient(name, "cross-entropy", 1, 1.0, uniform_start=False)
-    attack = None
-    if found := re.fullmatch(r"(pgd|cw)([1-9]\d{0,4})(-sat)?", name):
-        kind, steps, sat = found.groups()
-        long_step = 2 / 8
-        if kind == "pgd":
-            step_size = long_step if sat else 0.003 / (8 / 255)
-            attack = SignedGradient(
-                name, "cross-entropy", int(steps), step_size, uniform_start=True
-            )
-        elif not sat:
-            attack = SignedGradient(name, "margin", int(steps), long_step, uniform_start=False)
-    if attack is None:
+    match = re.fullmatch(r"(pgd|cw)([1-9][0-9]{0,4})(-sat)?", name)
+    style = STYLES.get(match[1] + (match[3] or "")) if match else None
+    if match is None or style is None:
         raise UsageError(
             f"there is no attack {name!r}",
             "there are clean, fgsm, pgd20, pgd20-sat, cw30, autoattack; 20 and 30 are steps",
         )
-    return replace(attack, restarts=restarts)
+    objective, step_size, uniform_start = style
+    return SignedGradient(name, objective, int(match[2]), step_size, uniform_start, restarts)
 
 
 def differentiable(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The forward of a network, with a gradient of zero where the network has cut its own.
+    """Return the forward function of a network, with a zero gradient where the network cuts its own.
 
-    Attacks then run and find nothing, and the checks of an evaluation say why.
+    Attacks then run and find nothing, and the sanity checks say why.
     """
 
     def forward(x: Tensor) -> Tensor:

@@ -1,22 +1,22 @@
-"""Do the probabilities of a classifier mean what they say? Of clean images, in [0,1] and nats."""
+"""Calibration: whether a classifier is as often correct as it is confident, on clean images."""
 
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BINS = 15
 
 
 class Calibration(NamedTuple):
-    """How sure a classifier is, and how often it is right.
+    """Calibration of a classifier. Source: Guo et al. 2017 (arXiv 1706.04599).
 
-    accuracy, confidence: means, of being right and of the greatest probability. error: expected
-    calibration error over 15 bins of equal width. entropy, nll: means, in nats. temperature: what
-    the logits would be divided by for the least nll; above 1 means too sure, below 1 too unsure.
+    accuracy; confidence: mean greatest probability; error: expected calibration error over 15 bins
+    of equal width, all in [0,1]. entropy, nll: means in nats. temperature: divisor of the logits
+    with the least nll; above 1 means overconfident, below 1 underconfident.
     """
 
     accuracy: float
@@ -28,14 +28,14 @@ class Calibration(NamedTuple):
 
 
 def calibration(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Calibration:
-    """The calibration of logits against the labels. Source: decided here."""
+    """Compute the calibration of logits against the labels."""
     logits = logits.double()
-    probabilities = F.softmax(logits, dim=1)
-    confidence, said = probabilities.max(1)
+    confidence, predictions = F.softmax(logits, dim=1).max(1)
+    correct = predictions == labels
     return Calibration(
-        accuracy=(said == labels).double().mean().item(),
+        accuracy=correct.double().mean().item(),
         confidence=confidence.mean().item(),
-        error=expected_calibration_error(confidence, said == labels),
+        error=expected_calibration_error(confidence, correct),
         entropy=entropies(logits).mean().item(),
         nll=F.cross_entropy(logits, labels).item(),
         temperature=best_temperature(logits, labels),
@@ -43,25 +43,27 @@ def calibration(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Cali
 
 
 def entropies(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
-    """The entropy of each image's soft label, in nats: 0 is one-hot, log C is uniform."""
+    """Compute the entropy of each soft label in nats: 0 for one-hot, log C for uniform."""
     log_p = F.log_softmax(logits, dim=1)
     return -(log_p.exp() * log_p).sum(1)
 
 
-def expected_calibration_error(confidence: Float[Tensor, " n"], right: Tensor) -> float:
-    """The mean over images of |accuracy - confidence| of their bin."""
+def expected_calibration_error(
+    confidence: Float[Tensor, " n"], correct: Bool[Tensor, " n"]
+) -> float:
+    """Compute the mean over images of |accuracy - confidence| of their bin."""
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     gap = torch.zeros(BINS, dtype=torch.float64)
-    gap.scatter_add_(0, bins, right.double() - confidence.double())
+    gap.scatter_add_(0, bins, correct.double() - confidence.double())
     return gap.abs().sum().item() / len(confidence)
 
 
 def best_temperature(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> float:
-    """The temperature in [1/20, 20] of the least cross-entropy, which is convex in its inverse."""
+    """Find the temperature in [1/20, 20] with the least nll, which is convex in its inverse."""
     from scipy.optimize import minimize_scalar
 
     def nll(log_inverse: float) -> float:
         return F.cross_entropy(logits * math.exp(log_inverse), labels).item()
 
-    found = minimize_scalar(nll, bounds=(-math.log(20), math.log(20)), method="bounded")
-    return math.exp(-float(found.x))
+    optimum = minimize_scalar(nll, bounds=(-math.log(20), math.log(20)), method="bounded")
+    return math.exp(-float(optimum.x))

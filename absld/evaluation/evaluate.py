@@ -1,10 +1,10 @@
-"""How robust every class of a classifier is: any attacks, the worst case of every image, and how
-sure the figures are.
+"""Class-wise robustness: attacks, the worst case over them, and confidence intervals.
 
-The minimum over the attacks is taken for each image, then the mean: an image counts as robust if
-it withstood all of them.
+The worst case is taken for each image, then the mean over images: an image is robust if it is
+classified correctly when clean and under every attack.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from absld.attack import frozen_eval, project_linf
+from absld.config.settings import EvaluationConfig, check_range
 from absld.data.dataset import ImageSet, pixels, stratified
 from absld.errors import NonFiniteError, UsageError
-from absld.evaluation.attacks import STANDARD, Attack, parse_attacks
-from absld.evaluation.intervals import Interval, bootstrap, resampled, wilson
+from absld.evaluation.attacks import Attack, AttackBatch, parse_attacks
+from absld.evaluation.intervals import Interval, bootstrap, resample, wilson
 from absld.evaluation.validation import check_network
 from absld.metrics import METRICS, present, rho
+from absld.progress import AttackProgress
 from absld.seeding import generator
 
 PENDING = -1
@@ -28,12 +30,12 @@ PENDING = -1
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a network said of n images, clean (row 0) and under each attack.
+    """Predictions of a network for n images, clean (row 0) and under each attack.
 
-    index: the images' numbers in their set. attacks: the names of the rows, from "clean" on. An
-    image that an attack passed over, since it was misclassified before, keeps what was said then;
-    PENDING is where the evaluation has not come to. each: has every attack tried all images that
-    are right when clean, or only those that were left by the attacks before it?
+    index: the images' numbers in their set. attacks: the names of the rows, from "clean" on.
+    predictions: an image that an attack skipped, since it was misclassified before, keeps its
+    earlier prediction; PENDING is not evaluated yet. each: every attack gets all images that are
+    correct when clean, not only those that no earlier attack broke.
     """
 
     classes: tuple[str, ...]
@@ -46,44 +48,42 @@ class Evaluation:
     predictions: Int[Tensor, "a n"]
 
     @property
-    def right(self) -> Bool[Tensor, "a n"]:
-        """Is the image classified right, in each row?"""
+    def correct(self) -> Bool[Tensor, "a n"]:
+        """The correctly classified images of each row."""
         return self.predictions == self.labels
 
     @property
-    def withstood(self) -> Bool[Tensor, " n"]:
-        """Is the image right in every row? The clean image counts: it is in the ball, too."""
-        return self.right.all(0)
+    def robust(self) -> Bool[Tensor, " n"]:
+        """The images that are correct in every row; the clean image is in the ball, too."""
+        return self.correct.all(0)
 
     @property
-    def clean(self) -> Float[Tensor, " c"]:
+    def clean_accuracy(self) -> Float[Tensor, " c"]:
         """Accuracy of each class on clean images; NaN for a class without images."""
-        return self.class_accuracy(self.right[0])
+        return self.class_accuracy(self.correct[0])
 
     @property
-    def robust(self) -> Float[Tensor, " c"]:
-        """Accuracy of each class in the worst case of every image; NaN without images."""
-        return self.class_accuracy(self.withstood)
+    def robust_accuracy(self) -> Float[Tensor, " c"]:
+        """Share of robust images in each class; NaN for a class without images."""
+        return self.class_accuracy(self.robust)
 
-    def counts(self, chosen: Bool[Tensor, " n"]) -> Int[Tensor, " c"]:
-        """How many images of each class are chosen."""
-        return self.labels[chosen].bincount(minlength=len(self.classes))
+    def counts(self, selected: Bool[Tensor, " n"]) -> Int[Tensor, " c"]:
+        """Count the selected images of each class."""
+        return self.labels[selected].bincount(minlength=len(self.classes))
 
-    def class_accuracy(self, right: Bool[Tensor, " n"]) -> Float[Tensor, " c"]:
-        """The share of `right` images in each class; NaN for a class without images."""
-        return self.counts(right).double() / self.counts(torch.ones_like(right))
+    def class_accuracy(self, correct: Bool[Tensor, " n"]) -> Float[Tensor, " c"]:
+        """Compute the share of `correct` images in each class; NaN for a class without images."""
+        return self.counts(correct).double() / self.counts(torch.ones_like(correct))
 
-    def class_intervals(self, right: Bool[Tensor, " n"]) -> list[Interval]:
-        """The share of `right` images in each class, with Wilson's intervals."""
-        images = self.counts(torch.ones_like(right))
-        return [
-            wilson(*pair) for pair in zip(self.counts(right).tolist(), images.tolist(), strict=True)
-        ]
+    def class_intervals(self, correct: Bool[Tensor, " n"]) -> list[Interval]:
+        """Compute the share of `correct` images in each class, with Wilson's intervals."""
+        images = self.counts(torch.ones_like(correct)).tolist()
+        return [wilson(k, n) for k, n in zip(self.counts(correct).tolist(), images, strict=True)]
 
-    def metrics(self, right: Bool[Tensor, " n"]) -> dict[str, Interval]:
-        """Each of `absld.metrics.METRICS`, by name, with its bootstrap interval."""
-        accuracy = present(self.class_accuracy(right))
-        replicates = resampled(right[None], self.labels, generator("bootstrap", self.seed))[:, 0]
+    def metrics(self, correct: Bool[Tensor, " n"]) -> dict[str, Interval]:
+        """Compute each of `absld.metrics.METRICS`, by name, with its bootstrap interval."""
+        accuracy = present(self.class_accuracy(correct))
+        replicates = resample(correct[None], self.labels, generator("bootstrap", self.seed))[:, 0]
         return {
             name: bootstrap(
                 metric(accuracy).item(),
@@ -95,59 +95,62 @@ class Evaluation:
         }
 
     def confusion(self) -> Int[Tensor, "c c"]:
-        """True classes (rows) by what was said of them in the worst case: of a broken image, the
-        first wrong class."""
-        wrong = ~self.right
-        first = wrong.int().argmax(0)  # 0, which is right, where nothing is wrong
-        said = self.predictions.gather(0, first[None])[0]
+        """Count true classes (rows) by worst-case predictions (columns).
+
+        The worst-case prediction of a broken image is its first wrong one.
+        """
+        first_wrong = (~self.correct).int().argmax(0)  # 0, the clean row, where none is wrong
+        worst = self.predictions.gather(0, first_wrong[None])[0]
         count = len(self.classes)
-        return (self.labels * count + said).bincount(minlength=count * count).view(count, count)
+        return (self.labels * count + worst).bincount(minlength=count * count).view(count, count)
 
 
 class Differences(NamedTuple):
-    """The differences in each metric, ours minus theirs, clean and robust, and rho, with paired
-    bootstrap intervals over the images."""
+    """Differences of two networks in each metric, clean and robust, and rho, with intervals."""
 
     clean: dict[str, Interval]
     robust: dict[str, Interval]
     rho: Interval
 
 
-def paired(
+def paired_differences(
     ours: "Evaluation | Sequence[Evaluation]", theirs: "Evaluation | Sequence[Evaluation]"
 ) -> Differences:
-    """Two networks on the same images; or as many of one kind as of another, pair by pair, such as
-    those of several seeds: then the means over the pairs. An image that is drawn counts for all
-    networks. Raises UsageError if the images are not the same.
+    """Compute ours minus theirs in each metric, with paired bootstrap intervals over images.
 
-    Source: spec, peers (rho).
+    With several evaluations, such as those of seeds, the differences are means over the pairs. A
+    resampled image counts for all networks. Source of rho: arXiv 2401.12532.
+
+    Raises:
+        UsageError: the images are not the same.
     """
     ours = [ours] if isinstance(ours, Evaluation) else ours
     theirs = [theirs] if isinstance(theirs, Evaluation) else theirs
     first = ours[0]
     check_same_images(*ours, *theirs)
 
-    def both(right: Callable[[Evaluation], Tensor]) -> tuple[Tensor, Tensor]:
-        """Accuracies (2,pairs,p) of the classes, and (2,pairs,r,p) of resampled images."""
-        stacked = torch.stack([right(each) for each in (*ours, *theirs)])
-        accuracy = torch.stack([present(first.class_accuracy(row)) for row in stacked])
-        replicates = resampled(stacked, first.labels, generator("bootstrap", first.seed))
-        apart = 2, len(ours)
+    def accuracies(correct_of: Callable[[Evaluation], Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute class accuracies (2,pairs,p), and (2,pairs,r,p) of resampled images."""
+        correct = torch.stack([correct_of(evaluation) for evaluation in (*ours, *theirs)])
+        accuracy = torch.stack([present(first.class_accuracy(row)) for row in correct])
+        replicates = resample(correct, first.labels, generator("bootstrap", first.seed))
+        replicates = replicates.transpose(0, 1)
         return (
-            accuracy.reshape(*apart, *accuracy.shape[1:]),
-            replicates.transpose(0, 1).reshape(*apart, *replicates[:, 0].shape),
+            accuracy.view(2, len(ours), *accuracy.shape[1:]),
+            replicates.view(2, len(ours), *replicates.shape[1:]),
         )
 
     def differences(accuracy: Tensor, replicates: Tensor) -> dict[str, Interval]:
-        result = {}
+        intervals = {}
         for name, metric in METRICS.items():
-            (mine, other), (mine_r, other_r) = metric(accuracy), metric(replicates)
-            result[name] = bootstrap((mine - other).mean().item(), (mine_r - other_r).mean(0))
-        return result
+            difference = metric(accuracy[0]) - metric(accuracy[1])
+            resampled = metric(replicates[0]) - metric(replicates[1])
+            intervals[name] = bootstrap(difference.mean().item(), resampled.mean(0))
+        return intervals
 
-    accuracy, replicates = both(lambda each: each.withstood)
+    accuracy, replicates = accuracies(lambda evaluation: evaluation.robust)
     return Differences(
-        clean=differences(*both(lambda each: each.right[0])),
+        clean=differences(*accuracies(lambda evaluation: evaluation.correct[0])),
         robust=differences(accuracy, replicates),
         rho=bootstrap(rho(*accuracy).mean().item(), rho(*replicates).mean(0)),
     )
@@ -166,17 +169,7 @@ def check_same_images(first: Evaluation, *others: Evaluation) -> None:
 # --- Running the attacks ---
 
 
-class Progress(NamedTuple):
-    """`done` of `total` images of an attack; `cost`: of the evaluation so far, and of all of it, in
-    forwards with their backwards, if no more images break."""
-
-    attack: str
-    done: int
-    total: int
-    cost: tuple[float, float]
-
-
-OnBatch = Callable[[Progress, Evaluation], None]
+OnBatch = Callable[[AttackProgress, Evaluation], None]
 
 
 def evaluate(
@@ -184,7 +177,7 @@ def evaluate(
     data: ImageSet,
     *,
     epsilon: float,
-    attacks: str | Sequence[Attack] = STANDARD,
+    attacks: str | Sequence[Attack] = EvaluationConfig.attacks,
     restarts: int = 1,
     each: bool = False,
     examples: int | None = None,
@@ -193,17 +186,26 @@ def evaluate(
     before: Int[Tensor, "a n"] | None = None,
     on_batch: OnBatch = lambda progress, evaluation: None,
 ) -> Evaluation:
-    """Attack a classifier of images in [0,1] with a budget of `epsilon` in the L-infinity norm.
+    """Attack a classifier in eval mode; it is as before afterwards.
 
-    attacks: names, as in "fgsm,pgd20,cw30,autoattack", or `absld.evaluation.attacks` attacks; restarts are those
-    of the named PGD and CW. An image that is misclassified already is not attacked again, unless
-    `each` asks every attack for a figure of its own. examples: so many images, in proportion to
-    the classes. `on_batch` hears of every batch and may raise; `before`, the predictions so far,
-    then goes on from there, to the same result.
+    Args:
+        model: takes images in [0,1] and gives logits (N,C).
+        data: the images.
+        epsilon: radius of the L-infinity ball, pixels in [0,1].
+        attacks: names, as "fgsm,pgd20,cw30,autoattack", or objects (`Attack`). A misclassified
+            image is not attacked again.
+        restarts: attempts of the named PGD and CW.
+        each: let every attack try all images that are correct when clean.
+        examples: evaluate on N images, stratified by class.
+        seed: of the attacks, the choice of examples and the bootstrap.
+        batch_size: number of images in a batch.
+        before: predictions of an interrupted evaluation, to continue from.
+        on_batch: receives the progress and the evaluation so far; may raise.
 
-    The network is attacked in eval mode and is as before afterwards. Raises CheckpointError if it
-    does not take the images or gives no logits (N,C), NonFiniteError for logits of NaN or
-    infinity, UsageError for settings out of range. Source: spec, Evaluation.
+    Raises:
+        CheckpointError: the network does not take the images, or does not give logits (N,C).
+        NonFiniteError: its logits are NaN or infinite.
+        UsageError: a setting is out of range.
     """
     check_settings(epsilon, restarts, examples, batch_size)
     if isinstance(attacks, str):
@@ -211,118 +213,126 @@ def evaluate(
     if any(isinstance(attack, str) for attack in attacks):
         raise UsageError("attacks is a list of names", "needed: names in one text, with commas")
     check_network(model, data, "the network")
-    index = stratified(data.labels, data.num_classes, examples, "examples", seed)
-    rows = 1 + len(attacks)
-    started = torch.full((rows, len(index)), PENDING) if before is None else before.clone()
-    evaluation = Evaluation(
-        classes=data.classes,
-        epsilon=epsilon,
-        seed=seed,
-        each=each,
-        attacks=("clean", *(attack.name for attack in attacks)),
-        index=index,
-        labels=data.labels.cpu()[index],
-        predictions=started,
-    )
+    names = tuple(attack.name for attack in attacks)
+    evaluation = start_evaluation(data, epsilon, names, each, examples, seed, before)
     with frozen_eval(model), torch.no_grad():
-        layout = fast_layout(model, pixels(data.images[:2]))
-        for row in range(rows):
-            pending = to_do(evaluation, row)
+        memory_format = fastest_memory_format(model, pixels(data.images[:2]))
+        for row, attack in enumerate([None, *attacks]):
+            pending = pending_images(evaluation, row)
             for start in range(0, len(pending), batch_size):
                 batch = pending[start : start + batch_size]
                 images = data.images[evaluation.index[batch].to(data.images.device)]
-                x_nat = pixels(images).contiguous(memory_format=layout)
-                said = said_of(model, x_nat, evaluation, batch, attacks[row - 1] if row else None)
-                evaluation.predictions[row, batch] = said.cpu()
+                x_nat = pixels(images).contiguous(memory_format=memory_format)
+                classes = predict_under_attack(model, x_nat, evaluation, batch, attack)
+                evaluation.predictions[row, batch] = classes.cpu()
                 on_batch(progress(evaluation, row, attacks), evaluation)
     return evaluation
 
 
+def start_evaluation(
+    data: ImageSet,
+    epsilon: float,
+    attacks: tuple[str, ...],
+    each: bool,
+    examples: int | None,
+    seed: int,
+    before: Int[Tensor, "a n"] | None,
+) -> Evaluation:
+    """Make an evaluation with the predictions `before`, or with none."""
+    index = stratified(data.labels, data.num_classes, examples, "examples", seed)
+    pending = torch.full((1 + len(attacks), len(index)), PENDING)
+    predictions = pending if before is None else before.clone()
+    labels = data.labels.cpu()[index]
+    names = ("clean", *attacks)
+    return Evaluation(data.classes, epsilon, seed, each, names, index, labels, predictions)
+
+
 def check_settings(epsilon: float, restarts: int, examples: int | None, batch_size: int) -> None:
-    """Raise UsageError for what would look like a result and be none."""
-    if not 0 <= epsilon <= 1:
-        raise UsageError(f"epsilon must be in [0, 1], not {epsilon}", "pixels are in [0,1]")
+    """Raise UsageError for a setting out of range."""
+    check_range("epsilon", epsilon, 0.0, 1.0)
     for name, value in (("restarts", restarts), ("examples", examples), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be 1 or more, not {value}", "leave it out")
+        if value is not None:
+            check_range(name, value, 1.0, math.inf)
 
 
-def fast_layout(model: nn.Module, some: Tensor) -> torch.memory_format:
-    """How images are laid out for the network: channels-last on a CPU, whose convolutions are
-    faster so (docs/performance.md), unless the network cannot view them."""
-    on_cpu = some.device.type == "cpu"
-    layout = torch.channels_last if on_cpu else torch.contiguous_format
-    try:
-        model(some.contiguous(memory_format=layout))
-    except RuntimeError:
-        layout = torch.contiguous_format
-    return layout
+def fastest_memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """Return channels-last on a CPU, whose convolutions are faster so (docs/performance.md).
+
+    A network that cannot view such images as vectors gets contiguous ones.
+    """
+    if images.device.type == "cpu":
+        with contextlib.suppress(RuntimeError):
+            model(images.contiguous(memory_format=torch.channels_last))
+            return torch.channels_last
+    return torch.contiguous_format
 
 
-def to_do(evaluation: Evaluation, row: int) -> Int[Tensor, " m"]:
-    """The images of a row that are still to be looked at; those that it passes over are given what
-    was said before."""
-    said = evaluation.predictions[row]
+def pending_images(evaluation: Evaluation, row: int) -> Int[Tensor, " m"]:
+    """Return the positions that a row has yet to evaluate; skipped images keep their prediction."""
+    predictions = evaluation.predictions[row]
     if row:
         earlier = evaluation.predictions[0 if evaluation.each else row - 1]
-        passed_over = earlier != evaluation.labels
-        said[passed_over] = earlier[passed_over]
-    return (said == PENDING).nonzero().squeeze(1)
+        skipped = earlier != evaluation.labels
+        predictions[skipped] = earlier[skipped]
+    return (predictions == PENDING).nonzero().squeeze(1)
 
 
-def said_of(
+def predict_under_attack(
     model: nn.Module, x_nat: Tensor, evaluation: Evaluation, batch: Tensor, attack: Attack | None
 ) -> Tensor:
-    """What the network says of a batch: clean (None), or under an attack that is tried
-    `attack.restarts` times, each time on the images that are still right."""
+    """Predict the classes (n,) of a batch: clean if `attack` is None, else the worst of its attempts.
+
+    batch: positions of the images in the evaluation. Each restart is for the images that are still
+    correct.
+    """
     if attack is None:
-        return predicted(model, x_nat, "of clean images")
+        return predict(model, x_nat, "of clean images")
     labels = evaluation.labels[batch].to(x_nat.device)
-    said = labels.clone()
+    predictions = labels.clone()
     for restart in range(attack.restarts):
-        left = (said == labels).nonzero().squeeze(1)
+        left = (predictions == labels).nonzero().squeeze(1)
         if not len(left):
             break
         x_left = x_nat[left]
-        x_adv = attack.perturb(
-            model,
-            x_left.clone(),  # an attack, or a network, may write to it
-            labels[left],
-            evaluation.index[batch[left.cpu()]],
-            restart=restart,
+        attempt = AttackBatch(
+            x_nat=x_left.clone(),  # an attack, or a network, may write to it
+            labels=labels[left],
+            index=evaluation.index[batch[left.cpu()]],
             epsilon=evaluation.epsilon,
             seed=evaluation.seed,
+            restart=restart,
         )
-        # Whatever an attack returns, what is judged is in the ball; NaN is no image.
+        x_adv = attack.perturb(model, attempt)
+        # Only images in the ball count, whatever an attack returns; NaN is the clean image.
         x_adv = torch.where(x_adv.isfinite(), x_adv, x_left)
         x_adv = project_linf(x_adv, x_left, evaluation.epsilon)
-        said[left] = predicted(model, x_adv, f"under {attack.name}")
-    return said
+        predictions[left] = predict(model, x_adv, f"under {attack.name}")
+    return predictions
 
 
-def predicted(model: nn.Module, x: Tensor, of_what: str) -> Tensor:
-    """The classes (n,) that the network says. Raises NonFiniteError."""
+def predict(model: nn.Module, x: Tensor, condition: str) -> Tensor:
+    """Predict the classes (n,). Raises NonFiniteError, which names the condition."""
     logits = model(x)
     if not logits.isfinite().all():
         raise NonFiniteError(
-            f"the network gives NaN or infinity {of_what}", "needed: a network with finite logits"
+            f"the network gives NaN or infinity {condition}", "needed: a network with finite logits"
         )
     classes: Tensor = logits.argmax(1)
     return classes
 
 
-def progress(evaluation: Evaluation, row: int, attacks: Sequence[Attack]) -> Progress:
-    """Where an evaluation stands, in this row."""
+def progress(evaluation: Evaluation, row: int, attacks: Sequence[Attack]) -> AttackProgress:
+    """Return the progress in a row, and the cost so far and in all if no more images break."""
     costs = [1 / 3] + [attack.cost * attack.restarts for attack in attacks]
-    right, pending = evaluation.right, evaluation.predictions == PENDING
-    done, rest = 0.0, 0.0
-    tried = torch.ones(len(evaluation.labels), dtype=torch.bool)
+    correct, pending = evaluation.correct, evaluation.predictions == PENDING
+    spent, remaining = 0.0, 0.0
+    attacked = torch.ones(len(evaluation.labels), dtype=torch.bool)
     for k, cost in enumerate(costs):
         if k == 1 or (k and not evaluation.each):
             # Where an earlier row is pending, too, nothing is known to be broken.
-            tried = tried & (right[k - 1] | pending[k - 1])
-        done += cost * int((tried & ~pending[k]).sum())
-        rest += cost * int((tried & pending[k]).sum())
-    now = pending[row]
-    total = int(right[0 if evaluation.each else row - 1].sum()) if row else len(now)
-    return Progress(evaluation.attacks[row], total - int(now.sum()), total, (done, done + rest))
+            attacked = attacked & (correct[k - 1] | pending[k - 1])
+        spent += cost * int((attacked & ~pending[k]).sum())
+        remaining += cost * int((attacked & pending[k]).sum())
+    left = int(pending[row].sum())
+    total = int(correct[0 if evaluation.each else row - 1].sum()) if row else len(pending[row])
+    return AttackProgress(evaluation.attacks[row], total - left, total, (spent, spent + remaining))

@@ -1,6 +1,6 @@
-"""The result of an evaluation as plain values: what `--json` prints and a report card shows.
+"""Results of an evaluation as plain values: the JSON that is printed, stored and reported.
 
-docs/evaluation.md describes it, absld/evaluation/evaluation.schema.json is its JSON Schema.
+docs/evaluation.md describes them, absld/evaluation/evaluation.schema.json is their JSON Schema.
 """
 
 import json
@@ -20,10 +20,13 @@ from absld.models.loading import Network
 from absld.storage.files import digest
 
 SCHEMA = "absld-evaluation-1"
+KEYS = {"environment", "seconds", "network", "data", "settings", "attacks", "robust"}
+KEYS |= {"confusion", "checks", "against"}
+HINT = "needed: an evaluation.json by `absld evaluate`"
 
 
-def about_network(target: str, network: Network) -> dict[str, Any]:
-    """What was asked for, what it is, and what was done to it."""
+def describe_network(target: str, network: Network) -> dict[str, Any]:
+    """Return target, architecture, size, digest and notes of a network."""
     return {
         "target": target,
         "architecture": network.architecture,
@@ -33,80 +36,74 @@ def about_network(target: str, network: Network) -> dict[str, Any]:
     }
 
 
-def results(evaluation: Evaluation, attacks: Sequence[Attack]) -> dict[str, Any]:
-    """The figures: per attack, in the worst case, and the confusion of the classes."""
-    settings = [{"name": "clean"}, *(as_settings(attack) for attack in attacks)]
+def evaluation_results(evaluation: Evaluation, attacks: Sequence[Attack]) -> dict[str, Any]:
+    """Return the figures of each attack and of the worst case, and the confusion matrix."""
+    # All attacks that have a name on the command line are dataclasses.
+    settings = [{"name": "clean"}, *(asdict(attack) for attack in attacks)]  # type: ignore[call-overload]
     return {
         "attacks": [
-            about | figures(evaluation, right)
-            for about, right in zip(settings, evaluation.right, strict=True)
+            attack_settings | accuracy_results(evaluation, correct)
+            for attack_settings, correct in zip(settings, evaluation.correct, strict=True)
         ],
-        "robust": figures(evaluation, evaluation.withstood),
+        "robust": accuracy_results(evaluation, evaluation.robust),
         "confusion": evaluation.confusion().tolist(),
     }
 
 
-def as_settings(attack: Attack) -> dict[str, Any]:
-    """An attack's name and settings."""
-    settings: dict[str, Any] = asdict(attack)  # type: ignore[call-overload]  # all are dataclasses
-    return settings
-
-
-def figures(evaluation: Evaluation, right: Tensor) -> dict[str, Any]:
-    """The classes and the metrics of images that are `right` (n,), with 95 % intervals."""
-    images = evaluation.counts(right | ~right).tolist()
-    counts = evaluation.counts(right).tolist()
-    rows = zip(evaluation.classes, images, counts, evaluation.class_intervals(right), strict=True)
+def accuracy_results(evaluation: Evaluation, correct: Tensor) -> dict[str, Any]:
+    """Return accuracies by class and metrics of the images that are `correct` (n,)."""
+    images = evaluation.counts(correct | ~correct).tolist()
+    counts = evaluation.counts(correct).tolist()
+    rows = zip(evaluation.classes, images, counts, evaluation.class_intervals(correct), strict=True)
     return {
         "classes": [
-            {"class": name, "images": n, "right": k} | interval(share) for name, n, k, share in rows
+            {"class": name, "images": n, "right": k} | interval_results(share)
+            for name, n, k, share in rows
         ],
-        "metrics": intervals(evaluation.metrics(right)),
+        "metrics": metric_results(evaluation.metrics(correct)),
     }
 
 
-def differences(found: Differences) -> dict[str, Any]:
-    """How a network differs from the one it was set against."""
+def difference_results(differences: Differences) -> dict[str, Any]:
+    """Return the differences between two networks."""
     return {
-        "clean": intervals(found.clean),
-        "robust": intervals(found.robust),
-        "rho": interval(found.rho),
+        "clean": metric_results(differences.clean),
+        "robust": metric_results(differences.robust),
+        "rho": interval_results(differences.rho),
     }
 
 
-def intervals(metrics: Mapping[str, Interval]) -> dict[str, Any]:
-    return {name: interval(each) for name, each in metrics.items()}
+def metric_results(metrics: Mapping[str, Interval]) -> dict[str, Any]:
+    return {name: interval_results(interval) for name, interval in metrics.items()}
 
 
-def interval(each: Interval) -> dict[str, float | None]:
-    """value, low, high; null for what is no number."""
-    return {k: v if math.isfinite(v) else None for k, v in each._asdict().items()}
+def interval_results(interval: Interval) -> dict[str, float | None]:
+    """Return value, low and high; null for NaN and infinity."""
+    return {k: v if math.isfinite(v) else None for k, v in interval._asdict().items()}
 
 
-def to_json(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def to_json(results: Mapping[str, Any]) -> str:
+    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The document in a file. Raises CheckpointError if it is none, or of another version."""
+def read_results(path: Path) -> dict[str, Any]:
+    """Read the results of an evaluation.
+
+    Raises CheckpointError if the file has none, or those of another version.
+    """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: {cause}", NEEDED) from error
-    schema = document.get("schema") if isinstance(document, dict) else None
+        raise CheckpointError(f"{path}: {cause}", HINT) from error
+    schema = results.get("schema") if isinstance(results, dict) else None
     if schema != SCHEMA:
-        raise CheckpointError(f"{path}: its schema is {schema!r}, known is {SCHEMA!r}", NEEDED)
-    if missing := KEYS - document.keys():
-        raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}", NEEDED)
-    return dict(document)
+        raise CheckpointError(f"{path}: its schema is {schema!r}, known is {SCHEMA!r}", HINT)
+    if missing := KEYS - results.keys():
+        raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}", HINT)
+    return dict(results)
 
 
-KEYS = {"environment", "seconds", "network", "data", "settings", "attacks", "robust"}
-KEYS |= {"confusion", "checks", "against"}
-NEEDED = "needed: an evaluation.json by `absld evaluate`"
-
-
-def warnings(document: Mapping[str, Any]) -> list[str]:
-    """The names of the checks that did not pass."""
-    return [check["name"] for check in document["checks"] or () if not check["passed"]]
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """Return the names of the checks that did not pass."""
+    return [check["name"] for check in results["checks"] or () if not check["passed"]]

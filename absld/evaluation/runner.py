@@ -1,7 +1,7 @@
-"""A whole evaluation: network, images, attacks, checks, and the files of the result.
+"""A whole evaluation: network, images, attacks, sanity checks, and the files of the results.
 
-Its directory is named by all that decides what is computed, so the same command goes on where it
-was interrupted, and a finished one is read instead of done again.
+The directory of an evaluation is named by everything that decides its results. So the same command
+continues an interrupted evaluation, and reads a finished one instead of repeating it.
 """
 
 import contextlib
@@ -10,81 +10,75 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from absld.attack import frozen_eval
-from absld.config.files import of_run
+from absld.config.files import read_run_config
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
 from absld.data.dataset import ImageSet, pixels
 from absld.data.sources import load_data
-from absld.engine.precision import arithmetic, in_precision, resolve_device
+from absld.engine.precision import float32_precision, resolve_device, with_precision
 from absld.errors import AbsldError, CheckpointError, NonFiniteError, UsageError
-from absld.evaluation import results as document
 from absld.evaluation.attacks import Attack, parse_attacks
-from absld.evaluation.evaluate import Evaluation, Progress, evaluate, paired
-from absld.evaluation.results import warnings
-from absld.evaluation.sanity_checks import Check, checks
+from absld.evaluation.evaluate import Evaluation, evaluate, paired_differences
+from absld.evaluation.results import (
+    SCHEMA,
+    describe_network,
+    difference_results,
+    evaluation_results,
+    read_results,
+    to_json,
+    warnings,
+)
+from absld.evaluation.sanity_checks import run_checks
 from absld.evaluation.validation import check_network
 from absld.models.architectures import MODELS
 from absld.models.loading import Network, load_network
+from absld.progress import AttackProgress, Observer
 from absld.storage.checkpoint import load, save
 from absld.storage.environment import environment
 from absld.storage.files import digest, key_of, write_text
 from absld.storage.run_directory import RunDirectory
 
 SAVE_EVERY = 10.0  # seconds
-ANEW = "remove it to evaluate anew"
-# Settings that decide what is computed, and say nothing of where things are.
+REMOVE = "remove it to evaluate anew"
+# Settings that decide the results, not where things are or how fast.
 DECIDING = ("epsilon", "restarts", "each", "examples", "seed", "precision")
 
 
-class Observer(Protocol):
-    """Hears what an evaluation does."""
-
-    def note(self, text: str) -> None:
-        """A line worth knowing."""
-
-    def batch(self, progress: Progress) -> None:
-        """A batch is done."""
-
-    def check(self, check: Check) -> None:
-        """A check is done."""
-
-
 @dataclass(frozen=True, eq=False)
-class Assessment:
-    """A finished evaluation: what was said of every image, and the result as plain values
-    (docs/evaluation.md), which are in the file `path`."""
+class EvaluationRun:
+    """A finished evaluation: all predictions, and the results as in the file `path`."""
 
     path: Path
     evaluation: Evaluation
-    document: dict[str, Any]
+    results: dict[str, Any]
 
     @property
     def warnings(self) -> list[str]:
-        """The checks that did not pass, of both networks."""
-        against = self.document["against"]
-        return warnings(self.document) + (warnings(against) if against else [])
+        """Names of the checks that did not pass, of both networks."""
+        against = self.results["against"]
+        return warnings(self.results) + (warnings(against) if against else [])
 
 
-def assess(target: str, config: EvaluationConfig, observer: Observer) -> Assessment:
-    """Evaluate the network that `target` means, and keep the result in a directory of its own.
+def run_evaluation(target: str, config: EvaluationConfig, observer: Observer) -> EvaluationRun:
+    """Evaluate the network that `target` means, and keep the results in a directory.
 
     target: a run directory, a file of weights, or package.module:factory. Raises AbsldError.
     """
-    config = completed(config, target)
-    data = images(config)
-    return assess_network(target, network_of(target, config, data), data, config, observer)
+    config = complete_config(config, target)
+    data = load_images(config)
+    return run_network_evaluation(target, load_target(target, config, data), data, config, observer)
 
 
-def assess_network(
+def run_network_evaluation(
     target: str, network: Network, data: ImageSet, config: EvaluationConfig, observer: Observer
-) -> Assessment:
-    """`assess`, of a network and images that are there already, with a completed configuration."""
+) -> EvaluationRun:
+    """Run an evaluation of a network and images that are loaded, with a complete configuration."""
     device = resolve_device(config.device)
     attacks = parse_attacks(config.attacks, data.num_classes, config.restarts)
     for note in network.notes:
@@ -95,112 +89,111 @@ def assess_network(
         settings["examples"] = None
     identity = settings | {
         "architecture": network.architecture,
-        "outputs": outputs(network, data),
+        "outputs": sample_outputs(network, data),
         "weights_sha256": digest(network.model.state_dict()),
         "images_sha256": data.digest(),
     }
-    directory = RunDirectory(folder(target, config) / name_of(target, identity))
-    result = directory.path / "evaluation.json"
-    with directory, arithmetic(config.precision), network_at_fault(target):
-        record, started = environment(device), time.perf_counter()
-        model = in_precision(network.model.to(device), config.precision)
+    directory = RunDirectory(results_folder(target, config) / directory_name(target, identity))
+    path = directory.path / "evaluation.json"
+    with directory, float32_precision(config.precision), blame_target(target):
+        record, start = environment(device), time.perf_counter()
+        model = with_precision(network.model.to(device), config.precision)
         data = data.to(device)
-        evaluation = attacked(model, data, config, attacks, directory, identity, observer)
-        if result.exists():
-            found = document.read(result)
-            if found["checks"] is not None or not config.checks:
-                observer.note(f"evaluated before, {found['environment']['started']}: {result}")
-                return Assessment(result, evaluation, found)
-        done = []
-        for check in checks(model, data, evaluation) if config.checks else ():
+        evaluation = run_attacks(model, data, config, attacks, directory, identity, observer)
+        if path.exists():
+            results = read_results(path)
+            if results["checks"] is not None or not config.checks:
+                observer.note(f"evaluated before, {results['environment']['started']}: {path}")
+                return EvaluationRun(path, evaluation, results)
+        checks = []
+        for check in run_checks(model, data, evaluation) if config.checks else ():
             observer.check(check)
-            done.append(check)
-        made = {
-            "schema": document.SCHEMA,
+            checks.append(asdict(check))
+        results = {
+            "schema": SCHEMA,
             "environment": record,
-            "seconds": time.perf_counter() - started,
-            "network": document.about_network(target, network),
-            "data": {
-                "dataset": config.dataset,
-                "split": config.split,
-                "images": len(evaluation.labels),
-                "of": len(data),
-                "images_sha256": identity["images_sha256"],
-                "classes": list(data.classes),
-            },
+            "seconds": time.perf_counter() - start,
+            "network": describe_network(target, network),
+            "data": describe_data(config, evaluation, data)
+            | {"images_sha256": identity["images_sha256"]},
             "settings": settings,
-            **document.results(evaluation, attacks),
-            "checks": [asdict(check) for check in done] if config.checks else None,
+            **evaluation_results(evaluation, attacks),
+            "checks": checks if config.checks else None,
             "against": None,
         }
-        directory.write(result.name, document.to_json(made))
-    return Assessment(result, evaluation, made)
+        directory.write(path.name, to_json(results))
+    return EvaluationRun(path, evaluation, results)
 
 
-def assess_against(
+def run_paired_evaluation(
     target: str, base: str, base_model: str, config: EvaluationConfig, observer: Observer
-) -> Assessment:
-    """Evaluate two networks on the same images by the same attacks; the first one's assessment,
-    with the paired differences to the second. base_model: what `config.model` is for the first."""
+) -> EvaluationRun:
+    """Evaluate two networks on the same images by the same attacks.
+
+    base_model: for `base` what `config.model` is for `target`. Returns the evaluation of `target`,
+    with the paired differences from `base` in its results.
+    """
     check_target(base)
-    config = completed(config, target)  # the budget and the images are the first one's
-    data = images(config)
-    # Both are looked at before hours are spent on one.
-    our_network = network_of(target, config, data)
-    base_network = network_of(base, replace(config, model=base_model), data)
-    ours = assess_network(target, our_network, data, config, observer)
-    theirs = assess_network(base, base_network, data, config, observer)
-    against = {
-        "network": theirs.document["network"],
-        "checks": theirs.document["checks"],
-        **document.differences(paired(ours.evaluation, theirs.evaluation)),
-    }
-    both = ours.document | {
+    config = complete_config(config, target)  # budget and images are those of `target`
+    data = load_images(config)
+    # Both are loaded and checked before hours are spent on one.
+    network = load_target(target, config, data)
+    base_network = load_target(base, replace(config, model=base_model), data)
+    ours = run_network_evaluation(target, network, data, config, observer)
+    theirs = run_network_evaluation(base, base_network, data, config, observer)
+    results = ours.results | {
         "environment": environment(resolve_device(config.device)),
-        "against": against,
+        "against": {
+            "network": theirs.results["network"],
+            "checks": theirs.results["checks"],
+            **difference_results(paired_differences(ours.evaluation, theirs.evaluation)),
+        },
     }
     path = ours.path.with_name(f"against-{theirs.path.parent.name}.json")
-    write_text(path, document.to_json(both))
-    return replace(ours, path=path, document=both)
+    write_text(path, to_json(results))
+    return replace(ours, path=path, results=results)
 
 
 def check_target(target: str) -> None:
-    """Raise an error for what brings no weights, before anything is asked about images."""
+    """Raise UsageError or CheckpointError for a target that has no weights."""
     if target in MODELS:
         raise UsageError(f"{target} is a network without weights", "needed: a file or a run of it")
     if not target or (not Path(target).exists() and ":" not in target):
         raise CheckpointError(f"{target!r}: no such run or file", "check the path")
 
 
-def run_config(target: str) -> Config | None:
-    """The settings of a run, if `target` is one."""
+def config_of_run(target: str) -> Config | None:
+    """Return the settings of a training run; None if `target` is not one."""
     path = Path(target) / "config.toml"
-    return of_run(path) if path.is_file() else None
+    return read_run_config(path) if path.is_file() else None
 
 
-def completed(config: EvaluationConfig, target: str) -> EvaluationConfig:
-    """The configuration with the data and the budget of the run, or of the data set's recipe.
-    Raises UsageError without either."""
+def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
+    """Fill in data set and budget from the run, or from the recipe of the data set.
+
+    Raises UsageError if neither is known.
+    """
     check_target(target)
-    run = run_config(target)
-    if config.dataset is None and run is None:
+    defaults = config_of_run(target)
+    if config.dataset is None and defaults is None:
         raise UsageError(
-            "which images? a network that is no run does not say", "--dataset NAME, and --data DIR"
+            f"no data set given, and {target} is not a run directory",
+            "--dataset NAME, and --data DIR",
         )
-    of_run = run if run and config.dataset in (None, run.dataset) else None
-    standard = of_run or resolve({"dataset": config.dataset})
+    if defaults is None or config.dataset not in (None, defaults.dataset):
+        defaults = resolve({"dataset": config.dataset})
     return replace(
         config,
-        dataset=standard.dataset,
-        data=config.data or standard.data,
-        image_size=config.image_size or standard.image_size,
-        epsilon=standard.epsilon if config.epsilon is None else config.epsilon,
+        dataset=defaults.dataset,
+        data=config.data or defaults.data,
+        image_size=config.image_size or defaults.image_size,
+        epsilon=defaults.epsilon if config.epsilon is None else config.epsilon,
     )
 
 
-def network_of(target: str, config: EvaluationConfig, data: ImageSet) -> Network:
-    """The network that `target` means, if it fits the images."""
-    run = run_config(target)
+def load_target(target: str, config: EvaluationConfig, data: ImageSet) -> Network:
+    """Load the network that `target` means, and check that it fits the images."""
+    run = config_of_run(target)
     architecture = config.model or (run.student if run and run.student not in MODELS else "")
     network = load_network(target, data.num_classes, ("evaluate",), architecture)
     check_network(network.model, data, target)
@@ -210,9 +203,31 @@ def network_of(target: str, config: EvaluationConfig, data: ImageSet) -> Network
     return network
 
 
-def outputs(network: Network, data: ImageSet) -> list[list[float]] | None:
-    """What the network says of two images, about, if its code is somebody else's: that can change
-    while the weights stay."""
+def load_images(config: EvaluationConfig) -> ImageSet:
+    """Load the images to evaluate on."""
+    splits = load_data(str(config.dataset), config.data, config.image_size or 32)
+    part: ImageSet = getattr(splits, config.split)
+    return part
+
+
+def describe_data(
+    config: EvaluationConfig, evaluation: Evaluation, data: ImageSet
+) -> dict[str, Any]:
+    """Return data set, split, number of images and classes."""
+    return {
+        "dataset": config.dataset,
+        "split": config.split,
+        "images": len(evaluation.labels),
+        "of": len(data),
+        "classes": list(data.classes),
+    }
+
+
+def sample_outputs(network: Network, data: ImageSet) -> list[list[float]] | None:
+    """Compute rounded logits of two images; None for a known network.
+
+    A factory's code may change while its weights stay: its logits identify it.
+    """
     if network.architecture in MODELS:
         return None
     with frozen_eval(network.model), torch.no_grad():
@@ -221,12 +236,12 @@ def outputs(network: Network, data: ImageSet) -> list[list[float]] | None:
 
 
 @contextlib.contextmanager
-def network_at_fault(target: str) -> Iterator[None]:
-    """Inside, what is raised by calling and differentiating a network is said to be its fault."""
+def blame_target(target: str) -> Iterator[None]:
+    """Turn exceptions of calling and differentiating a network into CheckpointError."""
     try:
         yield
     except NonFiniteError as error:
-        raise CheckpointError(f"{target}: {error}", error.way_out) from error
+        raise CheckpointError(f"{target}: {error}", error.hint) from error
     except (AbsldError, OSError):
         raise
     except Exception as error:
@@ -238,28 +253,21 @@ def network_at_fault(target: str) -> Iterator[None]:
         ) from error
 
 
-def images(config: EvaluationConfig) -> ImageSet:
-    """The images to evaluate on."""
-    splits = load_data(str(config.dataset), config.data, config.image_size or 32)
-    part: ImageSet = getattr(splits, config.split)
-    return part
-
-
-def folder(target: str, config: EvaluationConfig) -> Path:
-    """Where the results of evaluations of `target` are: beside a run, if it is one."""
-    home = Path(target) if run_config(target) else Path()
+def results_folder(target: str, config: EvaluationConfig) -> Path:
+    """Return the folder of evaluations: `config.out`, else in the run, else ./evaluations."""
+    home = Path(target) if config_of_run(target) else Path()
     return Path(config.out) if config.out else home / "evaluations"
 
 
-def name_of(target: str, identity: dict[str, Any]) -> str:
-    """A directory's name: what a person looks for, and a digest of all that makes the result."""
+def directory_name(target: str, identity: dict[str, Any]) -> str:
+    """Return the directory's name: that of the target, and a digest of what decides the results."""
     path = Path(target)
     short = path.stem if path.is_file() else path.name
     short = re.sub(r"[^\w.-]+", "-", short)[-100:]
     return f"{short}-{key_of(identity)}"
 
 
-def attacked(
+def run_attacks(
     model: nn.Module,
     data: ImageSet,
     config: EvaluationConfig,
@@ -268,36 +276,30 @@ def attacked(
     identity: dict[str, Any],
     observer: Observer,
 ) -> Evaluation:
-    """The evaluation, taken up where predictions.pt says it was left. What is done is saved every
-    few seconds, and when the observer or a fault ends it."""
-    path = directory.path / "predictions.pt"
-    before = None
-    if path.exists():
-        try:
-            kept = load(path)
-        except CheckpointError as error:
-            raise CheckpointError(str(error), ANEW) from error
-        if not isinstance(kept, dict) or kept.get("identity") != identity:
-            raise CheckpointError(f"{path}: is of another evaluation", ANEW)
-        before = kept["predictions"]
-    latest: list[Evaluation] = []
-    last = time.perf_counter()
+    """Evaluate, continuing from predictions.pt if it exists.
 
-    def keep(evaluation: Evaluation) -> None:
-        nonlocal last
+    Predictions are saved every few seconds, and when the observer or an error ends the evaluation.
+    """
+    path = directory.path / "predictions.pt"
+    latest: Evaluation | None = None
+    last_save = time.perf_counter()
+
+    def save_predictions(evaluation: Evaluation) -> None:
+        nonlocal last_save
         record = {"identity": identity, "attacks": list(evaluation.attacks)}
         tensors = {"index": evaluation.index, "labels": evaluation.labels}
         save(record | tensors | {"predictions": evaluation.predictions}, path)
-        last = time.perf_counter()
+        last_save = time.perf_counter()
 
-    def on_batch(progress: Progress, evaluation: Evaluation) -> None:
-        latest[:] = [evaluation]
-        if time.perf_counter() - last > SAVE_EVERY:
-            keep(evaluation)
-        observer.batch(progress)
+    def on_batch(progress: AttackProgress, evaluation: Evaluation) -> None:
+        nonlocal latest
+        latest = evaluation
+        if time.perf_counter() - last_save > SAVE_EVERY:
+            save_predictions(evaluation)
+        observer.attack_batch(progress)
 
     try:
-        evaluation = evaluate(
+        return evaluate(
             model,
             data,
             epsilon=identity["epsilon"],
@@ -306,10 +308,21 @@ def attacked(
             examples=config.examples,
             seed=config.seed,
             batch_size=config.batch_size,
-            before=before,
+            before=read_predictions(path, identity) if path.exists() else None,
             on_batch=on_batch,
         )
     finally:
         if latest:
-            keep(latest[0])
-    return evaluation
+            save_predictions(latest)
+
+
+def read_predictions(path: Path, identity: dict[str, Any]) -> torch.Tensor:
+    """Read the predictions of an interrupted evaluation. Raises CheckpointError if not this one's."""
+    try:
+        saved = load(path)
+    except CheckpointError as error:
+        raise CheckpointError(str(error), REMOVE) from error
+    if not isinstance(saved, dict) or saved.get("identity") != identity:
+        raise CheckpointError(f"{path}: is of another evaluation", REMOVE)
+    predictions: torch.Tensor = saved["predictions"]
+    return predictions

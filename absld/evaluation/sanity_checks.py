@@ -1,13 +1,11 @@
-"""Can a figure of robustness be trusted? Checks that an attack has not failed for reasons other
-than robustness.
+"""Sanity checks for gradient masking and other evaluation failures.
 
 Each check compares numbers on a sample of the evaluated images and passes or warns. Limits leave
-room for chance on the sample; they are stated with the numbers. The ideas: Athalye et al. 2018,
-Carlini et al. 2019 (arXiv 1902.06705). Source: decided here.
+room for chance on the sample; they are stated with the numbers. The ideas: Athalye et al. 2018
+(arXiv 1802.00420), Carlini et al. 2019 (arXiv 1902.06705). The limits: decided here.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +14,9 @@ from torch import Tensor, nn
 
 from absld.attack import frozen_eval
 from absld.data.dataset import ImageSet, pixels, stratified
-from absld.evaluation.attacks import (
-    SignedGradient,
-    SquareSearch,
-    differentiable,
-    parse_attack,
-)
+from absld.evaluation.attacks import SignedGradient, SquareSearch, differentiable, parse_attack
 from absld.evaluation.evaluate import Evaluation, evaluate
+from absld.progress import Check
 
 SAMPLE = 100
 NOISE = SignedGradient(
@@ -31,39 +25,30 @@ NOISE = SignedGradient(
 FGSM, PGD = parse_attack("fgsm"), parse_attack("pgd20")
 LONGER = parse_attack("pgd50", restarts=2)
 SEARCH = SquareSearch("square search", queries=300)
-BUDGETS = (0.5, 1.0, 2.0)  # in epsilons
-HUGE = 1.0  # the whole box: any classifier can be made to say anything
+BUDGETS = (0.5, 1.0, 2.0)  # in multiples of epsilon
+HUGE = 1.0  # the whole pixel box: any classifier can be broken
 
 
-@dataclass(frozen=True)
-class Check:
-    """What was asked, whether it is as it should be, and the numbers in words."""
-
-    name: str
-    passed: bool
-    numbers: str
-
-
-def checks(
+def run_checks(
     model: nn.Module, data: ImageSet, evaluation: Evaluation, *, examples: int = SAMPLE
 ) -> Iterator[Check]:
-    """Look for what makes an evaluation of `model` on `data` worth less than it seems.
+    """Run the checks of an evaluation of `model` on `data`.
 
-    examples: the size of the sample, in proportion to the classes.
+    examples: size of the sample of the evaluated images, stratified by class.
     """
     chosen = stratified(evaluation.labels, data.num_classes, examples, "checks", evaluation.seed)
     sample = data.subset(evaluation.index[chosen])
     with frozen_eval(model), torch.no_grad():
-        yield from outputs(model, sample)
-        yield input_scale(model, sample)
-        yield gradients(model, sample)
-        withstood = evaluation.withstood[chosen].nonzero().squeeze(1)
-        yield from attacks(model, sample, withstood, evaluation.epsilon)
-        yield margin_attack(evaluation)
+        yield from check_outputs(model, sample)
+        yield check_input_scale(model, sample)
+        yield check_gradients(model, sample)
+        robust = evaluation.robust[chosen].nonzero().squeeze(1)
+        yield from check_attacks(model, sample, robust, evaluation.epsilon)
+        yield check_margin_attack(evaluation)
 
 
-def outputs(model: nn.Module, sample: ImageSet) -> Iterator[Check]:
-    """Are they logits, the same every time, and in any company?"""
+def check_outputs(model: nn.Module, sample: ImageSet) -> Iterator[Check]:
+    """Check that outputs are logits, are repeatable, and do not depend on the batch."""
     x = pixels(sample.images)
     buffers = [buffer.clone() for buffer in model.buffers()]
     logits = model(x)
@@ -76,10 +61,10 @@ def outputs(model: nn.Module, sample: ImageSet) -> Iterator[Check]:
         f"{logits.min():.3g} to {logits.max():.3g}"
         + (", each image's add up to 1: probabilities hide gradients" if probabilities else ""),
     )
-    again = [model(x) for _ in range(3)]
-    apart = max((logits - other).abs().max().item() for other in again)
-    changed = max(int((logits.argmax(1) != other.argmax(1)).sum()) for other in again)
-    scale = (logits.amax(1) - logits.amin(1)).max().item()  # what is added to all says nothing
+    repeats = [model(x) for _ in range(3)]
+    apart = max((logits - repeat).abs().max().item() for repeat in repeats)
+    changed = max(int((logits.argmax(1) != repeat.argmax(1)).sum()) for repeat in repeats)
+    scale = (logits.amax(1) - logits.amin(1)).max().item()  # an offset of all logits is irrelevant
     rewritten = sum(not torch.equal(*pair) for pair in zip(buffers, model.buffers(), strict=True))
     yield Check(
         "repeated forwards agree",
@@ -95,8 +80,8 @@ def outputs(model: nn.Module, sample: ImageSet) -> Iterator[Check]:
     )
 
 
-def input_scale(model: nn.Module, sample: ImageSet) -> Check:
-    """Does the network take pixels in [0,1], or was it trained on others?"""
+def check_input_scale(model: nn.Module, sample: ImageSet) -> Check:
+    """Check that the network takes pixels in [0,1], not on another scale."""
     x = pixels(sample.images)
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
     scales = {
@@ -110,10 +95,10 @@ def input_scale(model: nn.Module, sample: ImageSet) -> Check:
         for name, images in scales.items()
     }
     best = max(accuracy, key=lambda name: accuracy[name])
-    # The deviation of a difference of two shares of the sample is at most 0.7 / sqrt(n).
-    room = 2 * 0.7 / len(sample) ** 0.5
+    # Two standard deviations; that of a difference of two shares is at most 0.7 / sqrt(n).
+    allowed = 2 * 0.7 / len(sample) ** 0.5
     own, chance = accuracy["in [0,1]"], 1 / sample.num_classes
-    passed = accuracy[best] - own <= room and own * len(sample) > chance * len(sample) + 0.5
+    passed = accuracy[best] - own <= allowed and own * len(sample) > chance * len(sample) + 0.5
     return Check(
         "it takes pixels in [0,1]",
         passed,
@@ -122,83 +107,83 @@ def input_scale(model: nn.Module, sample: ImageSet) -> Check:
     )
 
 
-def gradients(model: nn.Module, sample: ImageSet) -> Check:
-    """Does every image have a gradient to follow?"""
+def check_gradients(model: nn.Module, sample: ImageSet) -> Check:
+    """Check that the input gradient of every image is finite and not zero."""
     x = pixels(sample.images).clone().requires_grad_()
     with torch.enable_grad():
         loss = F.cross_entropy(differentiable(model)(x), sample.labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, x)
     largest = gradient.flatten(1).abs().amax(1)
-    zero = int((largest == 0).sum() + (~largest.isfinite()).sum())
+    useless = int((largest == 0).sum() + (~largest.isfinite()).sum())
     return Check(
         "no input gradient is zero",
-        zero == 0,
-        f"{zero} of {len(sample)} images; median of the largest entry {largest.median():.3g}",
+        useless == 0,
+        f"{useless} of {len(sample)} images; median of the largest entry {largest.median():.3g}",
     )
 
 
-def attacks(
-    model: nn.Module, sample: ImageSet, withstood: Int[Tensor, " w"], epsilon: float
+def check_attacks(
+    model: nn.Module, sample: ImageSet, robust: Int[Tensor, " w"], epsilon: float
 ) -> Iterator[Check]:
-    """Do attacks relate to each other as they must? withstood: the images of the sample that
-    withstood the evaluation."""
+    """Check that stronger attacks and larger budgets break more.
 
-    def run(data: ImageSet, budget: float, *tried: SignedGradient | SquareSearch) -> Evaluation:
-        return evaluate(model, data, epsilon=budget, attacks=tried, each=True)
+    robust: positions in the sample of the images that are robust to the attacks of the evaluation.
+    """
+
+    def run(data: ImageSet, budget: float, *attacks: SignedGradient | SquareSearch) -> Evaluation:
+        return evaluate(model, data, epsilon=budget, attacks=attacks, each=True)
 
     n = len(sample)
-    still = run(sample, 0.0, PGD)
-    moved = int((still.predictions[0] != still.predictions[1]).sum())
-    yield Check("epsilon 0 changes nothing", moved == 0, f"{moved} of {n} classes changed")
+    unmoved = run(sample, 0.0, PGD)
+    changed = int((unmoved.predictions[0] != unmoved.predictions[1]).sum())
+    yield Check("epsilon 0 changes nothing", changed == 0, f"{changed} of {n} classes changed")
 
-    found = run(sample, epsilon, NOISE, FGSM, PGD)
-    clean, noise, fgsm, pgd = found.right.sum(1).tolist()
+    clean, noise, fgsm, pgd = run(sample, epsilon, NOISE, FGSM, PGD).correct.sum(1).tolist()
     yield Check(
         "PGD is no weaker than FGSM and noise",
-        pgd <= min(fgsm, noise) + allowed(n, 0.01),
-        f"of {n} images, {clean} are right when clean, {noise} under noise, {fgsm} under fgsm, "
+        pgd <= min(fgsm, noise) + allowed_changes(n, 0.01),
+        f"of {n} images, {clean} are correct when clean, {noise} under noise, {fgsm} under fgsm, "
         f"{pgd} under pgd20",
     )
 
-    left = sample.subset(withstood) if len(withstood) else None
-    longer = broken(run(left, epsilon, LONGER)) if left else 0
-    of_these = f"of the {len(withstood)} images that withstood all attacks"
+    left = sample.subset(robust) if len(robust) else None
+    of_robust = f"of the {len(robust)} images that are robust to all attacks"
+    longer = count_broken(run(left, epsilon, LONGER)) if left else 0
     yield Check(
         "more steps and restarts change little",
-        longer <= allowed(n, 0.03),
-        f"{LONGER.name} with {LONGER.restarts} restarts breaks {longer} {of_these}",
+        longer <= allowed_changes(n, 0.03),
+        f"{LONGER.name} with {LONGER.restarts} restarts breaks {longer} {of_robust}",
     )
-    searched = broken(run(left, epsilon, SEARCH)) if left else 0
+    searched = count_broken(run(left, epsilon, SEARCH)) if left else 0
     yield Check(
         "a search without gradients finds nothing more",
-        searched <= allowed(n, 0.03),
-        f"{SEARCH.queries} queries break {searched} {of_these}",
+        searched <= allowed_changes(n, 0.03),
+        f"{SEARCH.queries} queries break {searched} {of_robust}",
     )
 
-    sizes = [epsilon * share for share in BUDGETS]
-    curve = [int(run(sample, size, PGD).right[-1].sum()) for size in [*sizes, HUGE]]
-    rises = max((b - a for a, b in zip([clean, *curve], curve, strict=False)), default=0)
+    budgets = [*(epsilon * factor for factor in BUDGETS), HUGE]
+    curve = [int(run(sample, budget, PGD).correct[-1].sum()) for budget in budgets]
+    rise = max((b - a for a, b in zip([clean, *curve], curve, strict=False)), default=0)
     yield Check(
         "accuracy falls with epsilon, to about zero",
-        rises <= allowed(n, 0.01) and curve[-1] <= allowed(n, 0.05),
-        f"of {n} images right: {clean} clean, "
-        + ", ".join(f"{k} at {size:.3g}" for size, k in zip([*sizes, HUGE], curve, strict=True)),
+        rise <= allowed_changes(n, 0.01) and curve[-1] <= allowed_changes(n, 0.05),
+        f"of {n} images correct: {clean} clean, "
+        + ", ".join(f"{k} at {budget:.3g}" for budget, k in zip(budgets, curve, strict=True)),
     )
 
 
-def allowed(images: int, share: float) -> int:
-    """So many images of a sample may differ without a warning: a share, and at least two; fewer
-    where the sample is small."""
+def allowed_changes(images: int, share: float) -> int:
+    """Return how many images may differ without a warning: a share, at least two of 40."""
     return max(min(2, images // 20), round(share * images))
 
 
-def broken(evaluation: Evaluation) -> int:
-    """Images that the last attack broke."""
-    return int((evaluation.right[0] & ~evaluation.right[-1]).sum())
+def count_broken(evaluation: Evaluation) -> int:
+    """Count the images that the last attack broke."""
+    return int((evaluation.correct[0] & ~evaluation.correct[-1]).sum())
 
 
-def margin_attack(evaluation: Evaluation) -> Check:
-    """Was the margin attacked? The gradient of the cross-entropy vanishes where that does not."""
+def check_margin_attack(evaluation: Evaluation) -> Check:
+    """Check that the margin was attacked: its gradient remains where the cross-entropy's vanishes."""
     names = [name for name in evaluation.attacks if name.startswith(("cw", "apgd-t"))]
     return Check(
         "a margin attack is among the attacks",

@@ -1,4 +1,4 @@
-"""What training asks of a network: does it fit the images, and how good is each class by now?"""
+"""Validation during training: checks of a network, and class accuracies that select an epoch."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from absld.attack import cross_entropy, frozen_eval, pgd
 from absld.data.dataset import ImageSet, pixels
-from absld.engine.distributed import ALONE, Ranks
+from absld.engine.distributed import SINGLE_PROCESS, Distributed
 from absld.errors import CheckpointError, NonFiniteError
 from absld.metrics import ClassAccuracies, class_hits, fairness
 from absld.seeding import generator
+
+ABOVE_CHANCE = 0.05  # accuracy from which a network has learned something
 
 
 def validate(
@@ -21,32 +23,30 @@ def validate(
     steps: int = 20,
     batch_size: int = 128,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
-    ranks: Ranks = ALONE,
+    distributed: Distributed = SINGLE_PROCESS,
 ) -> ClassAccuracies:
-    """Class accuracies, clean and under PGD-20 in the TRADES style; what selects the best epoch.
+    """Compute class accuracies, clean and under PGD-20 as in TRADES (arXiv 1901.08573).
 
-    The attack: `steps` steps of 0.003 (for epsilon 8/255; in proportion otherwise) on the
-    cross-entropy, from a uniform start in the ball, drawn from a fixed key. `model` is as before
-    afterwards. `on_batch` hears of every batch done. ranks: processes that share the batches, and
-    all get the same accuracies. For figures to publish see `absld.evaluate`. Raises NonFiniteError
-    if the network's logits of a clean image are not finite. Source: spec, Evaluation.
+    The attack takes steps of 0.003 (at epsilon 8/255; in proportion otherwise) on the cross-entropy
+    from a uniform start in the ball, drawn from a fixed key. For figures to publish see
+    `absld.evaluate`.
+
+    on_batch receives the number of batches done, and of all. The processes of `distributed` share
+    the batches, and all return the same accuracies. The model is as before afterwards.
+
+    Raises:
+        NonFiniteError: logits of a clean image are not finite.
     """
     random = generator("evaluate", device=data.labels.device)
     hits = torch.zeros(2, data.num_classes, dtype=torch.long, device=data.labels.device)
     total = -(-len(data) // batch_size)
+    split = (torch.split(tensor, batch_size) for tensor in (data.images, data.labels))
     with frozen_eval(model), torch.no_grad():
-        for done, (images, labels) in enumerate(
-            zip(
-                torch.split(data.images, batch_size),
-                torch.split(data.labels, batch_size),
-                strict=True,
-            ),
-            1,
-        ):
+        for done, (images, labels) in enumerate(zip(*split, strict=True), 1):
             x_nat = pixels(images)
-            # Drawn for all batches, so that each has the same noise whoever takes it.
+            # Drawn for all batches, so that the noise does not depend on the process.
             noise = torch.empty_like(x_nat).uniform_(-epsilon, epsilon, generator=random)
-            if done % ranks.count == ranks.rank:
+            if done % distributed.world_size == distributed.rank:
                 nat_logits = model(x_nat)
                 if not nat_logits.isfinite().all():
                     raise NonFiniteError(
@@ -63,54 +63,51 @@ def validate(
                 )
                 for row, logits in zip(hits, (nat_logits, model(x_adv)), strict=True):
                     row += class_hits(logits.argmax(1), labels, data.num_classes)
-            if done % ranks.count == 0 or done == total:
+            if done % distributed.world_size == 0 or done == total:
                 on_batch(done, total)
     # Integer counts over the whole set, never an average of averages.
-    clean, robust = ranks.total(hits) / data.labels.bincount(minlength=data.num_classes)
-    return ClassAccuracies(clean, robust)
+    images_of_class = data.labels.bincount(minlength=data.num_classes)
+    return ClassAccuracies(*(distributed.all_reduce_sum(hits) / images_of_class))
 
 
 def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
     """Raise CheckpointError unless `model` takes the images of `data` and gives logits (N,C)."""
-    some = pixels(data.images[:2]).clone()  # the network may write to it
-    needed = (len(some), data.num_classes)
+    x = pixels(data.images[:2]).clone()  # the network may write to it
+    needed = (len(x), data.num_classes)
     try:
         with frozen_eval(model), torch.no_grad():
-            logits = model(some)
+            logits = model(x)
     except Exception as error:  # whatever somebody's network raises
         raise CheckpointError(
-            f"{name} does not take images {tuple(some.shape)}: {error}", "needed: another network"
+            f"{name} does not take images {tuple(x.shape)}: {error}", "needed: another network"
         ) from error
     given: object = type(logits).__name__
     if isinstance(logits, Tensor):
         given = tuple(logits.shape) if logits.is_floating_point() else logits.dtype
     if given != needed:
         raise CheckpointError(
-            f"{name} gives {given} for {len(some)} images, needed are logits {needed}",
+            f"{name} gives {given} for {len(x)} images, needed are logits {needed}",
             "needed: a network of these classes",
         )
 
 
-MARGIN = 0.05
-
-
 def freeze(teacher: nn.Module) -> nn.Module:
-    """Set a teacher to eval mode and its parameters to ask for no gradient, for good."""
+    """Set a teacher to eval mode and turn off its parameters' gradients, for good."""
     return teacher.eval().requires_grad_(False)
 
 
 def check_teacher(teacher: nn.Module, validation: ImageSet, name: str, allow_weak: bool) -> float:
-    """The teacher's clean average on validation images.
+    """Return the teacher's average clean accuracy on validation images.
 
-    Raises CheckpointError if it does not fit the images and classes, gives no finite logits, or is
-    within five points of chance, unless that is allowed.
+    Raises CheckpointError if it does not fit the images and classes, its logits are not finite, or,
+    unless `allow_weak`, its accuracy is within five points of chance.
     """
     check_network(teacher, validation, name)
     try:
         accuracy = fairness(validate(teacher, validation, epsilon=0.0, steps=0).clean).average
     except NonFiniteError as error:
         raise CheckpointError(f"{name}: {error}", "needed: a sound teacher") from error
-    if accuracy < 1 / validation.num_classes + MARGIN and not allow_weak:
+    if accuracy < 1 / validation.num_classes + ABOVE_CHANCE and not allow_weak:
         raise CheckpointError(
             f"{name}: near chance on validation images, {accuracy:.1%} clean",
             "needed: a better teacher, longer training of it, or --allow-weak-teacher",

@@ -1,25 +1,17 @@
 """Training methods: ABSLD and those it is compared with. Adding one: docs/contributing.md."""
 
-from absld.methods.absld import Absld, Rslad
-from absld.methods.base import Method, Step, taught
-from absld.methods.baselines import AdaAd, Ard, Sat, Trades
-from absld.methods.registry import METHODS, build_method, method_class
-from absld.methods.reweighting import AbsldMargins, AbsldWeights, FairRslad
-
-__all__ = [
-    "METHODS",
-    "Absld",
-    "AbsldMargins",
-    "AbsldWeights",
-    "AdaAd",
-    "Ard",
-    "FairRslad",
-    "Method",
-    "Rslad",
-    "Sat",
-    "Step",
-    "Trades",
-    "build_method",
-    "method_class",
-    "taught",
-]
+from absld.methods.absld import Absld as Absld
+from absld.methods.absld import Rslad as Rslad
+from absld.methods.base import Method as Method
+from absld.methods.base import Step as Step
+from absld.methods.base import teacher_logits as teacher_logits
+from absld.methods.baselines import AdaAd as AdaAd
+from absld.methods.baselines import Ard as Ard
+from absld.methods.baselines import Sat as Sat
+from absld.methods.baselines import Trades as Trades
+from absld.methods.registry import METHODS as METHODS
+from absld.methods.registry import build_method as build_method
+from absld.methods.registry import method_class as method_class
+from absld.methods.reweighting import AbsldMargins as AbsldMargins
+from absld.methods.reweighting import AbsldWeights as AbsldWeights
+from absld.methods.reweighting import FairRslad as FairRslad

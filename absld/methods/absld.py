@@ -1,11 +1,4 @@
-"""Methods: each is one step of a batch on the shared leaves, and what it does after an epoch.
-
-A step takes the student, the teacher, a batch and the training attack, and reads like the
-algorithm box of its paper. The trainer does the rest. The settings that a method's paper trains
-with are its recipe, in absld.config.settings.METHODS. Adding one: docs/adding-a-method.md.
-"""
-
-from collections.abc import Mapping
+"""Anti-Bias Soft Label Distillation, and RSLAD, which it becomes with all temperatures 1."""
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,21 +7,17 @@ from absld.attack import TrainingAttack, kl
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.loss import absld_loss, soft_label_kl
-from absld.methods.base import Method, Step, taught
-from absld.metrics import ClassMean
+from absld.methods.base import Method, Step, teacher_logits
 from absld.temperature import ClassTemperature
-
-# --- Without a teacher ---
-
-
-# --- Distillation ---
 
 
 class Absld(Method):
-    """Anti-Bias Soft Label Distillation: D1 to D6.
+    """Anti-Bias Soft Label Distillation: D1 to D6. Source: arXiv 2312.05508.
 
-    `attacked`, `observe` and `weights` are what combinations with other ideas change.
+    Combinations with other ideas override `adversarial_images`, `observe` and `weights`.
     """
+
+    has_kl_scale = True
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -42,9 +31,9 @@ class Absld(Method):
     def step(
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, attack: TrainingAttack
     ) -> Step:
-        x_nat, labels, _ = batch
-        soft_adv, soft_nat = self.temperature.soft_labels(taught(teacher, x_nat), labels)
-        x_adv = self.attacked(student, soft_adv, batch, attack)
+        x_nat, labels = batch.x_nat, batch.labels
+        soft_adv, soft_nat = self.temperature.soft_labels(teacher_logits(teacher, batch), labels)
+        x_adv = self.adversarial_images(student, soft_adv, batch, attack)
         student.train()
         # Two forwards in this order: batch norm sees the adversarial images first, never both
         # at once.
@@ -65,22 +54,19 @@ class Absld(Method):
         }
         return Step(loss, parts)
 
-    def attacked(
+    def adversarial_images(
         self, student: nn.Module, soft_adv: Tensor, batch: Batch, attack: TrainingAttack
     ) -> Tensor:
-        """The adversarial images of a batch. Source: D2."""
+        """Attack the student on a batch. Source: D2."""
         return attack(student, kl(soft_adv), batch.x_nat, batch.noise)
 
     def observe(self, adv_logits: Tensor, nat_logits: Tensor, labels: Tensor) -> None:
-        """Take the logits of a batch into what the epoch's end needs. Source: D5."""
+        """Add the training logits of a batch to the class risks. Source: D5."""
         self.temperature.observe(adv_logits, nat_logits, labels)
 
     def weights(self, labels: Int[Tensor, " n"]) -> Float[Tensor, " n"] | None:
-        """Factors of the images in the loss; None where all count alike."""
+        """Return factors of the images in the loss; None where all count alike."""
         return None
-
-    def class_means(self) -> list[ClassMean]:
-        return [self.temperature.adv_risk, self.temperature.nat_risk]
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         risk = self.temperature.step(rate)
@@ -91,18 +77,12 @@ class Absld(Method):
             "class_risk_nat": risk.nat,
         }
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.temperature.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.temperature.load_state_dict({k: state[k] for k in self.temperature.state_dict()})
-
 
 class Rslad(Absld):
-    """Robust Soft Label Adversarial Distillation: ABSLD whose temperatures stay 1."""
+    """Robust Soft Label Adversarial Distillation: ABSLD whose temperatures stay 1.
+
+    Source: arXiv 2108.07969.
+    """
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         return super().end_epoch(0.0)
-
-
-# --- What methods are made of ---

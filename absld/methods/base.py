@@ -1,6 +1,5 @@
-"""The interface of a method: one training step, and its update after an epoch."""
+"""The interface of a method: the loss of a batch, and its update after an epoch."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,6 @@ from absld.attack import TrainingAttack
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.errors import UsageError
-from absld.metrics import ClassMean
 
 
 class Step(NamedTuple):
@@ -20,42 +18,46 @@ class Step(NamedTuple):
     parts: dict[str, Tensor]
 
 
-class Method:
-    """What the trainer asks of a method. A class, so that it may carry state between batches."""
+class Method(nn.Module):
+    """A training method. What it carries between batches are its buffers and submodules.
+
+    Several processes that train together sum every `ClassMean` in it before an epoch ends.
+    Raises UsageError for a setting that the method does not have.
+    """
 
     needs_teacher = True
-    asks_clean_views = True  # alone, of the teacher: then its answers can be remembered
+    caches_teacher = True  # the teacher evaluates clean images only, so its logits can be cached
+    has_kl_scale = False  # the loss has a KL to soft labels, which `kl_scale` scales
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
+        super().__init__()
+        if config.kl_scale != 1 and not self.has_kl_scale:
+            raise UsageError(
+                f"kl_scale has no meaning for {config.method}: its loss has no KL to soft labels",
+                "leave out --kl-scale",
+            )
         self.config = config
 
     def step(
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, attack: TrainingAttack
     ) -> Step:
-        """The loss of a batch. Leaves the student in train mode."""
+        """Compute the loss of a batch. Leaves the student in train mode."""
         raise NotImplementedError
 
-    def class_means(self) -> list[ClassMean]:
-        """What is gathered over an epoch: where several processes train, summed over them before
-        it ends."""
-        return []
-
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
-        """Adapt, at temperature rate `rate`; what there is to report per class (C,), by name."""
+        """Adapt to the epoch, at temperature rate `rate`; return values per class (C,) by name."""
         return {}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that the next step depends on."""
-        return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave."""
+def teacher_logits(teacher: nn.Module | None, batch: Batch) -> Tensor:
+    """Compute the teacher's logits (N,C) of a batch's clean images, without gradient.
 
-
-def taught(teacher: nn.Module | None, x: Tensor) -> Tensor:
-    """The teacher's logits (N,C), without gradient. Raises UsageError without a teacher."""
+    Raises UsageError without a teacher.
+    """
     if teacher is None:
         raise UsageError("this method needs a teacher", "pass one, or use method='trades'")
     with torch.no_grad():
-        logits: Tensor = teacher(x)
+        # Only a teacher that caches its logits takes the numbers of the views.
+        cached = () if batch.views is None else (batch.views,)
+        logits: Tensor = teacher(batch.x_nat, *cached)
     return logits

@@ -22,17 +22,15 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of a name, or of package.module:Class. Raises UsageError."""
+    """Return the method of a name, or of package.module:Class. Raises UsageError."""
     if name in METHODS:
         return METHODS[name]
-    found = import_object(name)
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        raise UsageError(
-            f"{name} is no method", "needed: a class made of absld.methods.base.Method"
-        )
-    return found
+    method = import_object(name)
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise UsageError(f"{name} is not a method", "needed: a subclass of absld.methods.Method")
+    return method
 
 
 def build_method(config: TrainConfig, num_classes: int) -> Method:
-    """The method that `config` names, at its start. Raises UsageError."""
+    """Build the method that `config` names, in its initial state. Raises UsageError."""
     return method_class(config.method)(config, num_classes)

@@ -1,10 +1,9 @@
-"""What sample-based methods make of the classes: weights of the loss, and margins of the attack.
+"""ABSLD and RSLAD combined with sample-based fairness methods: class weights and class margins.
 
-Pure functions of one figure a class, NaN for a class that was not seen: it keeps its 1, and does
-not count.
+The functions are pure: from one figure a class, NaN for a class that was not seen, which keeps its
+1 and does not count.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -21,17 +20,18 @@ from absld.metrics import ClassMean, class_sums
 def class_weights(
     attack_steps: Float[Tensor, " c"], *, lower: float, upper: float
 ) -> Float[Tensor, " c"]:
-    """Weights of the classes from how many attack steps their images withstand on average.
+    """Compute loss weights of the classes from how many attack steps their images stay robust.
 
-    In proportion to the inverse square, of mean 1 before they are clipped to [lower, upper]; a
-    class that withstands none takes all the weight. Source: spec, peers (fair-rslad).
+    In proportion to the inverse square of the mean number of steps, of mean 1 before they are
+    clipped to [lower, upper]; a class at 0 steps takes all the weight. Source: Fair-ARD (Yue et
+    al., NeurIPS 2023).
     """
     seen = ~attack_steps.isnan()
     if not seen.any():
         return torch.ones_like(attack_steps)
     steps = attack_steps[seen]
     least = steps.min()
-    # Of the least, so that 0 is the limit of small numbers and divides nothing.
+    # Relative to the least, so that 0 is the limit of small numbers and divides nothing.
     share = torch.where(steps == least, 1, (least / steps) ** 2)
     weights = torch.ones_like(attack_steps)
     weights[seen] = (len(steps) * share / share.sum()).clamp(lower, upper)
@@ -39,125 +39,98 @@ def class_weights(
 
 
 def class_margins(robust_accuracy: Float[Tensor, " c"], offset: float) -> Float[Tensor, " c"]:
-    """Factors of the attack's epsilon: a class is attacked the harder, the more robust it is.
+    """Compute factors of the attack's epsilon: a more robust class is attacked in a larger ball.
 
-    robust_accuracy in [0,1]. Source: spec, peers (cfa).
+    robust_accuracy in [0,1]. Source: CFA (arXiv 2303.14961).
     """
     return torch.where(robust_accuracy.isnan(), 1, offset + robust_accuracy)
 
 
 class AbsldWeights(Absld):
-    """ABSLD with Fair-ARD's class weights: a class whose images give way early in the attack
-    counts more in the next epoch. Source: spec, peers (fair-rslad, combinations)."""
+    """ABSLD with Fair-ARD's class weights: a class whose images are misclassified early in the
+    attack counts more in the next epoch. Source: Fair-ARD (Yue et al., NeurIPS 2023); the
+    combination: arXiv 2506.08611."""
 
     lower, upper = 5 / 6, 5 / 2
+    class_weight: Tensor
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.class_weight = torch.ones(num_classes)
-        self.withstood = ClassMean(num_classes)  # attack steps
+        self.register_buffer("class_weight", torch.ones(num_classes))
+        self.robust_steps = ClassMean(num_classes)
 
-    def attacked(
+    def adversarial_images(
         self, student: nn.Module, soft_adv: Tensor, batch: Batch, attack: TrainingAttack
     ) -> Tensor:
-        objective = Counting(kl(soft_adv), batch.labels)
+        objective = CountingObjective(kl(soft_adv), batch.labels)
         x_adv = attack(student, objective, batch.x_nat, batch.noise)
-        sums = class_sums(objective.right.float(), batch.labels, len(self.class_weight))
-        self.withstood.add(*sums)
+        counts = objective.correct.float()
+        self.robust_steps.add(*class_sums(counts, batch.labels, len(self.class_weight)))
         return x_adv
 
     def weights(self, labels: Int[Tensor, " n"]) -> Float[Tensor, " n"] | None:
-        self.class_weight = self.class_weight.to(labels.device)
-        return self.class_weight[labels]
-
-    def class_means(self) -> list[ClassMean]:
-        return [*super().class_means(), self.withstood]
+        return self.class_weight.to(labels.device)[labels]
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
-        withstood = self.withstood.mean()
-        self.class_weight = class_weights(withstood, lower=self.lower, upper=self.upper)
-        self.withstood.reset()
+        steps = self.robust_steps.mean()
+        self.class_weight = class_weights(steps, lower=self.lower, upper=self.upper)
+        self.robust_steps.reset()
         report = super().end_epoch(rate)
-        return report | {"attack_steps_withstood": withstood, "class_weight": self.class_weight}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return super().state_dict() | {
-            "class_weight": self.class_weight.clone(),
-            "withstood_sums": self.withstood.sums.clone(),
-            "withstood_counts": self.withstood.counts.clone(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self.class_weight = state["class_weight"].clone()
-        self.withstood.sums = state["withstood_sums"].clone()
-        self.withstood.counts = state["withstood_counts"].clone()
+        return report | {"robust_attack_steps": steps, "class_weight": self.class_weight}
 
 
 class FairRslad(Rslad, AbsldWeights):
-    """Fair-RSLAD: RSLAD with the class weights of the Fair-ARD family. Source: spec, peers."""
+    """Fair-RSLAD: RSLAD with the class weights of Fair-ARD (Yue et al., NeurIPS 2023)."""
 
 
 class AbsldMargins(Absld):
     """ABSLD with CFA's class margins: a class is attacked within (0.3 + its robust accuracy in the
-    epoch before) epsilon. 0.3 is CFA's for TRADES, whose attack climbs a KL as this one does; it
-    begins after a twentieth of the run, as CFA after 10 epochs. Source: spec, peers (cfa,
-    combinations); the twentieth: decided here."""
+    epoch before) epsilon.
+
+    0.3 is CFA's for TRADES, whose attack maximises a KL as this one does; it begins after a
+    twentieth of the run, as CFA after 10 epochs. Source: arXiv 2303.14961; the twentieth: decided
+    here.
+    """
 
     offset = 0.3
+    margin: Tensor
+    epochs: Tensor
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.margin = torch.ones(num_classes)
+        self.register_buffer("margin", torch.ones(num_classes))
+        self.register_buffer("epochs", torch.tensor(0))
         self.robust = ClassMean(num_classes)
-        self.epochs = 0
 
-    def attacked(
+    def adversarial_images(
         self, student: nn.Module, soft_adv: Tensor, batch: Batch, attack: TrainingAttack
     ) -> Tensor:
-        self.margin = self.margin.to(batch.labels.device)
-        margin = self.margin[batch.labels].view(-1, 1, 1, 1).to(batch.x_nat.dtype)
-        return super().attacked(
-            student, soft_adv, batch, replace(attack, epsilon=attack.epsilon * margin)
+        margin = self.margin.to(batch.labels.device)[batch.labels].view(-1, 1, 1, 1)
+        epsilon = attack.epsilon * margin.to(batch.x_nat.dtype)
+        return super().adversarial_images(
+            student, soft_adv, batch, replace(attack, epsilon=epsilon)
         )
 
     def observe(self, adv_logits: Tensor, nat_logits: Tensor, labels: Tensor) -> None:
         super().observe(adv_logits, nat_logits, labels)
-        right = (adv_logits.argmax(1) == labels).float()
-        self.robust.add(*class_sums(right, labels, len(self.margin)))
-
-    def class_means(self) -> list[ClassMean]:
-        return [*super().class_means(), self.robust]
+        correct = (adv_logits.argmax(1) == labels).float()
+        self.robust.add(*class_sums(correct, labels, len(self.margin)))
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
-        self.epochs += 1
+        self.epochs = self.epochs + 1
         if self.epochs >= round(self.config.epochs / 20):
             self.margin = class_margins(self.robust.mean(), self.offset)
         self.robust.reset()
         return super().end_epoch(rate) | {"class_margin": self.margin}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return super().state_dict() | {
-            "margin": self.margin.clone(),
-            "robust_sums": self.robust.sums.clone(),
-            "robust_counts": self.robust.counts.clone(),
-            "epochs": torch.tensor(self.epochs),
-        }
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self.margin, self.epochs = state["margin"].clone(), int(state["epochs"])
-        self.robust.sums = state["robust_sums"].clone()
-        self.robust.counts = state["robust_counts"].clone()
-
-
-class Counting:
-    """An objective that counts, for each image, the attack steps that find it still right."""
+class CountingObjective:
+    """An objective that counts, for each image, the attack steps at which it is still correct."""
 
     def __init__(self, objective: Objective, labels: Int[Tensor, " n"]) -> None:
         self.objective, self.labels = objective, labels
-        self.right = torch.zeros_like(labels)
+        self.correct = torch.zeros_like(labels)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        self.right += logits.argmax(1) == self.labels
+        self.correct += logits.argmax(1) == self.labels
         return self.objective(logits)

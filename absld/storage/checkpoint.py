@@ -1,7 +1,6 @@
-"""Files that are whole or not there, and are what they were when they were written.
+"""Checkpoints: files of tensors and plain values, sealed with their SHA-256.
 
-Checkpoints hold tensors and plain values only and are read with `weights_only=True`: nothing in
-a file is executed. Their content carries a SHA-256. A run directory keeps all files of a run.
+They are read with `weights_only=True`: nothing in a file is executed.
 """
 
 import errno
@@ -21,10 +20,13 @@ from absld.errors import CheckpointError, UsageError
 from absld.storage.files import raw_bytes, replacing
 
 SEAL = "content_sha256"
+MOST_VALUES = 1_000_000  # in a file; a network of a thousand tensors has a few thousand
+SLACK = 2**20  # bytes that a file may take beyond its size
+EXPORT = "where you trust it, export torch.save(model.state_dict(), FILE) from it"
 
 
 def content_digest(content: Any) -> str:
-    """SHA-256 of nested dicts, lists, tuples, tensors and plain values."""
+    """Compute the SHA-256 of nested dicts, lists, tuples, tensors and plain values."""
     sha = hashlib.sha256()
 
     def walk(value: Any) -> None:
@@ -48,20 +50,21 @@ def content_digest(content: Any) -> str:
 
 
 def save(content: dict[str, Any], path: Path) -> None:
-    """Write tensors and plain values, sealed with their SHA-256."""
-    # Through memory: torch.save's own errors of a full disk do not say that it is full.
-    whole = io.BytesIO()
-    torch.save(content | {SEAL: content_digest(content)}, whole)
+    """Write tensors and plain values, sealed with their SHA-256; the file is whole or not there."""
+    # Through memory: torch.save's own error on a full disk does not say that it is full.
+    buffer = io.BytesIO()
+    torch.save(content | {SEAL: content_digest(content)}, buffer)
     with replacing(path) as file:
-        file.write(whole.getbuffer())
+        file.write(buffer.getbuffer())
 
 
 def load(path: str | Path) -> Any:
-    """Read a file of tensors and plain values, on the CPU, executing nothing in it.
+    """Read a file of tensors and plain values, on the CPU.
 
-    A name that ends in .safetensors needs the library of that name. Raises CheckpointError, which
-    says what the file is instead, that it would take more memory than its size tells, or that it
-    has changed since it was written.
+    Raises:
+        CheckpointError: the file is something else, would take more memory than its size, or has
+            changed since it was written.
+        UsageError: it is a .safetensors file, and that library is not installed.
     """
     path = Path(path)
     try:
@@ -70,7 +73,7 @@ def load(path: str | Path) -> Any:
         else:
             refuse_compressed(path)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of formats, where the content says all
+                warnings.simplefilter("ignore")  # about formats: the content decides
                 content = torch.load(path, map_location="cpu", weights_only=True)
         refuse_inflated(content, path)
         sealed = content.pop(SEAL, None) if isinstance(content, dict) else None
@@ -80,7 +83,7 @@ def load(path: str | Path) -> Any:
     except (UsageError, CheckpointError):
         raise
     except Exception as error:  # a broken file can make the unpickler raise anything
-        raise CheckpointError(*diagnosis(path, error)) from error
+        raise CheckpointError(*diagnose(path, error)) from error
     if changed:
         raise CheckpointError(
             f"{path}: its content has changed since its SHA-256 was taken",
@@ -89,17 +92,15 @@ def load(path: str | Path) -> Any:
     return content
 
 
-MOST_VALUES = 1_000_000  # in a file; a network of a thousand tensors has a few thousand
-LITTLE = 2**20  # bytes for which nobody is refused
-
-
 def refuse_compressed(path: Path) -> None:
-    """Raise CheckpointError if unpacking an archive makes more of it: torch.save compresses
-    nothing, so one that is compressed is not by torch, and a small one may hold any amount."""
+    """Raise CheckpointError for a compressed archive, which may unpack to any size.
+
+    torch.save does not compress.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > path.stat().st_size + LITTLE:
+        if unpacked > path.stat().st_size + SLACK:
             raise CheckpointError(
                 f"{path}: its {path.stat().st_size:,} bytes would become {unpacked:,}",
                 "needed: a file by torch.save, which compresses nothing",
@@ -107,20 +108,22 @@ def refuse_compressed(path: Path) -> None:
 
 
 def refuse_inflated(content: Any, path: Path) -> None:
-    """Raise CheckpointError if going through a content takes more than the file's size tells: one
-    that holds itself, or the same part many times over, or tensors that repeat their bytes."""
-    left = [content]
+    """Raise CheckpointError for a content that is larger than its file.
+
+    It may hold itself, the same part many times, or tensors that repeat their bytes.
+    """
+    pending = [content]
     for _ in range(MOST_VALUES):
-        if not left:
+        if not pending:
             return
-        value = left.pop()
+        value = pending.pop()
         if isinstance(value, Mapping):
-            left += [*value.keys(), *value.values()]
+            pending += [*value.keys(), *value.values()]
         elif isinstance(value, (list, tuple)):
-            left += value
+            pending += value
         elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
             claimed = value.numel() * value.element_size()
-            if claimed > value.untyped_storage().nbytes() and claimed > LITTLE:
+            if claimed > value.untyped_storage().nbytes() and claimed > SLACK:
                 raise CheckpointError(
                     f"{path}: a tensor of {tuple(value.shape)} repeats the bytes that it has",
                     "where you trust it, save a .clone() of it",
@@ -131,7 +134,7 @@ def refuse_inflated(content: Any, path: Path) -> None:
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of the format safetensors. Raises UsageError without its library."""
+    """Read a file of the format safetensors. Raises UsageError if its library is missing."""
     try:
         from safetensors.torch import load_file
     except ImportError as error:
@@ -140,22 +143,16 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-EXPORT = "where you trust it, export torch.save(model.state_dict(), FILE) from it"
-
-
-def diagnosis(path: Path, error: Exception) -> tuple[str, str]:
-    """What is wrong with a file that does not load, and what to do."""
+def diagnose(path: Path, error: Exception) -> tuple[str, str]:
+    """Return why a file does not load, and a hint."""
     again = "fetch or copy it again"
-    # EINVAL is no fault of the disk: a damaged archive had the reader seek before its start.
+    # EINVAL does not come from the disk: a damaged archive made the reader seek before its start.
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return f"{path}: {error.strerror or error}", "needed: a file of weights, or a run"
     if "TorchScript" in str(error):
         return f"{path}: a TorchScript program, not weights", EXPORT
     if kinds := re.findall(r"GLOBAL (\S+)", str(error)):
-        return (
-            f"{path}: refused, it would run code or build objects ({kinds[0]})",
-            EXPORT,
-        )
+        return f"{path}: refused, it would run code or build objects ({kinds[0]})", EXPORT
     with path.open("rb") as file:
         head = file.read(64)
     if not head:
@@ -163,7 +160,7 @@ def diagnosis(path: Path, error: Exception) -> tuple[str, str]:
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return f"{path}: this is an HTML page, not weights", "download the file itself"
     if path.suffix == ".safetensors":
-        return f"{path}: no whole safetensors file: {error}", again
+        return f"{path}: not a whole safetensors file: {error}", again
     if head.startswith(b"PK"):
         return f"{path}: a checkpoint that is truncated or damaged", again
-    return f"{path}: no checkpoint; it starts with {head[:20]!r}", "needed: a file by torch.save"
+    return f"{path}: not a checkpoint; it starts with {head[:20]!r}", "needed: a file by torch.save"

@@ -1,4 +1,4 @@
-"""What a run ran on, for its record: command, versions, device, commit."""
+"""The environment of a run: command, versions, device, commit."""
 
 import datetime
 import importlib.metadata
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy")
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """Plain values, for environment.json."""
+    """Return the environment as plain values, for environment.json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -31,6 +31,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -38,23 +39,23 @@ def version(package: str) -> str | None:
 
 
 def commit(package: Path = Path(__file__).parents[1]) -> str | None:
-    """The commit of the package's own checkout, "+" where it was changed since; None without."""
-    answers = []
-    questions = (
-        # A package that is installed inside somebody else's repository is not in it.
+    """Return the commit of the package's own checkout, with "+" if files differ; None without."""
+    commands = (
+        # A package that is installed inside another repository is not part of it.
         ["ls-files", "--error-unmatch", "__init__.py"],
         ["rev-parse", "HEAD"],
         ["status", "--porcelain", "--", "."],
     )
-    for question in questions:
-        try:
-            answer = subprocess.run(
-                ["git", "-C", str(package), *question], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if answer.returncode:
-            return None
-        answers.append(answer.stdout.strip())
-    _, head, changes = answers
+    try:
+        _, head, changes = (
+            subprocess.check_output(
+                ["git", "-C", str(package), *command],
+                stderr=subprocess.DEVNULL,
+                text=True,
+                timeout=10,
+            ).strip()
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
     return head + ("+" if changes else "")

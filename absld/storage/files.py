@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the sorted names of a state dict, each followed by dtype, shape, raw bytes."""
+    """Compute the SHA-256 of a state dict: sorted names, each with dtype, shape and raw bytes."""
     sha = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         sha.update((name + f"{tensor.dtype}{tuple(tensor.shape)}").encode())
@@ -21,18 +21,19 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
+    """Return the values of a tensor as bytes, row by row."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def key_of(made_of: Mapping[str, Any]) -> str:
-    """A short digest of settings and the like, for the name of a directory."""
-    return hashlib.sha256(repr(sorted(made_of.items())).encode()).hexdigest()[:8]
+def key_of(settings: Mapping[str, Any]) -> str:
+    """Compute a short digest of settings, for the name of a directory."""
+    return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that gets the name `path` when it is whole and on the disk, or never."""
-    # One name for all attempts: what a killed process left behind is written over.
+    """Open a file to write, which gets the name `path` once it is whole and on the disk."""
+    # The same name every time, so that the file of a killed process is overwritten.
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:

@@ -1,5 +1,6 @@
 """The files of one run, and the lock that one process holds on them."""
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -12,12 +13,14 @@ from absld.errors import CheckpointError, Interrupted
 from absld.storage.checkpoint import save
 from absld.storage.files import write_text
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
 
 class RunDirectory:
     """The files of one run: config.toml, environment.json, metrics.jsonl, best.pt, last.pt, STATUS.
 
-    Used as a context it is locked: a second process is refused (CheckpointError), and STATUS says
-    how the run ended.
+    As a context it is locked, a second process gets CheckpointError, and STATUS records how the run
+    ended. The lock of a process that was killed is free.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -35,6 +38,13 @@ class RunDirectory:
                 f"{self.path}: another process is at work in this run",
                 "wait for it, or give another --out",
             ) from None
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            raise CheckpointError(
+                f"{self.path}: its file system has no file locks ({error})",
+                "give an --out on another file system",
+            ) from error
         self.set_status("running")
         return self
 
@@ -52,12 +62,8 @@ class RunDirectory:
         finally:
             self._lock.release()
 
-    def put(self, content: dict[str, Any], path: Path) -> None:
-        """Write a checkpoint."""
-        save(content, path)
-
     def exists(self) -> bool:
-        """Has a run been started here?"""
+        """Return whether a run was started here."""
         return (self.path / "STATUS").exists()
 
     def status(self) -> str:
@@ -69,16 +75,21 @@ class RunDirectory:
     def write(self, name: str, text: str) -> None:
         write_text(self.path / name, text)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """One record more in metrics.jsonl, on the disk when this returns."""
+    def write_checkpoint(self, content: dict[str, Any], path: Path) -> None:
+        save(content, path)
+
+    def append_record(self, record: Mapping[str, Any]) -> None:
+        """Append a record to metrics.jsonl; it is on the disk when this returns."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl; a last line that was cut off is left out. Raises
-        CheckpointError for a line that is no record."""
+        """Read the records of metrics.jsonl; a last line that was cut off is left out.
+
+        Raises CheckpointError for a line that is not a record.
+        """
         if not self.metrics.exists():
             return []
         *whole, _ = self.metrics.read_bytes().split(b"\n")
@@ -91,16 +102,16 @@ class RunDirectory:
             ) from error
         return records
 
-    def keep_records(self, epochs: int) -> None:
-        """Drop what was recorded after `epochs`: the checkpoint does not know of it."""
+    def drop_records_after(self, epochs: int) -> None:
+        """Drop the records of later epochs, which the checkpoint does not contain."""
         kept = [record for record in self.records() if record["epoch"] <= epochs]
         self.write(self.metrics.name, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-class ReadRunDirectory(RunDirectory):
-    """A run directory in the hands of a process that leaves all writing to another."""
+class ReadOnlyRunDirectory(RunDirectory):
+    """A run directory in a process that leaves the lock and all writing to another one."""
 
-    def __enter__(self) -> "ReadRunDirectory":
+    def __enter__(self) -> "ReadOnlyRunDirectory":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -109,8 +120,8 @@ class ReadRunDirectory(RunDirectory):
     def write(self, name: str, text: str) -> None:
         pass
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def write_checkpoint(self, content: dict[str, Any], path: Path) -> None:
         pass
 
-    def put(self, content: dict[str, Any], path: Path) -> None:
+    def append_record(self, record: Mapping[str, Any]) -> None:
         pass

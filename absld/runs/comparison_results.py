@@ -1,0 +1,224 @@
+"""The results of a comparison: figures of every run, differences with intervals, files."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from absld.config.resolve import SETTING_GROUPS
+from absld.config.settings import Config, EvaluationConfig
+from absld.engine.precision import resolve_device
+from absld.errors import UsageError
+from absld.evaluation.evaluate import Evaluation, paired_differences
+from absld.evaluation.intervals import Interval, over_seeds
+from absld.evaluation.results import to_json
+from absld.evaluation.runner import EvaluationRun
+from absld.metrics import METRICS, present, rho
+from absld.report.comparison_plot import plot
+from absld.report.comparison_tables import csv_text, latex, markdown
+from absld.runs.run_record import read_sessions
+from absld.runs.training_run import SELECTED_ON_TEST
+from absld.storage.environment import environment
+from absld.storage.files import key_of, write_text
+
+SCHEMA = "absld-comparison-1"
+FIGURES = [f"{kind}_{name}" for kind in ("clean", "robust") for name in METRICS]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A run of a comparison. seconds: of its training, without validation."""
+
+    label: str
+    run: Path
+    config: Config
+    evaluation_run: EvaluationRun
+    seconds: float
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def figures(self) -> dict[str, float]:
+        """Return each metric, clean and robust, and the seconds."""
+        evaluation = self.evaluation_run.evaluation
+        accuracies = (present(evaluation.clean_accuracy), present(evaluation.robust_accuracy))
+        values = [metric(a).item() for a in accuracies for metric in METRICS.values()]
+        return dict(zip(FIGURES, values, strict=True)) | {"seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results as plain values, and the folder of their files."""
+
+    folder: Path
+    results: dict[str, Any]
+
+
+def summarise(
+    members: Sequence[Member],
+    evaluation: EvaluationConfig,
+    baseline: str,
+    out: Path,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Compute the results of a comparison, and write its files."""
+    check_same_evaluation(members)
+    groups: dict[str, dict[int, Member]] = {}
+    for member in members:
+        groups.setdefault(member.label, {})[member.seed] = member
+    first = members[0].evaluation_run.results
+    results = {
+        "schema": SCHEMA,
+        "environment": environment(resolve_device(evaluation.device)),
+        "data": first["data"],
+        "settings": first["settings"],
+        "baseline": baseline,
+        "notes": [*notes, *inequalities(groups)],
+        "methods": [
+            method_results(label, list(of_label.values()), pair_by_seed(of_label, groups[baseline]))
+            for label, of_label in groups.items()
+        ],
+    }
+    identity = {str(member.run.name): member.evaluation_run.path.parent.name for member in members}
+    folder = out / f"comparison-{key_of(identity | {'baseline': baseline})}"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "comparison.json": to_json(results),
+        "table.md": markdown(results),
+        "table.tex": latex(results),
+        "table.csv": csv_text(results),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    plot(results, folder / "average-worst.png")
+    return Comparison(folder, results)
+
+
+def check_same_evaluation(members: Sequence[Member]) -> None:
+    """Raise UsageError unless all runs had the same attacks on the same images."""
+    first = members[0].evaluation_run.results
+    for member in members[1:]:
+        other = member.evaluation_run.results
+        for part in ("settings", "data"):
+            if other[part] != first[part]:
+                name = next(n for n in first[part] if other[part].get(n) != first[part][n])
+                raise UsageError(
+                    f"{member.run} and {members[0].run} were not evaluated alike: {name} is "
+                    f"{other[part].get(name)} and {first[part][name]}",
+                    "needed: runs on the same images with the same budget",
+                )
+
+
+Pairs = list[tuple[Member, Member]]
+
+
+def pair_by_seed(ours: Mapping[int, Member], base: Mapping[int, Member]) -> Pairs:
+    """Pair the runs of two methods seed by seed, none with itself."""
+    return [(ours[s], base[s]) for s in ours if s in base and ours[s] is not base[s]]
+
+
+def method_results(label: str, members: Sequence[Member], pairs: Pairs) -> dict[str, Any]:
+    """Summarise a method: each figure over the seeds, and its differences to the baseline."""
+    rows = [member.figures() for member in members]
+    return {
+        "name": label,
+        "method": members[0].config.method,
+        "seeds": [member.seed for member in members],
+        "runs": [str(member.run) for member in members],
+        "warnings": sorted({w for member in members for w in member.evaluation_run.warnings}),
+        "figures": {name: summary([row[name] for row in rows]) for name in rows[0]},
+        "differences": differences(pairs) if pairs else None,
+    }
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Return values with their mean and, of two or more, their sample standard deviation."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return {
+        "mean": finite(tensor.mean().item()),
+        "std": finite(tensor.std().item()) if len(values) > 1 else None,
+        "values": [finite(value) for value in values],
+    }
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def differences(pairs: Pairs) -> dict[str, Any]:
+    """Compute each metric minus the baseline's, and rho, averaged over the common seeds.
+
+    With one interval for other seeds, and one for other images.
+    """
+    ours, base = zip(*pairs, strict=True)
+    over_images = intervals(
+        [member.evaluation_run.evaluation for member in ours],
+        [member.evaluation_run.evaluation for member in base],
+    )
+    result = {}
+    by_seed = [run_difference(run, baseline) for run, baseline in pairs]
+    for name, images in over_images.items():
+        values = [difference[name] for difference in by_seed]
+        seeds = over_seeds(torch.tensor(values, dtype=torch.float64))
+        result[name] = {
+            **summary(values),
+            "over_seeds": [finite(seeds.low), finite(seeds.high)],
+            "over_images": [finite(images.low), finite(images.high)],
+        }
+    return result
+
+
+def intervals(ours: list[Evaluation], theirs: list[Evaluation]) -> dict[str, Interval]:
+    """Compute differences with bootstrap intervals over the images, by the names of the figures."""
+    pair = paired_differences(ours, theirs)
+    clean = {f"clean_{name}": interval for name, interval in pair.clean.items()}
+    robust = {f"robust_{name}": interval for name, interval in pair.robust.items()}
+    return {**clean, **robust, "rho": pair.rho}
+
+
+def run_difference(run: Member, baseline: Member) -> dict[str, float]:
+    """Compute the differences of two runs, and rho of their robust accuracies."""
+    ours, base = run.figures(), baseline.figures()
+    robust = [
+        present(member.evaluation_run.evaluation.robust_accuracy) for member in (run, baseline)
+    ]
+    return {name: ours[name] - base[name] for name in FIGURES} | {"rho": rho(*robust).item()}
+
+
+def inequalities(groups: Mapping[str, Mapping[int, Member]]) -> list[str]:
+    """List what differs between the methods beside the methods: schedules, images, teachers."""
+    notes = []
+    # A method may have its own attack; how long it trains, on what, is to be the same.
+    common = ("Training", "Data", "Augmentation", "Networks")
+    alike = [f.name for f in fields(Config) if SETTING_GROUPS[f.name] in common]
+    for name in alike:
+        if name in ("seed", "data", "allow_weak_teacher", "logit_cache_gib"):
+            continue
+        values = {
+            label: repr(getattr(next(iter(of_label.values())).config, name))
+            for label, of_label in groups.items()
+        }
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{value} of {label}" for label, value in values.items())
+            notes.append(f"{name} is not the same: {listed}")
+    for label, of_label in groups.items():
+        if any(member.config.select_on == "test" for member in of_label.values()):
+            notes.append(f"{label}: {SELECTED_ON_TEST}")
+    for seed in sorted({seed for of_label in groups.values() for seed in of_label}):
+        of_seed = [of_label[seed] for of_label in groups.values() if seed in of_label]
+        if len({sha for member in of_seed if (sha := teacher_digest(member))}) > 1:
+            notes.append(f"seed {seed}: the teachers are not the same")
+    seeds = {label: sorted(of_label) for label, of_label in groups.items()}
+    if len({tuple(each) for each in seeds.values()}) > 1:
+        notes.append(f"the seeds are not the same: {seeds}; differences are over common ones")
+    return notes
+
+
+def teacher_digest(member: Member) -> str | None:
+    """Return the digest of the teacher of a run; None for a method without."""
+    sha: str | None = read_sessions(member.run)[-1].get("teacher_sha256")
+    return sha

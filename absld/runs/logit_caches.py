@@ -1,0 +1,82 @@
+"""The logit caches of runs: where they are, how large, and filling one ahead of all runs."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from absld.config.settings import Config
+from absld.data.augmentation import Views
+from absld.data.dataset import Splits
+from absld.data.sources import load_data
+from absld.engine.logit_cache import (
+    CachedTeacher,
+    cache_bytes,
+    cache_rows,
+    fill,
+    open_logit_cache,
+)
+from absld.engine.precision import float32_precision, resolve_device
+from absld.errors import UsageError
+from absld.evaluation.validation import check_network
+from absld.models.loading import Network, load_network
+from absld.stepper import freeze_teacher
+
+
+def load_teacher(config: Config, splits: Splits) -> Network:
+    """Load the teacher of `--teacher`. Raises CheckpointError if it does not fit the images."""
+    classes, key = splits.train.num_classes, (config.seed, "teacher")
+    teacher = load_network(config.teacher, classes, key, config.teacher_model)
+    check_network(teacher.model, splits.train, config.teacher)
+    return teacher
+
+
+def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tuple[int, int]]:
+    """Cache the logits of the given teacher for every view of the training images.
+
+    Yields the number of views done, and of all views. Raises AbsldError.
+    """
+    if not config.teacher:
+        raise UsageError(
+            "teacher cache needs a teacher", "--teacher FILE, a run or package.module:factory"
+        )
+    device = resolve_device(config.device)
+    splits = load_data(config.dataset, config.data, config.image_size)
+    teacher = load_teacher(config, splits)
+    for text in teacher.notes:
+        note(text)
+    size = cache_size(config, splits)
+    if size > config.logit_cache_gib * 2**30:
+        raise UsageError(
+            f"a cache of {size / 2**30:.2g} GiB is more than --logit-cache-gib "
+            f"{config.logit_cache_gib:g}",
+            "a larger --logit-cache-gib, or no cache: the teacher then evaluates every batch",
+        )
+    note(describe_cache(config, splits))
+    views = Views(splits.train.to(device), config.padding)
+    precision = config.teacher_precision or config.precision
+    # As in a training, whose cache this is to be.
+    network = freeze_teacher(teacher.model.to(device), config.training())
+    with float32_precision(config.precision):
+        cache = open_logit_cache(
+            cache_folder(config), network, views, flip=config.flip, precision=precision
+        )
+        yield from fill(CachedTeacher(network, cache), views, config.batch_size)
+
+
+def cache_folder(config: Config) -> Path:
+    return Path(config.out) / "logit-caches"
+
+
+def cache_size(config: Config, splits: Splits) -> int:
+    """Return the size of the cache in bytes."""
+    rows = cache_rows(len(splits.train), config.padding, config.flip)
+    return cache_bytes(rows, splits.train.num_classes)
+
+
+def describe_cache(config: Config, splits: Splits) -> str:
+    """Describe the cache: its size, and whether it is within the limit."""
+    size = cache_size(config, splits)
+    text = f"teacher's logits of all views: {size / 2**20:,.1f} MiB"
+    if size <= config.logit_cache_gib * 2**30:
+        return f"{text} in {cache_folder(config)}"
+    limit = f"--logit-cache-gib {config.logit_cache_gib:g}"
+    return f"{text}, more than {limit}: the teacher evaluates every batch"

@@ -1,0 +1,191 @@
+"""The steps of one training: networks, method, attack, optimiser and augmented images."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from absld.attack import TrainingAttack
+from absld.config.settings import TrainConfig
+from absld.data.augmentation import Batch, Draw, Views, draws, steps_per_epoch
+from absld.data.dataset import ImageSet
+from absld.engine.distributed import SINGLE_PROCESS, Distributed
+from absld.engine.engine import Engine, check_device_supports, training_attack
+from absld.engine.logit_cache import CachedTeacher, LogitCacheSettings
+from absld.engine.precision import (
+    float32_precision,
+    memory_format,
+    to_memory_format,
+    with_precision,
+)
+from absld.errors import DataError, UsageError
+from absld.evaluation.validation import check_network, freeze
+from absld.methods.base import Method
+from absld.methods.registry import build_method
+from absld.metrics import ClassMean
+from absld.progress import Role
+from absld.seeding import global_generator
+
+
+def train_step(
+    method: Method,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: Batch,
+    attack: TrainingAttack,
+    optimizer: torch.optim.Optimizer,
+    check: Callable[[dict[str, Tensor]], None] = lambda metrics: None,
+) -> dict[str, Tensor]:
+    """Take one optimiser step on a batch: D1 to D5.
+
+    Args:
+        check: receives the metrics before the optimiser changes the weights, and may raise: a NaN
+            would spread to all of them.
+
+    Returns:
+        The loss and its parts in nats, and the norm of the gradient.
+    """
+    loss, parts = method.step(student, teacher, batch, attack)
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    metrics = {"loss": loss.detach(), **parts, "gradient": norm}
+    check(metrics)
+    optimizer.step()
+    return metrics
+
+
+def freeze_teacher(teacher: nn.Module, config: TrainConfig) -> nn.Module:
+    """Return the frozen teacher in its precision and memory format.
+
+    It is to be called inside `float32_precision(config.precision)`.
+    """
+    precision = config.teacher_precision or config.precision
+    frozen = freeze(to_memory_format(teacher, config.channels_last))
+    return with_precision(frozen, precision, caller_precision=config.precision)
+
+
+class Stepper:
+    """The steps of one training: networks, method, attack, optimiser and augmented images."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        train: ImageSet,
+        config: TrainConfig,
+        *,
+        role: Role = "student",
+        logit_cache: LogitCacheSettings | None = None,
+        distributed: Distributed = SINGLE_PROCESS,
+    ) -> None:
+        self.config, self.role, self.distributed = config, role, distributed
+        self.device = next(student.parameters()).device
+        check_device_supports(config, self.device)
+        self.count = steps_per_epoch(len(train), config.batch_size, config.max_steps)
+        if self.count == 0:
+            raise DataError(
+                f"{len(train)} training images do not fill a batch of {config.batch_size}",
+                "needed: a smaller --batch-size, or more images",
+            )
+        if config.batch_size % distributed.world_size:
+            raise UsageError(
+                f"{distributed.world_size} processes cannot share a batch of {config.batch_size} "
+                "evenly",
+                "another --batch-size",
+            )
+        self.views = Views(train.to(self.device), config.padding)
+        if config.sync_batch_norm:
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
+        check_network(student, self.views.data, "student")
+        self.student = to_memory_format(student, config.channels_last)
+        self.engine = Engine(student, config, distributed)
+        self.attack = training_attack(config)
+        self.method = build_method(config, train.num_classes).to(self.device)
+        self.teacher = self.prepare_teacher(teacher, logit_cache)
+        self.optimizer = torch.optim.SGD(
+            student.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+
+    def prepare_teacher(
+        self, teacher: nn.Module | None, logit_cache: LogitCacheSettings | None
+    ) -> nn.Module | None:
+        """Return the teacher to call, with its logit cache where there is one."""
+        config = self.config
+        if teacher is None:
+            if self.method.needs_teacher:
+                raise UsageError(f"{config.method} needs a teacher", "pass one, or method='trades'")
+            return None
+        check_network(teacher.to(self.device), self.views.data, "teacher")
+        frozen = freeze_teacher(teacher, config)
+        if logit_cache and self.method.caches_teacher:
+            precision = config.teacher_precision or config.precision
+            with float32_precision(config.precision):
+                return logit_cache.wrap(frozen, self.views, flip=config.flip, precision=precision)
+        return frozen
+
+    def key(self, epoch: int) -> tuple[int | str, ...]:
+        """Return the key of all random numbers of an epoch."""
+        return self.config.seed, self.role, epoch
+
+    def draws(self, epoch: int, first_step: int = 0) -> Iterator[Draw]:
+        """Draw the augmentations and attack starts of the batches of an epoch."""
+        config = self.config
+        return draws(
+            self.views,
+            *self.key(epoch),
+            batch_size=config.batch_size,
+            flip=config.flip,
+            start=config.start,
+            radius=config.start_noise if config.start == "normal" else config.epsilon,
+            steps=self.count,
+            first_step=first_step,
+        )
+
+    def batch(self, draw: Draw) -> Batch:
+        """Make this process' part of a batch."""
+        world_size, rank = self.distributed.world_size, self.distributed.rank
+        part = Draw(*(drawn.chunk(world_size)[rank] for drawn in draw))
+        layout = memory_format(self.config.channels_last)
+        x_nat, labels, noise, _ = self.views.batch(part)
+        x_nat, noise = (x.contiguous(memory_format=layout) for x in (x_nat, noise))
+        cached = isinstance(self.teacher, CachedTeacher)
+        return Batch(x_nat, labels, noise, self.views.numbers(part) if cached else None)
+
+    def step(
+        self, draw: Draw, epoch: int, number: int, check: Callable[[dict[str, Tensor]], None]
+    ) -> None:
+        """Take step `number` (from 0) of an epoch; check: see `train_step`."""
+        # Nothing here draws from torch's global generators, but a student with dropout does.
+        key = *self.key(epoch), number, "student", *self.distributed.key()
+        with global_generator(*key, device=self.device):
+            train_step(
+                self.method,
+                self.engine,
+                self.teacher,
+                self.batch(draw),
+                self.attack,
+                self.optimizer,
+                check,
+            )
+        self.distributed.all_reduce_mean_(self.student.buffers())
+
+    def class_means(self) -> list[ClassMean]:
+        """Return the means by class that the method gathers over an epoch."""
+        return [module for module in self.method.modules() if isinstance(module, ClassMean)]
+
+    def sum_class_means(self) -> None:
+        """Sum the gathered means over all processes, in each."""
+        for mean in self.class_means():
+            mean.sums = self.distributed.all_reduce_sum(mean.sums)
+            mean.counts = self.distributed.all_reduce_sum(mean.counts)
+
+    def keep_class_means_on_main(self) -> None:
+        """Keep the means, which are sums over all processes, in the main process only."""
+        if not self.distributed.is_main:
+            for mean in self.class_means():
+                mean.reset()

@@ -1,0 +1,72 @@
+"""The checkpoints of a training in its run directory, and which training they belong to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from absld.errors import CheckpointError
+from absld.storage.checkpoint import load
+from absld.storage.run_directory import RunDirectory
+
+
+class TrainingCheckpoint:
+    """A training's state in last.pt, its best weights in best.pt, its records in metrics.jsonl.
+
+    Args:
+        run: the directory, locked by `with RunDirectory(...) as run`.
+        about: plain values that both files carry, such as the architecture.
+        identity: plain values that decide what the training computes.
+    """
+
+    def __init__(
+        self, run: RunDirectory, about: Mapping[str, Any], identity: Mapping[str, Any]
+    ) -> None:
+        self.run, self.about, self.identity = run, dict(about), dict(identity)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state of the training."""
+        self.run.write_checkpoint({**self.about, "identity": self.identity, **state}, self.run.last)
+
+    def save_epoch(
+        self, record: Mapping[str, Any], best: Mapping[str, Any] | None, state: Mapping[str, Any]
+    ) -> None:
+        """Write an epoch: its record, the weights if they are the best, and the state.
+
+        The state comes last: what it does not know of is dropped on resuming, and computed again.
+        """
+        if best is not None:
+            self.run.write_checkpoint(
+                {**self.about, "model": best, "record": record}, self.run.best
+            )
+        self.run.append_record(record)
+        self.save(state)
+
+    def load(self) -> dict[str, Any] | None:
+        """Read the state of the training; None if it has none yet.
+
+        Raises CheckpointError if the directory holds another training.
+        """
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        if not self.run.last.exists():
+            return None
+        state: dict[str, Any] = load(self.run.last)
+        if differences := compare_settings(state["identity"], self.identity):
+            raise CheckpointError(
+                f"{self.run.path} holds another training: {'; '.join(differences)}",
+                "give the same settings, or another --out",
+            )
+        return state
+
+    def load_best(self, epochs: int) -> dict[str, Any]:
+        """Read the best weights of `epochs` finished epochs, and drop the records of later ones."""
+        self.run.drop_records_after(epochs)
+        weights: dict[str, Any] = load(self.run.best)["model"] if epochs else {}
+        return weights
+
+
+def compare_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """List the differences of the settings of a run, as `name is A in the run, B now`."""
+    return [
+        f"{name} is {saved.get(name)!r} in the run, {current.get(name)!r} now"
+        for name in {**current, **saved}
+        if saved.get(name) != current.get(name)
+    ]
