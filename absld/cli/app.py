@@ -1,505 +1,340 @@
-"""The command line. Heavy imports are inside the commands, so that help answers at once."""
+"""The commands. Heavy imports are inside the commands, so that help and completion are fast."""
 
-import contextlib
-import json
-import os
 import signal
 import sys
 import traceback
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from absld.cli.options import given, seed_list, shown, with_settings
-from absld.cli.signals import Stop, exit_code_of_a_signal
-from absld.config.files import from_toml
-from absld.config.parsing import parse
-from absld.config.recipes import METHOD_RECIPES, RECIPES
-from absld.config.resolve import resolve, source
-from absld.config.settings import Config, EvaluationConfig, group
-from absld.errors import (
-    AbsldError,
-    CheckpointError,
-    UnreliableError,
-    UsageError,
+import absld
+from absld.cli.bench_command import bench
+from absld.cli.options import (
+    AsJson,
+    Command,
+    CommandGroup,
+    RecipeFile,
+    explicit,
+    seed_list,
+    with_settings,
 )
+from absld.cli.output import SAME_COMMAND, command_output
+from absld.cli.recipe_view import recipe_lines
+from absld.cli.signals import signal_exit_code
+from absld.cli.teacher_commands import teacher_app
+from absld.config.files import read_recipe
+from absld.config.parsing import parse_all
+from absld.config.recipes import METHOD_RECIPES, RECIPES
+from absld.config.resolve import resolve
+from absld.config.settings import Config, EvaluationConfig
+from absld.errors import AbsldError, UnreliableError, UsageError
 
 app = typer.Typer(
+    cls=CommandGroup,
     rich_markup_mode="rich",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipe_app = typer.Typer(no_args_is_help=True)
+recipe_app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help="Show the settings of a data set and a method."
+)
 app.add_typer(recipe_app, name="recipe")
-teacher_app = typer.Typer(no_args_is_help=True)
-app.add_typer(teacher_app, name="teacher")
+
+
+def print_version(wanted: bool | None) -> None:
+    """Print the version and end, for --version."""
+    if wanted:
+        typer.echo(f"absld {absld.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def about() -> None:
-    """Small, robust image classifiers without weak classes.
-
-    [bold]Examples[/]
-
-    [cyan]absld train[/]   8x8 digits on a CPU, from nothing to the table, in a minute
-
-    [cyan]absld train --dataset cifar10[/]   the paper's setting
-
-    [cyan]absld train --method rslad[/]   the same with all temperatures 1
-
-    [cyan]absld train --resume[/]   go on with a run that was interrupted
-
-    [cyan]absld evaluate RUN[/]   how robust is every class, and can the figure be trusted?
-
-    [cyan]absld report RUN[/]   the result as a page to show
-
-    [cyan]absld compare --methods rslad,absld --seeds 5[/]   methods beside each other
-
-    [cyan]absld teacher check FILE --dataset cifar10[/]   is this network fit to teach?
-
-    [cyan]absld recipe show cifar10[/]   every setting with its source
-    """
-
-
-@recipe_app.callback()
-def about_recipes() -> None:
-    """The settings of a data set and a method, with their sources.
-
-    [bold]Example[/]
-
-    [cyan]absld recipe show digits[/]
-    """
-
-
-@recipe_app.command("show")
-def show(
-    name: Annotated[str, typer.Argument(help=", ".join(RECIPES))],
+def about(
     *,
-    method: Annotated[str, typer.Option(metavar="TEXT", help=", ".join(METHOD_RECIPES))] = "absld",
+    version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=print_version, is_eager=True, help="print the version"),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="print the traceback of an error")] = False,
 ) -> None:
-    """Every setting for a data set and a method, with its source.
+    """Train and evaluate small, robust image classifiers without weak classes.
+
+    RUN is a run directory of `absld train`, such as runs/digits-absld-seed0-...
 
     [bold]Examples[/]
 
-    [cyan]absld recipe show digits[/]
-
-    [cyan]absld recipe show cifar10 --method ard[/]
+    [cyan]absld train[/]                              digits on a CPU, in about a minute
+    [cyan]absld train --dataset cifar10[/]            the setting of the ABSLD paper
+    [cyan]absld train --method rslad[/]               another method, same settings
+    [cyan]absld train --resume[/]                     continue an interrupted run
+    [cyan]absld evaluate RUN[/]                       robust accuracy by class, with checks
+    [cyan]absld report RUN[/]                         an HTML page of the evaluation
+    [cyan]absld compare --methods rslad,absld[/]      methods under the same conditions
+    [cyan]absld teacher check FILE[/]                 accuracy and soft labels of a teacher
+    [cyan]absld recipe show cifar10[/]                all settings, with their sources
     """
-    if name not in RECIPES:
-        raise UsageError(f"there is no recipe {name!r}", f"there are: {', '.join(RECIPES)}")
-    config = resolve({"dataset": name, "method": method})
-    typer.echo(f"{'setting':20} {'value':20} {'source':24} meaning")
-    for heading in dict.fromkeys(group(f) for f in fields(Config)):
-        typer.echo(f"# {heading}")
-        for f in fields(Config):
-            if group(f) == heading:
-                value, origin = shown(getattr(config, f.name)), source(config, f.name)
-                typer.echo(f"{f.name:20} {value:20} {origin:24} {f.metadata['meaning']}")
+    # `main` takes --debug out, wherever it stands; the option is here for the help.
 
 
-# --- Settings as options ---
+# --- absld train, evaluate, compare ---
 
 
-# --- Commands ---
-
-AsJson = Annotated[
-    bool, typer.Option("--json", help="one JSON document on stdout, the progress on stderr")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-
-
-@app.command()
+@app.command(cls=Command)
 @with_settings(Config)
 def train(
     *,
-    recipe: Annotated[
-        str | None, typer.Option(metavar="FILE.toml", help="settings, as lines name = value")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a run")] = False,
+    recipe: RecipeFile = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
     **settings: Any,
 ) -> None:
     """Train a student whose classes are about equally robust, and test it.
 
     [bold]Examples[/]
 
-    [cyan]absld train[/]   8x8 digits on a CPU, from nothing to the table, in a minute
+    [cyan]absld train[/]                               digits on a CPU, in about a minute
+    [cyan]absld train --dataset cifar10 --teacher FILE[/]   a teacher from a file
+    [cyan]absld train --dataset folder --data DIR[/]   images in DIR/{train,test}/CLASS/
+    [cyan]absld train --student mypackage.nets:small[/]   a network of your own
+    [cyan]absld train --recipe my.toml --resume[/]     continue after an interruption
 
-    [cyan]absld train --dataset cifar10 --teacher FILE[/]   the paper's setting, your teacher
-
-    [cyan]absld train --dataset folder --data DIR[/]   your images: DIR/{train,test}/CLASS/*
-
-    [cyan]absld train --student mine.nets:small[/]   your network: a function in mine/nets.py
-
-    [cyan]absld train --recipe my.toml --seed 1 --resume[/]   go on after an interruption
-
-    Each run has a directory of its own in --out: its settings, environment and metrics, and the
-    checkpoints best.pt and last.pt. A teacher made on the way is kept there and used again.
+    Each run has a directory in --out with its settings, environment, metrics
+    and checkpoints (best.pt, last.pt). A teacher trained by this command is saved
+    in --out and reused by later runs.
     """
-    config = resolve((from_toml(recipe) if recipe else {}) | given(settings))
+    config = resolve((read_recipe(recipe) if recipe else {}) | explicit(settings))
 
     import absld.runs.training_run
-    from absld.cli.training_view import view_of
-    from absld.engine.distributed import launched
+    from absld.cli.training_view import TrainingView, training_lines
+    from absld.engine.distributed import init_distributed
 
-    with contextlib.ExitStack() as stack:
-        ranks = stack.enter_context(launched(config.device))
-        stream = sys.stderr if as_json else sys.stdout
-        if not ranks.first:
-            stream = stack.enter_context(open(os.devnull, "w"))
-        stop = stack.enter_context(Stop(patient=ranks.count > 1))
-        view = stack.enter_context(view_of(stream, stop))
-        result = absld.runs.training_run.train(config, view, resume=resume, ranks=ranks)
-    if not ranks.first:
-        return
-    if as_json:
-        typer.echo(json.dumps(result.document() | {"config": asdict(config)}, indent=1))
-    else:
-        view.result(result)
+    with (
+        init_distributed(config.device) as distributed,
+        command_output(
+            as_json, world_size=distributed.world_size, is_main=distributed.is_main
+        ) as output,
+    ):
+        with TrainingView(output) as view:
+            result = absld.runs.training_run.train(
+                config, view, resume=resume, distributed=distributed
+            )
+        output.present(result.to_dict() | {"config": asdict(config)}, training_lines(result))
 
 
-@app.command()
+@app.command(cls=Command)
 @with_settings(EvaluationConfig)
 def evaluate(
-    target: Annotated[str, typer.Argument(help="a run, a file, or package.module:factory")],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="a run directory, a file or package.module:factory"),
+    ],
     *,
     against: Annotated[
-        str | None, typer.Option(metavar="TARGET", help="another network, on the same images")
+        str | None,
+        typer.Option(metavar="TARGET", help="compare with another network on the same images"),
     ] = None,
     against_model: Annotated[
-        str, typer.Option(metavar="TEXT", help="as --model, of that network")
+        str, typer.Option(metavar="TEXT", help="architecture of the --against network, see --model")
     ] = "",
-    strict: Annotated[bool, typer.Option("--strict", help="exit 6 if a check warns")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="end with exit code 6 if a check warns")
+    ] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
     **settings: Any,
 ) -> None:
-    """How robust is every class of a classifier, and can the figure be trusted?
+    """Evaluate the robust accuracy of every class, and check the evaluation.
 
     [bold]Examples[/]
 
-    [cyan]absld evaluate runs/digits-absld-seed0-1a2b3c4d[/]   a run, on its own test images
+    [cyan]absld evaluate RUN[/]                              on the test images of the run
+    [cyan]absld evaluate net.pt --dataset cifar10 --eps 8/255[/]   weights from a file
+    [cyan]absld evaluate mypackage.nets:small --dataset folder --data DIR[/]
+    [cyan]absld evaluate RUN --attacks clean,autoattack --examples 1000[/]
+    [cyan]absld evaluate RUN --against OTHER[/]              difference of two networks
 
-    [cyan]absld evaluate net.pt --dataset cifar10 --eps 8/255[/]   anybody's ResNet-18
-
-    [cyan]absld evaluate mine.nets:small --dataset folder --data DIR[/]   any network
-
-    [cyan]absld evaluate RUN --attacks clean,autoattack --examples 1000[/]   the strongest, on some
-
-    [cyan]absld evaluate RUN --against OTHER[/]   the difference, and how sure it is
-
-    An image counts as robust if it withstands all attacks. The same command goes on after an
-    interruption, and shows a finished result again. `absld report` makes a page of it.
+    An image counts as robust if the network classifies it correctly under
+    every attack. The same command continues after an interruption, and shows a
+    finished evaluation again. `absld report` makes a page of it.
     """
     if strict and settings.get("checks") is False:
-        raise UsageError("--strict has nothing to judge with --no-checks", "leave out one of them")
-    typed = {name: parse(name, v, EvaluationConfig) for name, v in given(settings).items()}
-    config = EvaluationConfig(**typed)
+        raise UsageError(
+            "--strict needs the checks that --no-checks leaves out", "omit one of them"
+        )
+    config = EvaluationConfig(**parse_all(explicit(settings), EvaluationConfig))
 
-    from absld.cli.evaluation_view import EvaluationView
-    from absld.evaluation import results as document
-    from absld.evaluation import runner as assessment
+    from absld.cli.evaluation_view import EvaluationView, evaluation_lines
+    from absld.evaluation import runner
 
-    stream = sys.stderr if as_json else sys.stdout
-    # What networks of others print is no part of the document.
-    with Stop(), EvaluationView(stream) as view, contextlib.redirect_stdout(stream):
-        if against is None:
-            result = assessment.assess(target, config, view)
-        else:
-            result = assessment.assess_against(target, against, against_model, config, view)
-    if as_json:
-        typer.echo(document.to_json(result.document), nl=False)
-    else:
-        view.result(result)
+    with command_output(as_json, continue_with=SAME_COMMAND) as output:
+        with EvaluationView(output) as view:
+            if against is None:
+                result = runner.run_evaluation(target, config, view)
+            else:
+                result = runner.run_paired_evaluation(target, against, against_model, config, view)
+        output.present(result.results, evaluation_lines(result))
     if strict and result.warnings:
         raise UnreliableError(
             f"{len(result.warnings)} checks warn: {'; '.join(result.warnings)}",
-            "docs/evaluation.md says what each means",
+            "docs/evaluation.md explains each check",
         )
 
 
-@app.command()
-@with_settings(Config, without=("method", "seed"))
+EVALUATION_OF_COMPARISON = ("attacks", "examples", "checks")
+
+
+@app.command(cls=Command)
+@with_settings(EvaluationConfig, only=EVALUATION_OF_COMPARISON)
+@with_settings(Config, without=("method", "seed"), schedule_of_method=False)
 def compare(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="finished runs")] = None,
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN", help="directories of finished runs")
+    ] = None,
     *,
     methods: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES",
-            help=f"of {', '.join(METHOD_RECIPES)}, package.module:Class, and recipe files",
-        ),
+        str, typer.Option(metavar="NAMES", help="methods, package.module:Class or recipe files")
     ] = "",
     seeds: Annotated[
-        str, typer.Option(metavar="N", help="so many, from 0 on; or numbers with commas")
+        str,
+        typer.Option(metavar="N", help=r"number of seeds, or a list such as 0,3,7 \[default: 1]"),
     ] = "",
     baseline: Annotated[
-        str, typer.Option(metavar="NAME", help="what the others are compared with; the first")
+        str, typer.Option(metavar="NAME", help=r"method to compare with \[default: the first]")
     ] = "",
-    attacks: Annotated[
-        str, typer.Option(metavar="NAMES", help="as of absld evaluate")
-    ] = EvaluationConfig.attacks,
-    examples: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="so many test images only")
-    ] = None,
-    checks: Annotated[bool, typer.Option(help="as of absld evaluate")] = True,
-    recipe: Annotated[
-        str | None, typer.Option(metavar="FILE.toml", help="settings of all, name = value")
-    ] = None,
+    recipe: RecipeFile = None,
     as_json: AsJson = False,
-    debug: Debug = False,
     **settings: Any,
 ) -> None:
-    """Methods beside each other: same images, same teachers, same schedule, several seeds.
+    """Compare methods: same images, same teachers, same schedule, several seeds.
 
     [bold]Examples[/]
 
-    [cyan]absld compare --methods rslad,absld --seeds 5[/]   on the digits
+    [cyan]absld compare --methods rslad,absld --seeds 5[/]
+    [cyan]absld compare --methods absld,mypackage.methods:Mart,warm.toml[/]
+    [cyan]absld compare RUN RUN RUN[/]
 
-    [cyan]absld compare --methods absld,mine.methods:Mart,warm.toml[/]   a method of your own
-
-    [cyan]absld compare RUN RUN RUN[/]   runs that are there
-
-    Mean and standard deviation over the seeds, differences to the first method with intervals, and
-    a plot. Runs that are there are used again; the same command goes on after an interruption.
+    Prints means and standard deviations over the seeds and differences to the
+    baseline with confidence intervals. Settings apply to all methods. Finished
+    runs are used again; the same command continues after an interruption.
     """
-    named = given(settings)
-    evaluation = EvaluationConfig(
-        attacks=attacks, examples=examples, checks=checks, device=named.get("device", "auto")
-    )
     if bool(runs) == bool(methods):
-        raise UsageError("what is to be compared?", "--methods NAMES, or runs, and not both")
-    told = {**named, **given({"seeds": seeds or None, "recipe": recipe})}
-    if runs and (extra := sorted(told.keys() - {"out", "device"})):
+        raise UsageError("compare takes either --methods or finished runs", "see --help")
+    flags = explicit(settings)
+    chosen = {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
+    chosen["device"] = flags.get("device", "auto")
+    evaluation = EvaluationConfig(**parse_all(chosen, EvaluationConfig))
+    training_flags = (
+        flags | ({"seeds": seeds} if seeds else {}) | ({"recipe": recipe} if recipe else {})
+    )
+    if runs and (extra := sorted(training_flags.keys() - {"out", "device"})):
         raise UsageError(
-            f"runs are what they are: {', '.join(extra)} cannot be set", "leave it out"
+            f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
         )
 
-    from absld.cli.comparison_view import ComparisonView
-    from absld.evaluation import results as document
+    from absld.cli.comparison_view import ComparisonView, comparison_lines
     from absld.runs import comparison
 
-    stream = sys.stderr if as_json else sys.stdout
-    with Stop() as stop, ComparisonView(stream, stop) as view, contextlib.redirect_stdout(stream):
-        if runs:
-            out = named.get("out", "")
-            result = comparison.compare_runs(runs, evaluation, baseline, out, view)
-        else:
-            of_all = (from_toml(recipe) if recipe else {}) | named
-            names = [name.strip() for name in methods.split(",") if name.strip()]
-            result = comparison.compare_methods(
-                names, seed_list(seeds), of_all, evaluation, baseline, view
-            )
-    if as_json:
-        typer.echo(document.to_json(result.document), nl=False)
-    else:
-        view.result(result)
+    with command_output(as_json, continue_with=SAME_COMMAND) as output:
+        with ComparisonView(output) as view:
+            if runs:
+                out = flags.get("out", "")
+                result = comparison.compare_runs(runs, evaluation, baseline, out, view)
+            else:
+                names = [name.strip() for name in methods.split(",") if name.strip()]
+                of_all = (read_recipe(recipe) if recipe else {}) | flags
+                result = comparison.compare_methods(
+                    names, seed_list(seeds), of_all, evaluation, baseline, view
+                )
+        output.present(result.results, comparison_lines(result))
 
 
-@teacher_app.callback()
-def about_teachers() -> None:
-    """Teachers: is this network fit to be one?
-
-    [bold]Example[/]
-
-    [cyan]absld teacher check FILE --dataset cifar10[/]
-    """
+# --- absld report, recipe, bench, teacher ---
 
 
-@teacher_app.command()
-@with_settings(EvaluationConfig, without=("attacks", "split", "restarts", "each", "checks", "out"))
-def check(
-    target: Annotated[str, typer.Argument(help="a file, a run, or package.module:factory")],
-    *,
-    as_json: AsJson = False,
-    debug: Debug = False,
-    **settings: Any,
-) -> None:
-    """What is this network, how robust is each class, what are its soft labels like?
-
-    [bold]Examples[/]
-
-    [cyan]absld teacher check trades.pt --dataset cifar10[/]   a file of weights from anywhere
-
-    [cyan]absld teacher check trades.pt --dataset cifar10 --examples 200[/]   a quick look
-
-    On validation images, held out of the training images. Exit code 4 if it is unfit.
-    """
-    typed = {name: parse(name, v, EvaluationConfig) for name, v in given(settings).items()}
-    config = EvaluationConfig(**typed, split="validation")
-
-    from absld.cli.evaluation_view import EvaluationView
-    from absld.cli.teacher_view import teacher_lines
-    from absld.evaluation import results as document
-    from absld.evaluation.teacher_check import inspect_teacher
-
-    stream = sys.stderr if as_json else sys.stdout
-    with Stop(), EvaluationView(stream, goes_on=False) as view, contextlib.redirect_stdout(stream):
-        found = inspect_teacher(target, config, view)
-    if as_json:
-        typer.echo(document.to_json(found), nl=False)
-    else:
-        typer.echo("\n".join(teacher_lines(found)))
-    if found["verdict"] == "unfit":
-        raise CheckpointError(
-            f"{target}: {'; '.join(found['reasons'])}", "needed: a better teacher"
-        )
-
-
-OF_A_BANK = [
-    *("dataset", "data", "image_size", "padding", "flip", "teacher", "teacher_model"),
-    *("bank_gib", "precision", "teacher_precision", "channels_last"),
-    *("batch_size", "device", "out"),
-]
-
-
-@teacher_app.command()
-@with_settings(Config, without=[f.name for f in fields(Config) if f.name not in OF_A_BANK])
-def bank(*, debug: Debug = False, **settings: Any) -> None:
-    """Ask a teacher once for every view of the training images, ahead of all runs with it.
-
-    [bold]Example[/]
-
-    [cyan]absld teacher bank --dataset cifar10 --teacher trades.pt[/]   162 views of each image
-
-    A run fills what it needs of the bank by itself; this fills all of it. It may be stopped: what
-    is remembered is not asked for again.
-    """
-    config = resolve(given(settings))
-
-    import time
-
-    from absld.cli.training_view import time_text
-    from absld.runs.training_run import fill_bank
-
-    with Stop():
-        started = told = time.perf_counter()
-        for done, total in fill_bank(config, typer.echo):
-            now = time.perf_counter()
-            if now - told > 10 or done == total:
-                left = time_text((now - started) * (total - done) / done)
-                typer.echo(f"{done:,} of {total:,} views, about {left} left")
-                told = now
-
-
-@app.command()
-def bench(
-    *,
-    student: Annotated[
-        str, typer.Option(metavar="NAME", help="the student's network")
-    ] = "resnet18",
-    teacher_model: Annotated[
-        str, typer.Option(metavar="NAME", help="the teacher's network")
-    ] = "wrn-34-10",
-    batch_size: Annotated[int, typer.Option(metavar="N", min=2, help="images a step")] = 128,
-    image_size: Annotated[int, typer.Option(metavar="N", min=1, help="their side")] = 32,
-    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="counted steps of each")] = 5,
-    compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="try torch.compile, too")
-    ] = True,
-    device: Annotated[
-        str, typer.Option(metavar="TEXT", help="auto is cuda where there is one, else cpu")
-    ] = "auto",
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """How fast is a training step here, and what is each technique worth?
-
-    [bold]Examples[/]
-
-    [cyan]absld bench[/]   the paper's networks and batch; on a CPU that is long
-
-    [cyan]absld bench --student mobilenetv2 --batch-size 16[/]   two cores, ten minutes
-
-    The plain step of absld_min.py and the engine take turns; techniques are added one by one, and
-    stay where they pay. The last line has the flags of absld train that pay on this machine.
-    """
-    from absld.bench.bench import Bench, BenchConfig
-    from absld.cli.bench_view import GROWTH_HEAD, HEAD, growth_line, row_line, summary
-    from absld.evaluation import results as document
-
-    measured = Bench(
-        BenchConfig(
-            student=student,
-            teacher_model=teacher_model,
-            batch_size=batch_size,
-            image_size=image_size,
-            rounds=rounds,
-            compile=compiled,
-            device=device,
-        )
-    )
-    stream = sys.stderr if as_json else sys.stdout
-    with Stop():
-        print(HEAD, file=stream, flush=True)
-        for figures in measured.rows():
-            print(row_line(figures), file=stream, flush=True)
-        print("\n".join([*summary(measured.document), GROWTH_HEAD]), file=stream, flush=True)
-        for figures in measured.growth():
-            print(growth_line(figures), file=stream, flush=True)
-    if as_json:
-        typer.echo(document.to_json(measured.document), nl=False)
-
-
-@app.command()
+@app.command(cls=Command)
 def report(
-    source: Annotated[str, typer.Argument(help="a run, or an evaluation.json")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="a run directory or an evaluation.json")
+    ],
     *,
     out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="to write: .html, .png or .pdf")
+        str | None, typer.Option(metavar="FILE", help="file to write: .html, .png or .pdf")
     ] = None,
-    debug: Debug = False,
 ) -> None:
-    """The result of an evaluation as a page to show, or as a picture.
+    """Write an evaluation as an HTML page or a figure.
 
     [bold]Examples[/]
 
-    [cyan]absld report runs/digits-absld-seed0-1a2b3c4d[/]   report.html beside its evaluation
-
-    [cyan]absld report evaluation.json --out card.pdf[/]   for a paper (needs matplotlib)
+    [cyan]absld report RUN[/]                             report.html beside the evaluation
+    [cyan]absld report evaluation.json --out card.pdf[/]  a figure (needs matplotlib)
     """
-    from absld.report.html import make
+    from absld.report.html import write_report
 
-    typer.echo(make(source, out))
+    typer.echo(write_report(source, out))
 
 
-# --- Signals, errors, exit codes ---
+@recipe_app.command(cls=Command)
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"one of {', '.join(RECIPES)}")],
+    *,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help=f"one of {', '.join(METHOD_RECIPES)}")
+    ] = "absld",
+) -> None:
+    """Show every setting of a data set and a method, with its value and source.
+
+    [bold]Examples[/]
+
+    [cyan]absld recipe show digits[/]
+    [cyan]absld recipe show cifar10 --method ard[/]
+    """
+    if name not in RECIPES:
+        raise UsageError(f"there is no recipe {name!r}", f"there are: {', '.join(RECIPES)}")
+    typer.echo("\n".join(recipe_lines(resolve({"dataset": name, "method": method}))))
+
+
+app.command(cls=Command)(bench)
+app.add_typer(teacher_app, name="teacher")
+
+
+# --- Errors and exit codes ---
 
 
 def main() -> None:
-    """Run a command; exit codes as promised, an error in two lines on stderr."""
+    """Run a command. An error is two lines on stderr; each kind has its exit code."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # quiet in `| head`
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # class names may be in any script
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        sys.exit(app(standalone_mode=False))
-    except Exception as error:
-        if signalled := exit_code_of_a_signal(error):
-            sys.exit(signalled)
+        sys.exit(app(arguments, prog_name="absld", standalone_mode=False))
+    except (Exception, KeyboardInterrupt) as error:
+        if (exit_code := signal_exit_code(error)) is not None:
+            print("Interrupted.", file=sys.stderr)
+            sys.exit(exit_code)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        code, cause, way_out = explained(error)
+        code, cause, hint = explain(error)
         if cause:  # without a command there is help, and nothing more to say
-            print(f"error: {cause}\n{way_out}", file=sys.stderr)
+            print(f"error: {cause}\n{hint}", file=sys.stderr)
         sys.exit(code)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
-def explained(error: Exception) -> tuple[int, str, str]:
-    """Exit code, cause and way out."""
+def explain(error: BaseException) -> tuple[int, str, str]:
+    """Return the exit code, the cause and a hint."""
     if isinstance(error, typer.TyperException):
         return error.exit_code, " ".join(error.format_message().split()), "--help lists the flags"
     cause = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, AbsldError):
-        return error.exit_code, cause, error.way_out
+        return error.exit_code, cause, error.hint
     if "out of memory" in cause.lower() or "can't allocate memory" in cause.lower():
         return 1, cause, "a smaller --batch-size needs less; what was saved before is kept"
     if isinstance(error, OSError):
-        return 1, cause, "is there room, and is --out writable? what was saved before is kept"
-    return 1, f"{type(error).__name__}: {cause}", "a fault of ours; --debug shows where"
+        return 1, cause, "check free space and permissions of --out; saved checkpoints are kept"
+    return (
+        1,
+        f"{type(error).__name__}: {cause}",
+        "internal error, please report it; --debug prints the traceback",
+    )

@@ -1,88 +1,169 @@
 """Settings as command-line options."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
-from absld.config.parsing import bare, is_choice
+from absld.config.parsing import choices_of, strip_optional
 from absld.config.recipes import METHOD_RECIPES, RECIPES
-from absld.config.settings import Settings, group
+from absld.config.settings import GROUPS, Settings, group_of
 from absld.errors import UsageError
 
-
-def shown(value: Any) -> str:
-    """A setting's value as a person writes it."""
-    if value is None or value == "":
-        return "-"
-    if isinstance(value, tuple):
-        return ",".join(map(shown, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
-
-
+AsJson = Annotated[
+    bool, typer.Option("--json", help="print one JSON document on stdout, progress on stderr")
+]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", metavar="FILE", help="TOML file of settings, one `name = value` per line"
+    ),
+]
 ALIASES = {"epsilon": ["--eps"]}
+MAX_METAVAR = 16  # columns; longer lists of choices are in the help text
+
+
+class ShortHelp:
+    """Help of 80 columns: a switch has no type there, and not the form that switches it off."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the arguments of the usage line, TARGET instead of {TARGET}."""
+        pieces = super().collect_usage_pieces(ctx)  # type: ignore[misc]  # of the other base
+        return [piece.strip("{}") for piece in pieces]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.get_params(ctx):  # type: ignore[attr-defined]  # of the other base
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar, parameter.secondary_opts = "", []
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+
+class Command(ShortHelp, TyperCommand):
+    """A command with short help."""
+
+
+class CommandGroup(ShortHelp, TyperGroup):
+    """A group of commands with short help."""
 
 
 def with_settings(
-    of: type[Settings], without: Sequence[str] = ()
+    settings_class: type[Settings],
+    *,
+    only: Collection[str] = (),
+    without: Collection[str] = (),
+    meanings: Mapping[str, str] | None = None,
+    schedule_of_method: bool = True,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command every setting of a class, but those `without`, as an option, in place of its
-    `**settings`."""
+    """Add the settings of a class to a command, as options that its `**settings` receives.
+
+    Args:
+        only: names of the settings to add; empty: all.
+        without: names of settings to leave out.
+        meanings: texts that replace those of the settings, by name.
+        schedule_of_method: False leaves the recipes of methods out of the defaults of the group
+            Training, for a command that does not use them.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
-        kinds = get_type_hints(of)
-        options = [option(f, kinds[f.name]) for f in fields(of) if f.name not in without]
-        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]  # inspect reads it
-        del command.__annotations__["settings"]
+        kinds = get_type_hints(settings_class)
+        options = [
+            option(
+                f,
+                kinds[f.name],
+                (meanings or {}).get(f.name, f.metadata["meaning"]),
+                method_recipes=schedule_of_method or group_of(f) != "Training",
+            )
+            for f in fields(settings_class)
+            if f.name not in without and (not only or f.name in only)
+        ]
+        parameters = sorted([*own, *options], key=group_rank)
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it
+        command.__annotations__.pop("settings", None)
         command.__annotations__ |= {p.name: p.annotation for p in options}
         return command
 
     return decorate
 
 
-def option(f: "Field[Any]", kind: Any) -> inspect.Parameter:
-    """A setting as a command line option: its name, its meaning and its defaults."""
-    defaults = [shown(f.default)] + [
-        f"{name}: {shown(recipe[f.name][0])}"
-        for name, recipe in (RECIPES | METHOD_RECIPES).items()
-        if f.name in recipe and f.name != "dataset"
-    ]
-    kind = bare(kind)
-    metavar = "|".join(get_args(kind)) if is_choice(kind) else {str: "TEXT", float: "X"}.get(kind)
+def group_rank(parameter: inspect.Parameter) -> int:
+    """Return the place of an option's group in the help; a command's own options come first."""
+    group = getattr(parameter.annotation.__metadata__[0], "rich_help_panel", None)
+    return GROUPS.index(group) if group in GROUPS else -1
+
+
+def option(f: "Field[Any]", kind: Any, meaning: str, *, method_recipes: bool) -> inspect.Parameter:
+    """Make the option of a setting: its flag, meaning, choices and defaults."""
+    kind, choices = strip_optional(kind), choices_of(kind)
     flag = "--" + f.name.replace("_", "-")
-    about = typer.Option(
+    metavar = {str: "TEXT", float: "X"}.get(kind, "N")
+    meaning, _, default = meaning.partition(" [default: ")
+    default = default.removesuffix("]") or describe_defaults(f, method_recipes=method_recipes)
+    if choices:
+        metavar = "|".join(choices)
+        if len(metavar) > MAX_METAVAR:
+            metavar, meaning = "NAME", f"{meaning}; one of {', '.join(choices)}"
+    help_text = escape(meaning)
+    if default:
+        help_text += f" [dim]{escape(f'[default: {default}]')}[/]"
+    parameter = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
         *ALIASES.get(f.name, []),
-        help=f"{f.metadata['meaning']} [dim]({'; '.join(defaults)})[/]",
-        metavar=None if kind is bool else metavar or "N",
-        rich_help_panel=group(f),
+        help=help_text,
+        metavar=None if kind is bool else metavar,
+        rich_help_panel=group_of(f),
         show_default=False,
+        autocompletion=lambda incomplete: [c for c in choices if c.startswith(incomplete)],
     )
-    # The text is read by absld.config.settings, as in a recipe file: one place knows what is allowed.
+    # The text is parsed by absld.config, as in a recipe file: one place knows what is allowed.
     value: Any = bool if kind is bool else str
+    annotation = Annotated[value | None, parameter]
     return inspect.Parameter(
-        f.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[value | None, about],
+        f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
 
 
-def given(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given as flags."""
+def describe_defaults(f: "Field[Any]", *, method_recipes: bool = True) -> str:
+    """Return the default of a setting, and those of recipes; empty if it is off or not set."""
+    if f.default is True:
+        return f"on; --no-{f.name.replace('_', '-')} switches it off"
+    unset = f.default is None or f.default is False or f.default == ""
+    texts = [] if unset else [format_value(f.default)]
+    for name, recipe in (RECIPES | (METHOD_RECIPES if method_recipes else {})).items():
+        if f.name in recipe and f.name != "dataset":
+            texts.append(f"{name}: {format_value(recipe[f.name][0])}")
+    return "; ".join(texts)
+
+
+def format_value(value: Any) -> str:
+    """Return a setting's value as a person writes it."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, tuple):
+        return ",".join(map(format_value, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
+
+
+def explicit(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given as flags."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def seed_list(text: str) -> list[int]:
-    """5 as the seeds 0 to 4, or the numbers that are listed; one seed where nothing is said."""
+    """Return the seeds 0 to 4 for "5", the listed seeds for "0,3,7", and seed 0 for "".
+
+    Raises UsageError.
+    """
+    hint = "5, or 0,3,7"
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()] or [1]
     except ValueError:
-        raise UsageError(f"seeds takes whole numbers, not {text!r}", "5, or 0,3,7") from None
+        raise UsageError(f"seeds takes whole numbers, not {text!r}", hint) from None
     seeds = numbers if "," in text else list(range(numbers[0]))
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"seeds takes different numbers, not {text!r}", "5, or 0,3,7")
+        raise UsageError(f"seeds takes different numbers, not {text!r}", hint)
     return seeds

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, and the exit codes they lead to."""
+"""SIGINT and SIGTERM: a request to stop, and the exit codes they lead to."""
 
 import signal
 import sys
@@ -6,25 +6,34 @@ import sys
 from absld.errors import Interrupted, Stopped
 
 
-class Stop:
-    """Ctrl-C and SIGTERM. While a training runs, the first asks it to stop after its step, when
-    it saves itself; at other times, and the second time, the process ends at once."""
+class StopRequest:
+    """A context that turns Ctrl-C and SIGTERM into a request to stop after the current step.
 
-    def __init__(self, *, patient: bool = False) -> None:
+    While a training runs, the first signal is kept until `check`, so that a checkpoint of the step
+    can be saved; at other times, and the second time, the process ends at once.
+
+    Attributes:
+        training: whether a training runs now.
+        epoch: the epoch of the latest training; 0 before one.
+    """
+
+    def __init__(self, *, once: bool = False) -> None:
         self.training = False
+        self.epoch = 0
         self.received = 0
-        self.patient = patient  # torchrun passes on what the terminal has sent already
+        self.once = once  # torchrun sends again what the terminal has sent already
 
-    def __enter__(self) -> "Stop":
-        self.before = {n: signal.signal(n, self.hear) for n in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> "StopRequest":
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.receive) for number in signals}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def hear(self, number: int, frame: object) -> None:
-        if self.received and self.patient:
+    def receive(self, number: int, frame: object) -> None:
+        if self.received and self.once:
             return
         if self.received or not self.training:
             raise Stopped(128 + number)
@@ -32,16 +41,18 @@ class Stop:
         print("stopping after this step; a second signal stops at once", file=sys.stderr)
 
     def check(self) -> None:
-        """Raises Interrupted if the process has been asked to stop."""
+        """Raise Interrupted if a signal has been received."""
         if self.received:
             raise Interrupted(self.received)
 
 
-def exit_code_of_a_signal(error: BaseException | None) -> int | None:
-    """That of the signal an error comes from: what it interrupts, such as an import, may make
-    another error of it."""
+def signal_exit_code(error: BaseException | None) -> int | None:
+    """Return the exit code of the signal behind an error; None if there is none.
+
+    The error may be another one: of an import that a signal interrupts, for example.
+    """
     while error is not None:
-        if isinstance(error, Stopped):
+        if isinstance(error, (Interrupted, Stopped)):
             return error.exit_code
         if isinstance(error, KeyboardInterrupt):
             return 130

@@ -1,4 +1,4 @@
-"""What a person sees of the check of a teacher."""
+"""The view of a teacher check."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from absld.cli.evaluation_view import NAMES, figure, short
 from absld.report.summary import budget
 
 CALIBRATION = {
-    "accuracy": "right",
+    "accuracy": "accuracy",
     "confidence": "mean confidence",
     "error": "expected calibration error",
     "entropy": "mean entropy, nats",
@@ -16,9 +16,9 @@ CALIBRATION = {
 }
 
 
-def teacher_lines(document: Mapping[str, Any]) -> list[str]:
-    """The check in lines of 80 columns or less; figures in per cent but for nats."""
-    network, data, attack = document["network"], document["data"], document["attack"]
+def teacher_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return the check in lines of at most 80 columns; figures are in per cent or nats."""
+    network, data, attack = results["network"], results["data"], results["attack"]
     lines = [
         f"{network['architecture']}, {network['parameters']:,} parameters",
         f"teacher sha256: {network['weights_sha256']}",
@@ -27,23 +27,23 @@ def teacher_lines(document: Mapping[str, Any]) -> list[str]:
         "",
         f"{'class':22} {'clean':>20} {attack['name']:>20} {'true':>6} {'nats':>6}",
     ]
-    clean, robust = document["clean"], document["robust"]
-    for one, other, soft in zip(
-        clean["classes"], robust["classes"], document["soft_labels"], strict=True
+    clean, robust = results["clean"], results["robust"]
+    for of_clean, of_robust, soft in zip(
+        clean["classes"], robust["classes"], results["soft_labels"], strict=True
     ):
         labels = "     -      -"
         if soft["entropy"] is not None:
             labels = f"{100 * soft['true_probability']:6.1f} {soft['entropy']:6.2f}"
-        lines.append(f"{short(one['class'])} {figure(one)} {figure(other)} {labels}")
+        name = short(of_clean["class"])
+        lines.append(f"{name} {figure(of_clean)} {figure(of_robust)} {labels}")
     lines += ["true: mean probability of the true class; nats: entropy of the soft label", ""]
     for name, label in NAMES.items():
-        lines.append(
-            f"{label:22} {figure(clean['metrics'][name])} {figure(robust['metrics'][name])}"
-        )
+        pair = f"{figure(clean['metrics'][name])} {figure(robust['metrics'][name])}"
+        lines.append(f"{label:22} {pair}")
     lines += ["", "soft labels"]
     for name, label in CALIBRATION.items():
-        value = document["calibration"][name]
-        shown = f"{value:.3f}" if name in ("entropy", "nll", "temperature") else f"{value:.1%}"
-        lines.append(f"{label:36} {shown:>7}")
-    reasons = "; ".join(document["reasons"])
-    return [*lines, "", f"verdict: {document['verdict']}" + (f": {reasons}" if reasons else "")]
+        value = results["calibration"][name]
+        text = f"{value:.3f}" if name in ("entropy", "nll", "temperature") else f"{value:.1%}"
+        lines.append(f"{label:36} {text:>7}")
+    reasons = "; ".join(results["reasons"])
+    return [*lines, "", f"verdict: {results['verdict']}" + (f": {reasons}" if reasons else "")]

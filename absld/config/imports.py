@@ -1,4 +1,4 @@
-"""Other people's code by name: `package.module:name`."""
+"""Import of user code by name: `package.module:name`."""
 
 import importlib
 import os
@@ -9,8 +9,11 @@ from absld.errors import Stopped, UsageError
 
 
 def import_object(spec: str) -> Any:
-    """What `package.module:name` means. Modules are looked for in the current folder, too, as
-    `python -m` does. Raises UsageError, whatever somebody's code raises."""
+    """Import `package.module:name`, also from the current folder, as `python -m` does.
+
+    Raises:
+        UsageError: for any error in the imported code.
+    """
     module_name, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -1,8 +1,8 @@
-"""Values of settings from flags and recipe files."""
+"""Values of settings, from flags and from recipe files."""
 
 import difflib
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -11,50 +11,58 @@ from absld.errors import UsageError
 SEE_HELP = "--help, or `absld recipe show digits`, lists every setting"
 
 
-def parse(name: str, value: Any, of: type) -> Any:
-    """The value of a setting from a flag or a recipe file, both of which may write 8/255.
+def parse_all(values: Mapping[str, Any], settings_class: type) -> dict[str, Any]:
+    """Parse settings by name; see `parse`."""
+    return {name: parse(name, value, settings_class) for name, value in values.items()}
 
-    Raises UsageError with the nearest known name, or with what the setting takes.
+
+def parse(name: str, value: Any, settings_class: type) -> Any:
+    """Convert a value to the type of a setting; flags and recipe files may both write 8/255.
+
+    Raises:
+        UsageError: with the nearest known name, or with the values that the setting takes.
     """
-    types_of = get_type_hints(of)
-    if name not in types_of:
-        raise UsageError(f"there is no setting {name!r}", did_you_mean(name, types_of))
-    kind = types_of[name]
+    type_hints = get_type_hints(settings_class)
+    if name not in type_hints:
+        raise UsageError(f"there is no setting {name!r}", did_you_mean(name, type_hints))
+    kind = type_hints[name]
     try:
-        return convert(kind, value)
+        return convert_to(kind, value)
     except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise UsageError(
-            f"{name} takes {described(kind)}, not {value!r}",
-            did_you_mean(str(value), get_args(bare(kind)) if is_choice(kind) else ()),
+            f"{name} takes {describe_type(kind)}, not {value!r}",
+            did_you_mean(str(value), choices_of(kind)),
         ) from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a hint: the nearest known word, or where all settings are listed."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]!r}?" if near else SEE_HELP
 
 
-def bare(kind: Any) -> Any:
-    """A type without its `| None`."""
+def strip_optional(kind: Any) -> Any:
+    """Return a type without its `| None`."""
     return get_args(kind)[0] if get_origin(kind) in (types.UnionType, Union) else kind
 
 
-def is_choice(kind: Any) -> bool:
-    """Does a setting of this type take one of a few words?"""
-    return get_origin(bare(kind)) is Literal
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """Return the words that a setting of this type takes; empty if it is not a Literal."""
+    kind = strip_optional(kind)
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
-def convert(kind: Any, value: Any) -> Any:
-    """`value` as a `kind`, or ValueError."""
-    if bare(kind) is not kind:
-        return None if value is None else convert(bare(kind), value)
-    if is_choice(kind):
-        if value not in get_args(kind):
+def convert_to(kind: Any, value: Any) -> Any:
+    """Convert a value to a type. Raises ValueError, TypeError or an ArithmeticError."""
+    if strip_optional(kind) is not kind:
+        return None if value is None else convert_to(strip_optional(kind), value)
+    if choices := choices_of(kind):
+        if value not in choices:
             raise ValueError(value)
         return value
     if get_origin(kind) is tuple:
         parts = [part for part in value.split(",") if part] if isinstance(value, str) else value
-        return tuple(convert(float, part) for part in parts)
+        return tuple(convert_to(float, part) for part in parts)
     if kind is float and isinstance(value, str):
         return float(Fraction(value)) if "/" in value else float(value)
     if kind is int and isinstance(value, str):
@@ -66,11 +74,11 @@ def convert(kind: Any, value: Any) -> Any:
     return value
 
 
-def described(kind: Any) -> str:
-    """What a setting takes, in words."""
-    kind = bare(kind)
-    if is_choice(kind):
-        return "one of " + ", ".join(map(str, get_args(kind)))
+def describe_type(kind: Any) -> str:
+    """Describe the values of a type in words."""
+    kind = strip_optional(kind)
+    if choices := choices_of(kind):
+        return "one of " + ", ".join(choices)
     if get_origin(kind) is tuple:
         return "numbers"
     return {float: "a number", int: "a whole number", bool: "true or false"}.get(kind, "a text")

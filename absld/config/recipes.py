@@ -1,60 +1,51 @@
-"""What a data set or a method changes about the defaults, each value with its source."""
+"""Recipes: the settings that a data set or a method changes, each value with its source."""
 
 from typing import Any
 
+Recipe = dict[str, tuple[Any, str]]
+
 RELEASE = "the authors' release"
-
-
 OWN = "decided here"
-
-
-DIGITS_SOURCE = "decided here, for digits"
-
-
-RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
-    "digits": {
-        "dataset": ("digits", DIGITS_SOURCE),
-        "student": ("convnet", DIGITS_SOURCE),
-        "teacher_model": ("convnet", DIGITS_SOURCE),
-        "epochs": (40, DIGITS_SOURCE),
-        "teacher_epochs": (30, DIGITS_SOURCE),
-        "epsilon": (0.1, DIGITS_SOURCE),
-        "padding": (1, DIGITS_SOURCE),
-        "flip": (0.0, DIGITS_SOURCE),
-    },
-    "cifar10": {"dataset": ("cifar10", "the paper")},
-    "cifar100": {"dataset": ("cifar100", "the paper")},
-    "svhn": {"dataset": ("svhn", OWN), "flip": (0.0, "decided here: a mirrored digit is none")},
-    "tiny-imagenet": {"dataset": ("tiny-imagenet", OWN), "image_size": (64, "its images")},
-    "folder": {"dataset": ("folder", OWN)},
-}
-
-
+DIGITS = "decided here, for digits"
 HALF_AND_THREE_QUARTERS = (100 / 200, 150 / 200)
 
 
-METHOD_RECIPES: dict[str, dict[str, tuple[Any, str]]] = {
+def recipe(source: str, **values: Any) -> Recipe:
+    """Return settings with their common source."""
+    return {name: (value, source) for name, value in values.items()}
+
+
+RECIPES: dict[str, Recipe] = {
+    "digits": recipe(
+        DIGITS,
+        dataset="digits",
+        student="convnet",
+        teacher_model="convnet",
+        epochs=40,
+        teacher_epochs=30,
+        epsilon=0.1,
+        padding=1,
+        flip=0.0,
+    ),
+    "cifar10": recipe("the paper", dataset="cifar10"),
+    "cifar100": recipe("the paper", dataset="cifar100"),
+    "svhn": recipe(OWN, dataset="svhn") | recipe(DIGITS, flip=0.0),  # a mirrored 2 is not a digit
+    "tiny-imagenet": recipe(OWN, dataset="tiny-imagenet", image_size=64),
+    "folder": recipe(OWN, dataset="folder"),
+}
+
+METHOD_RECIPES: dict[str, Recipe] = {
     "absld": {},  # the defaults
     "absld-weights": {},
     "absld-margins": {},
     "rslad": {},
     "fair-rslad": {},
-    "ard": {
-        "start": ("uniform", "ARD"),
-        "adv_weight": (1.0, "ARD"),
-        "epochs": (200, "ARD"),
-        "milestones": (HALF_AND_THREE_QUARTERS, "ARD"),
-    },
-    "adaad": {
-        "adv_weight": (1.0, "AdaAD"),
-        "epochs": (200, "AdaAD"),
-        "milestones": (HALF_AND_THREE_QUARTERS, "AdaAD"),
-        "weight_decay": (5e-4, "AdaAD"),
-    },
-    "trades": {
-        "relative_step_size": (0.007 / 0.031, "TRADES"),
-        "epochs": (76, "TRADES"),
-        "milestones": ((75 / 76,), "TRADES"),
-    },
-    "sat": {"start": ("uniform", "PGD adversarial training")},
+    "ard": recipe(
+        "ARD", start="uniform", adv_weight=1.0, epochs=200, milestones=HALF_AND_THREE_QUARTERS
+    ),
+    "adaad": recipe(
+        "AdaAD", adv_weight=1.0, weight_decay=5e-4, epochs=200, milestones=HALF_AND_THREE_QUARTERS
+    ),
+    "trades": recipe("TRADES", relative_step_size=0.007 / 0.031, epochs=76, milestones=(75 / 76,)),
+    "sat": recipe("PGD adversarial training", start="uniform"),
 }

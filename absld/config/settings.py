@@ -1,9 +1,8 @@
 """Every setting, once: its default, its meaning and its source. Imports no torch.
 
-`TrainConfig` is what training computes with; `Config` adds what a run from the command line
-needs; `EvaluationConfig` is what an evaluation needs. Flags, recipe files, `absld recipe show` and
-the records of runs are all made of the fields below. `RECIPES` holds what a data set changes,
-`METHOD_RECIPES` what a method does.
+`TrainConfig` holds what training computes with; `Config` adds what a run from the command line
+needs; `EvaluationConfig` holds the settings of an evaluation. Flags, recipe files,
+`absld recipe show` and the records of runs are all made from these fields.
 """
 
 import math
@@ -19,136 +18,166 @@ T = TypeVar("T")
 Precision = Literal["fp32", "tf32", "bf16"]
 Dataset = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"]
 
+# Groups of settings, in the order in which help and recipes list them.
+GROUPS = ("Attacks", "Data", "Augmentation", "Network", "Networks", "Method", "Training", "Attack",
+          "Speed", "Run")  # fmt: skip
+
 
 def setting(
     default: T,
     group: str,
     meaning: str,
-    source: str,
+    source: str = OWN,
     *,
     low: float = 0.0,
     high: float = math.inf,
 ) -> T:
-    """A field of a settings class; its metadata is what help and recipes show. A number is finite,
-    and in [low, high]."""
-    about = {"group": group, "meaning": meaning, "source": source, "range": (low, high)}
-    value: T = field(default=default, metadata=about)
+    """Make a field of a settings class.
+
+    Args:
+        default: the value without a recipe, CIFAR-10's.
+        group: one of GROUPS, a heading in the help.
+        meaning: one line for the help and for recipes; "[default: ...]" ends it where the default
+            depends on other settings.
+        source: where the default comes from.
+        low, high: bounds of a number, which must also be finite.
+    """
+    metadata = {"group": group, "meaning": meaning, "source": source, "range": (low, high)}
+    value: T = field(default=default, metadata=metadata)
     return value
+
+
+def group_of(setting_field: "Field[Any]") -> str:
+    """Return the group of a setting."""
+    return str(setting_field.metadata["group"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Fields made by `setting`. Raises UsageError for a value of another type, or out of range."""
+    """Fields made by `setting`. Raises UsageError for a value of another type or out of range."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = parse(f.name, getattr(self, f.name), type(self))
-            low, high = f.metadata["range"]
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, (int, float)) and not (
-                    low <= number <= high and number < math.inf  # NaN is in no range
-                ):
-                    allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
-                    raise UsageError(f"{f.name} must be {allowed}, not {number}", SEE_HELP)
+                if isinstance(number, (int, float)):
+                    check_range(f.name, number, *f.metadata["range"])
             object.__setattr__(self, f.name, value)  # 1 where a float is meant is 1.0
+
+
+def check_range(name: str, number: int | float, low: float, high: float) -> None:
+    """Raise UsageError if a number is not finite or not in [low, high]."""
+    if low <= number <= high and number < math.inf:  # NaN is in no range
+        return
+    hint = SEE_HELP
+    if name == "epsilon" and 1 < number <= 255:
+        hint = f"pixels are in [0,1]; did you mean {number:g}/255?"
+    allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
+    raise UsageError(f"{name} must be {allowed}, not {number:.12g}", hint)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """What a training computes with. Defaults are CIFAR-10's."""
+    """Settings of one training. The defaults are CIFAR-10's."""
 
     method: str = setting(
-        "absld",
-        "Method",
-        "how the student is trained: a name (`absld recipe show --help`) or package.module:Class",
-        OWN,
+        "absld", "Method", f"one of {', '.join(METHOD_RECIPES)}, or package.module:Class"
     )
     fidelity: Literal["paper", "released"] = setting(
-        "paper", "Method", "two soft labels, or the release's product of both temperatures", OWN
+        "paper", "Method", "compute soft labels as in the paper, or as in the authors' release"
     )
     temperature_rate: float = setting(
-        0.1,
-        "Method",
-        "how far the farthest class moves in an epoch; 0 is RSLAD",
-        RELEASE,
-        high=10.0,
+        0.1, "Method", "largest change of a temperature in an epoch; 0: RSLAD", RELEASE, high=10.0
     )
     temperature_lower: float = setting(
-        0.5, "Method", "least class temperature", RELEASE, low=1e-3, high=1.0
+        0.5, "Method", "lower bound of the class temperatures", RELEASE, low=1e-3, high=1.0
     )
     temperature_upper: float = setting(
-        5.0, "Method", "greatest class temperature", RELEASE, low=1.0, high=1e3
+        5.0, "Method", "upper bound of the class temperatures", RELEASE, low=1.0, high=1e3
     )
-    adv_weight: float = setting(5 / 6, "Method", "share of the adversarial KL", RELEASE, high=1.0)
+    adv_weight: float = setting(
+        5 / 6,
+        "Method",
+        "weight of the adversarial KL term; the clean one has 1 minus this",
+        RELEASE,
+        high=1.0,
+    )
     kl_scale: float = setting(
-        1.0, "Method", "factor of the loss; 0.1 is the release's mean over classes", OWN
+        1.0,
+        "Method",
+        "factor of the KL loss; 0.1 reproduces the release, which also averages over ten classes",
     )
 
     seed: int = setting(
-        0, "Training", "of every random number but the split of the data", OWN, low=-math.inf
+        0, "Training", "random seed (the data split does not depend on it)", low=-math.inf
     )
     epochs: int = setting(300, "Training", "passes over the training images", RELEASE, low=1.0)
     batch_size: int = setting(
-        128, "Training", "images a step; a short last batch drops", RELEASE, low=1.0
+        128, "Training", "images per step; a short last batch is dropped", RELEASE, low=1.0
     )
-    learning_rate: float = setting(0.1, "Training", "of SGD", RELEASE)
-    momentum: float = setting(0.9, "Training", "of SGD", RELEASE, high=1.0)
-    weight_decay: float = setting(2e-4, "Training", "of SGD", RELEASE)
+    learning_rate: float = setting(0.1, "Training", "initial learning rate of SGD", RELEASE)
+    momentum: float = setting(0.9, "Training", "momentum of SGD", RELEASE, high=1.0)
+    weight_decay: float = setting(2e-4, "Training", "weight decay of SGD", RELEASE)
     milestones: tuple[float, ...] = setting(
         (215 / 300, 260 / 300, 285 / 300),
         "Training",
-        "parts of the run after which learning and temperature rate fall to a tenth",
+        "fractions of the epochs after which learning rate and temperature rate are divided by 10",
         RELEASE,
         high=1.0,
     )
     max_steps: int | None = setting(
-        None, "Training", "for a trial: at most so many steps an epoch", OWN, low=1.0
+        None, "Training", "end each epoch after N steps, for a quick trial", low=1.0
     )
     epsilon: float = setting(
-        8 / 255, "Attack", "L-infinity budget, pixels in [0,1]", RELEASE, high=1.0
+        8 / 255, "Attack", "L-infinity budget; pixels are in [0,1]", RELEASE, high=1.0
     )
-    relative_step_size: float = setting(0.25, "Attack", "step size, in epsilons", RELEASE)
+    relative_step_size: float = setting(
+        0.25, "Attack", "step size of the training attack, as a fraction of epsilon", RELEASE
+    )
     attack_steps: int = setting(10, "Attack", "steps of the training attack", RELEASE, low=1.0)
     start: Literal["normal", "uniform"] = setting(
         "normal",
         "Attack",
-        "noise on the image where the attack starts; uniform is in the ball",
+        "initial noise of the training attack; uniform: within the epsilon ball",
         RELEASE,
     )
-    start_noise: float = setting(0.001, "Attack", "deviation of the normal start", RELEASE)
+    start_noise: float = setting(
+        0.001, "Attack", "standard deviation of the normal initial noise", RELEASE
+    )
 
-    padding: int = setting(4, "Data", "zero pixels around an image before the crop", RELEASE)
-    flip: float = setting(0.5, "Data", "probability of a mirror image", RELEASE, high=1.0)
+    padding: int = setting(
+        4, "Augmentation", "zero padding before the random crop, in pixels", RELEASE
+    )
+    flip: float = setting(
+        0.5, "Augmentation", "probability of a horizontal flip", RELEASE, high=1.0
+    )
 
     precision: Precision = setting(
         "tf32",
         "Speed",
-        "arithmetic of the networks; tf32 applies to CUDA only; weights and losses stay fp32",
-        OWN,
+        "numeric precision of the networks; tf32 has an effect only on CUDA; losses use fp32",
     )
     attack_precision: Precision | None = setting(
-        None, "Speed", "of the student under the training attack; as --precision", OWN
+        None, "Speed", "precision of the training attack [default: as --precision]"
     )
     teacher_precision: Precision | None = setting(
-        None, "Speed", "of the teacher; as --precision", OWN
+        None, "Speed", "precision of the teacher [default: as --precision]"
     )
     fold_batch_norm: bool = setting(
-        False, "Speed", "attack a copy whose batch norm is in its convolutions", OWN
+        False, "Speed", "attack a copy of the student with batch norm folded into convolutions"
     )
-    channels_last: bool = setting(
-        False, "Speed", "the networks' memory format: the channels of a pixel together", OWN
-    )
+    channels_last: bool = setting(False, "Speed", "use the channels-last memory format")
     compile: bool = setting(
-        False, "Speed", "the student's forwards by torch.compile, which needs a C++ compiler", OWN
+        False, "Speed", "compile the student with torch.compile (needs a C++ compiler)"
     )
     cuda_graph: bool = setting(
-        False, "Speed", "the attack's steps as one CUDA graph, where the method allows it", OWN
+        False, "Speed", "run the training attack as one CUDA graph, if the method allows it"
     )
     sync_batch_norm: bool = setting(
-        False, "Speed", "on several CUDA devices, batch statistics over all of them", OWN
+        False, "Speed", "share batch statistics among several CUDA devices"
     )
     check_every: int = setting(
-        1, "Speed", "steps between looks for a NaN, for which an accelerator waits", OWN, low=1.0
+        1, "Speed", "check for NaN every N steps (each check synchronises the GPU)", low=1.0
     )
 
     def __post_init__(self) -> None:
@@ -161,105 +190,139 @@ class TrainConfig(Settings):
             )
 
     def milestone_epochs(self) -> list[int]:
-        """The epochs after which the rates fall, at the nearest whole epoch. Source: D7."""
+        """Return the epochs after which the rates fall: the nearest whole ones. Source: D7."""
         return [round(part * self.epochs) for part in self.milestones]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    """A whole run: training, and where data, networks and results are."""
+    """Settings of a whole run: its training, data, networks and results."""
 
-    dataset: Dataset = setting("digits", "Data", "what to train on; digits needs no download", OWN)
-    data: str = setting("data", "Data", "where the images are, or are downloaded to", OWN)
+    dataset: Dataset = setting("digits", "Data", "data set; digits needs no download")
+    data: str = setting(
+        "data", "Data", "folder with the images; missing data sets are downloaded to it"
+    )
     image_size: int = setting(
         32,
         "Data",
-        "side of the images of folder and tiny-imagenet; others are resized",
-        OWN,
+        "resize images to N x N pixels (folder and tiny-imagenet only)",
         low=1.0,
     )
     select_on: Literal["validation", "test"] = setting(
-        "validation", "Data", "images that choose the best epoch; test only for parity", OWN
+        "validation",
+        "Data",
+        "split that selects the best epoch; selecting on test makes results optimistic",
     )
     student: str = setting(
-        "resnet18", "Networks", "a name, a file, a run or package.module:factory", RELEASE
+        "resnet18",
+        "Networks",
+        "student: an architecture name, a file, a run directory or package.module:factory",
+        RELEASE,
     )
     teacher: str = setting(
-        "", "Networks", "a file, a run or package.module:factory; without one TRADES makes it", OWN
+        "",
+        "Networks",
+        "teacher: a file, a run directory or package.module:factory [default: train one by TRADES]",
     )
     teacher_model: str = setting(
-        "wrn-34-10", "Networks", "the teacher's network: a name or package.module:factory", RELEASE
+        "wrn-34-10",
+        "Networks",
+        "architecture of the teacher: an architecture name or package.module:factory",
+        RELEASE,
     )
     teacher_epochs: int = setting(
-        76, "Networks", "of a teacher that is made here", "TRADES", low=1.0
+        76, "Networks", "epochs of the teacher if it is trained here", "TRADES", low=1.0
     )
-    bank_gib: float = setting(
-        2.0, "Networks", "GiB that a teacher's remembered logits may take; 0: none", OWN
+    logit_cache_gib: float = setting(
+        2.0, "Networks", "largest size of the teacher's logit cache, in GiB; 0: no cache"
     )
     allow_weak_teacher: bool = setting(
-        False, "Networks", "go on with a teacher that is near chance", OWN
+        False, "Networks", "accept a teacher whose accuracy is near chance"
     )
-    out: str = setting("runs", "Run", "folder of the runs and their teachers", OWN)
-    device: str = setting("auto", "Run", "auto is cuda where there is one, else cpu", OWN)
+    out: str = setting("runs", "Run", "folder of the runs and their teachers")
+    device: str = setting("auto", "Run", "torch device; auto: cuda if there is one, else cpu")
 
     def training(self) -> TrainConfig:
-        """The settings that the student's training computes with, alone."""
+        """Return the settings that the student's training computes with."""
         return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
 
     def teacher_training(self) -> TrainConfig:
-        """The settings of a teacher made for this run: TRADES, and nothing that is a method's or
-        that a recipe of one may bring, so that runs of different methods share it."""
-        brought = {name for recipe in METHOD_RECIPES.values() for name in recipe}
-        of_the_method = {
+        """Return the settings of a teacher trained by TRADES for this run.
+
+        Settings of the method, and all that any method's recipe may change, are the defaults, so
+        that runs of different methods share a teacher.
+        """
+        in_recipes = {name for recipe in METHOD_RECIPES.values() for name in recipe}
+        defaults: dict[str, Any] = {
             f.name: f.default
             for f in fields(TrainConfig)
-            if group(f) == "Method" or f.name in brought
+            if group_of(f) == "Method" or f.name in in_recipes
         }
-        given: dict[str, Any] = of_the_method | {"method": "trades", "epochs": self.teacher_epochs}
-        return replace(self.training(), **given)
+        changes = defaults | {"method": "trades", "epochs": self.teacher_epochs}
+        return replace(self.training(), **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Settings):
-    """What to evaluate, on what images, by what attacks."""
+    """Settings of an evaluation: images, attacks, checks and results."""
 
     attacks: str = setting(
         "clean,fgsm,pgd20,cw30",
         "Attacks",
-        "any of clean, fgsm, pgd20, pgd20-sat, cw30 (other numbers of steps, too), autoattack",
-        OWN,
+        "any of clean, fgsm, pgd20, pgd20-sat, cw30 (or other numbers of steps), autoattack",
     )
     epsilon: float | None = setting(
-        None, "Attacks", "L-infinity budget; the run's, or the data set's", RELEASE, high=1.0
+        None,
+        "Attacks",
+        "L-infinity budget; pixels are in [0,1] [default: the run's, else the data set's]",
+        RELEASE,
+        high=1.0,
     )
-    restarts: int = setting(1, "Attacks", "tries of each PGD and CW", OWN, low=1.0)
+    restarts: int = setting(
+        1,
+        "Attacks",
+        "run each PGD and CW attack N times; an image is robust only if correct after all of them",
+        low=1.0,
+    )
     each: bool = setting(
-        False, "Attacks", "a figure for each attack alone: broken images are attacked again", OWN
+        False,
+        "Attacks",
+        "run every attack on all images that are correct when clean, and report each alone",
     )
-    seed: int = setting(0, "Attacks", "of starts, subset and intervals", OWN, low=-math.inf)
+    seed: int = setting(0, "Attacks", "random seed of attacks, subset and intervals", low=-math.inf)
 
-    dataset: Dataset | None = setting(None, "Data", "the run's, where a run is evaluated", OWN)
-    data: str = setting("", "Data", "where the images are; the run's, or ./data", OWN)
+    dataset: Dataset | None = setting(None, "Data", "data set [default: the run's]")
+    data: str = setting("", "Data", "folder with the images [default: the run's, else ./data]")
     image_size: int | None = setting(
-        None, "Data", "side of the images; the run's, or the data set's", OWN, low=1.0
+        None,
+        "Data",
+        "resize images to N x N pixels (folder and tiny-imagenet only) [default: the run's, else "
+        "the data set's]",
+        low=1.0,
     )
-    split: Literal["test", "validation", "train"] = setting("test", "Data", "which images", OWN)
+    split: Literal["test", "validation", "train"] = setting(
+        "test", "Data", "split of the data set to evaluate on"
+    )
     examples: int | None = setting(
-        None, "Data", "so many images only, in proportion to the classes", OWN, low=1.0
+        None, "Data", "evaluate on N images, stratified by class [default: all]", low=1.0
     )
 
     model: str = setting(
-        "", "Network", "of a file that does not tell: a name or package.module:factory", OWN
+        "",
+        "Network",
+        "architecture, if it cannot be recognised from the file: a name or package.module:factory",
     )
-    precision: Precision = setting("fp32", "Network", "of the network's arithmetic", OWN)
+    precision: Precision = setting(
+        "fp32", "Network", "numeric precision of the network; tf32 has an effect only on CUDA"
+    )
 
-    checks: bool = setting(True, "Run", "look for what would make the figures worth less", OWN)
+    checks: bool = setting(
+        True, "Run", "run sanity checks for gradient masking and other evaluation failures"
+    )
     batch_size: int = setting(
-        250, "Run", "images at a time; an interruption loses those at hand", OWN, low=1.0
+        250, "Run", "images per batch; an interruption loses the current batch", low=1.0
     )
-    out: str = setting("", "Run", "folder of the results; RUN/evaluations, or evaluations", OWN)
-    device: str = setting("auto", "Run", "auto is cuda where there is one, else cpu", OWN)
-
-
-def group(setting_field: "Field[Any]") -> str:
-    return str(setting_field.metadata["group"])
+    out: str = setting(
+        "", "Run", "folder of the results [default: RUN/evaluations, else ./evaluations]"
+    )
+    device: str = setting("auto", "Run", "torch device; auto: cuda if there is one, else cpu")

@@ -1,0 +1,79 @@
+"""Where a command prints, for all commands: --json, signals, other people's prints."""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO, Any
+
+from absld.cli.signals import StopRequest, signal_exit_code
+
+SAME_COMMAND = "Continue with the same command."
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output of a command.
+
+    Attributes:
+        stream: takes progress and tables: stderr with --json, else stdout.
+        stop: the request to stop.
+        document: takes the JSON document; None without --json.
+    """
+
+    stream: IO[str]
+    stop: StopRequest
+    document: IO[str] | None
+
+    def present(self, results: Mapping[str, Any], lines: Iterable[str]) -> None:
+        """Print the results: one JSON document with --json, else the lines."""
+        if self.document:
+            print(json.dumps(results, indent=1, allow_nan=False), file=self.document)
+        else:
+            for line in lines:
+                print(line, file=self.stream, flush=True)
+
+
+@contextlib.contextmanager
+def command_output(
+    as_json: bool, *, continue_with: str = "", world_size: int = 1, is_main: bool = True
+) -> Iterator[Output]:
+    """Open the output of a command, and handle signals until it ends.
+
+    What other people's networks print goes where the progress goes. After a signal, one line on
+    stderr says where the command was interrupted, and the process ends with the signal's code.
+
+    Args:
+        as_json: print one JSON document on stdout, and the progress on stderr.
+        continue_with: how to continue after a signal; empty: with --resume, if a training began.
+        world_size: number of processes that run this command; all but the main one are silent.
+    """
+    with contextlib.ExitStack() as stack:
+        stdout, stream = sys.stdout, sys.stderr if as_json else sys.stdout
+        if not is_main:
+            stdout = stream = stack.enter_context(open(os.devnull, "w"))
+        stop = stack.enter_context(StopRequest(once=world_size > 1))
+        stack.enter_context(contextlib.redirect_stdout(stream))
+        try:
+            yield Output(stream, stop, stdout if as_json else None)
+        except BaseException as error:
+            if (exit_code := signal_exit_code(error)) is None:
+                raise
+            if is_main:
+                continue_with = continue_with or resume_command(stop, world_size)
+                where = f" in epoch {stop.epoch}" if stop.training else ""
+                print(f"Interrupted{where}. {continue_with}".strip(), file=sys.stderr)
+            raise SystemExit(exit_code) from error
+
+
+def resume_command(stop: StopRequest, world_size: int) -> str:
+    """Return how to continue a training; empty if none began."""
+    if not stop.epoch:
+        return ""
+    if world_size > 1:
+        return "Continue with the same command and --resume."
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return f"Continue with: {shlex.join(['absld', *arguments, '--resume'])}"

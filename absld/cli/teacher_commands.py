@@ -1,0 +1,96 @@
+"""`absld teacher`: check a teacher, or compute its logits ahead of training."""
+
+from typing import Annotated, Any
+
+import typer
+
+from absld.cli.options import AsJson, Command, CommandGroup, explicit, with_settings
+from absld.cli.output import SAME_COMMAND, command_output
+from absld.config.parsing import parse_all
+from absld.config.resolve import resolve
+from absld.config.settings import Config, EvaluationConfig
+from absld.errors import CheckpointError
+
+teacher_app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    help="Check a teacher, or compute its logits ahead of training.",
+)
+
+
+@teacher_app.command(cls=Command)
+@with_settings(EvaluationConfig, without=("attacks", "split", "restarts", "each", "checks", "out"))
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="a file, a run directory or package.module:factory"),
+    ],
+    *,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Check whether a network can teach: accuracy, robustness, soft labels.
+
+    [bold]Examples[/]
+
+    [cyan]absld teacher check trades.pt --dataset cifar10[/]
+    [cyan]absld teacher check trades.pt --dataset cifar10 --examples 200[/]
+
+    Uses validation images, held out of the training images. The exit code is 4
+    if the network is unfit.
+    """
+    chosen = parse_all(explicit(settings), EvaluationConfig)
+    config = EvaluationConfig(**chosen, split="validation")
+
+    from absld.cli.evaluation_view import EvaluationView
+    from absld.cli.teacher_view import teacher_lines
+    from absld.evaluation.teacher_check import inspect_teacher
+
+    with command_output(as_json) as output:
+        with EvaluationView(output) as view:
+            results = inspect_teacher(target, config, view)
+        output.present(results, teacher_lines(results))
+    if results["verdict"] == "unfit":
+        raise CheckpointError(
+            f"{target}: {'; '.join(results['reasons'])}", "needed: a better teacher"
+        )
+
+
+CACHE_SETTINGS = (
+    *("dataset", "data", "image_size", "padding", "flip", "teacher", "teacher_model"),
+    *("logit_cache_gib", "precision", "teacher_precision", "channels_last"),
+    *("batch_size", "device", "out"),
+)
+CACHE_MEANINGS = {
+    "teacher": "teacher (required): a file, a run directory or package.module:factory",
+    "batch_size": "number of views per forward pass",
+    "logit_cache_gib": "largest size of the cache, in GiB",
+    "precision": "numeric precision of the teacher; tf32 has an effect only on CUDA",
+}
+
+
+@teacher_app.command(cls=Command)
+@with_settings(Config, only=CACHE_SETTINGS, meanings=CACHE_MEANINGS)
+def cache(**settings: Any) -> None:
+    """Fill the logit cache of a teacher for every view of the training images.
+
+    [bold]Example[/]
+
+    [cyan]absld teacher cache --dataset cifar10 --teacher trades.pt[/]
+
+    A training run fills its part of the cache by itself; this command fills all
+    of it, ahead of all runs with this teacher. The same command continues after
+    an interruption.
+    """
+    config = resolve(explicit(settings))
+
+    import time
+
+    from absld.cli.view import View, time_left
+    from absld.runs.logit_caches import fill_logit_cache
+
+    with command_output(False, continue_with=SAME_COMMAND) as output, View(output) as view:
+        started = time.perf_counter()
+        for done, total in fill_logit_cache(config, view.note):
+            left = time_left(time.perf_counter() - started, done, total)
+            view.progress(f"{done:,} of {total:,} views", done, total, left, end=done == total)

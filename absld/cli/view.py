@@ -1,0 +1,103 @@
+"""The base of what a person sees of a command: lines, and on a terminal a live region."""
+
+import time
+from typing import TypeVar
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from absld.cli.output import Output
+from absld.config.settings import TrainConfig
+from absld.progress import Observer, Role, StepReport
+
+Own = TypeVar("Own", bound="View")  # Self, which beartype cannot check in a method
+LINE_EVERY = 30.0  # seconds between lines of progress where there is no live region
+
+
+class View(Observer):
+    """An observer that prints lines; on a terminal, a live region moves below them.
+
+    The region leaves nothing behind. Elsewhere there are only the lines, without escape codes.
+    """
+
+    def __init__(self, output: Output) -> None:
+        self.stream, self.stop = output.stream, output.stop
+        self.last_line = time.perf_counter()  # of progress
+        console = Console(file=self.stream)
+        self.live = (
+            Live(console=console, refresh_per_second=8, transient=True)
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self: Own) -> Own:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.show()
+        if self.live:
+            self.live.stop()
+
+    def line(self, text: str) -> None:
+        """Print a line, whatever its width."""
+        if self.live:
+            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def show(self, *rows: RenderableType) -> None:
+        """Replace the live region, if there is one."""
+        if self.live:
+            self.live.update(Group(*rows))
+
+    def progress(self, title: str, done: float, total: float, left: str, *, end: bool) -> None:
+        """Show progress: a bar in the live region, else a line now and then and at the end."""
+        self.show(progress_row(title, done, total, left))
+        now = time.perf_counter()
+        if not self.live and (end or now - self.last_line > LINE_EVERY):
+            self.line(f"{title}, {left}")
+            self.last_line = now
+
+    def note(self, text: str) -> None:
+        self.line(text)
+
+    def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
+        self.stop.training = True
+        self.stop.epoch = 1
+
+    def step(self, report: StepReport) -> None:
+        self.stop.epoch = report.epoch
+        self.stop.check()
+
+    def end_training(self) -> None:
+        self.stop.check()
+        self.stop.training = False
+
+
+def progress_row(title: str, done: float, total: float, text: str) -> Table:
+    """Return a row with a title, a bar and a text."""
+    row = Table.grid(padding=(0, 1))
+    row.add_row(title, ProgressBar(total=total, completed=done, width=24), text)
+    return row
+
+
+def time_text(seconds: float) -> str:
+    """Return a time as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def time_left(spent: float, done: float, total: float) -> str:
+    """Estimate the time left from the time spent on a part of the work."""
+    return f"{time_text(spent * (total - done) / done) if done > 0 else '-'} left"
+
+
+def epochs_done(report: StepReport) -> float:
+    """Return the epochs of a training that are done, with the fraction of the current one."""
+    within = report.done / report.total if report.phase == "training" else 1.0
+    return report.epoch - 1 + within
