@@ -1,7 +1,7 @@
-"""What a report card says, in words and in order, whatever draws it (absld.report.html, absld.report.figure).
+"""The content of a report: figures as texts, and what is shown in which order.
 
-All functions are pure. `document` is that of an evaluation (docs/evaluation.md); `records` are
-those of metrics.jsonl, of the training of the network.
+All functions are pure. `results` are those of an evaluation (docs/evaluation.md); `records` are
+those of metrics.jsonl, from the training of the network.
 """
 
 import math
@@ -9,8 +9,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-MANY = 20  # more classes than these are not shown one by one everywhere
-STANDING_OUT = 3  # so many worst classes stand out among the lines of all
+from absld.evaluation.results import warnings
+
+MANY = 20  # with more classes than these, some parts show only the worst
+HIGHLIGHTED = 3  # classes that stand out in a trajectory: those of least robust accuracy
 METRICS = {
     "average": "average",
     "worst": "worst class",
@@ -27,25 +29,22 @@ TRAJECTORIES = {
     "class_risk_nat": "Class risk, clean images, in nats",
 }
 INTERVALS = (
-    "Brackets and whiskers are 95 % intervals: Wilson's for a class, the basic bootstrap for the "
-    "metrics."
+    "Brackets and whiskers are 95 % intervals: Wilson for a class, basic bootstrap for the metrics."
 )
 TERMS = (
-    "Robust: right when clean and under every attack. Gap: best minus worst class. NSD: standard "
-    "deviation of the classes over their mean."
+    "Robust: correct when clean and under every attack. Gap: best minus worst class. NSD: standard "
+    "deviation of the class accuracies over their mean."
 )
-NO_CHECKS = "No sanity checks were run: nothing says whether the attacks failed to attack."
-NO_TRAJECTORIES = (
-    "There are no records of class temperatures or risks from the training of this network."
-)
-ABSENT = "\N{EN DASH}"  # a figure that is not there
+NO_CHECKS = "No sanity checks were run: gradient masking would not be detected."
+NO_TRAJECTORIES = "No class temperatures or risks were recorded in the training of this network."
+ABSENT = "\N{EN DASH}"  # for a missing figure
 
 
 # --- Texts ---
 
 
 def plain(text: str) -> str:
-    """A text as one line, without the control characters that XML cannot hold."""
+    """Return a text on one line, without the control characters that XML cannot hold."""
     kept = "\N{NBSP}\u200c\u200d"  # the last two shape letters in some scripts
     return "".join(
         letter
@@ -56,14 +55,14 @@ def plain(text: str) -> str:
 
 
 def columns(text: str) -> int:
-    """The width of a text in letters of Latin script; letters of some scripts are twice as wide."""
+    """Return the width of a text in Latin letters; those of some scripts are twice as wide."""
     marks = sum(unicodedata.combining(letter) > 0 for letter in text)
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     return len(text) - marks + wide
 
 
 def clip(text: str, width: int) -> str:
-    """A text in so many columns at most, without its middle: names often differ at their ends."""
+    """Shorten a text to at most `width` columns in its middle: names often differ at their ends."""
     text = plain(text)
     if columns(text) <= width:
         return text
@@ -74,26 +73,51 @@ def clip(text: str, width: int) -> str:
 
 
 def number(value: float | None, name: str = "", sign: str = "") -> str:
-    """A figure in per cent, or as it is where `name` is a ratio. sign: "+" for a difference."""
+    """Return a figure as text: in per cent; ratios and seconds as they are. sign: maybe "+"."""
     if value is None:
         return ABSENT
-    shown = f"{value:{sign}z.3f}" if name in RATIOS else f"{100 * value:{sign}z.1f}"
-    return shown.replace("-", "\N{MINUS SIGN}")  # the minus sign is as wide as the plus
+    if name in RATIOS:
+        text = f"{value:{sign}z.3f}"
+    else:
+        text = f"{value if name == 'seconds' else 100 * value:{sign}z.1f}"
+    return text.replace("-", "\N{MINUS SIGN}")  # as wide as the plus
 
 
 def with_unit(value: float | None, name: str = "") -> str:
+    """Return a figure as text with its unit."""
     return number(value, name) + ("" if value is None or name in RATIOS else "\N{NBSP}%")
 
 
-def bracket(each: Mapping[str, Any], name: str = "", sign: str = "") -> str:
-    """The interval of a figure; empty for a figure that is not there."""
-    if each["value"] is None:
-        return ""
-    return f"[{number(each['low'], name, sign)}, {number(each['high'], name, sign)}]"
+def bracket(ends: Sequence[float | None], name: str = "", sign: str = "") -> str:
+    """Return an interval as text; empty if it is missing."""
+    texts = ", ".join(number(end, name, sign) for end in ends)
+    return "" if set(ends) == {None} else f"[{texts}]"
 
 
-def said(value: object) -> str:
-    """A setting in words."""
+def estimate(interval: Mapping[str, Any], name: str = "", sign: str = "") -> tuple[str, str]:
+    """Return the figure `name` and its interval as texts."""
+    ends = interval["low"], interval["high"]
+    return number(interval["value"], name, sign), bracket(ends, name, sign)
+
+
+def verdict(name: str, *intervals: Sequence[float | None]) -> str:
+    """Return whether a difference of the figure `name` is better or worse.
+
+    It counts only if all its intervals, pairs of ends, exclude zero on the same side.
+    """
+    signs = set()
+    for low, high in intervals:
+        if low is None or high is None:
+            return "unknown"
+        signs.add((low > 0) - (high < 0))
+    if signs not in ({1}, {-1}):
+        return "no clear difference"
+    lower_is_better = name.removeprefix("robust_") in LOWER_IS_BETTER
+    return "better" if (signs == {1}) != lower_is_better else "worse"
+
+
+def setting_text(value: object) -> str:
+    """Return the value of a setting as text."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if value is None or isinstance(value, bool):
@@ -104,25 +128,27 @@ def said(value: object) -> str:
 # --- What was evaluated ---
 
 
-def title(document: Mapping[str, Any]) -> str:
-    return f"{document['network']['architecture']} on {document['data']['dataset']}"
+def title(results: Mapping[str, Any]) -> str:
+    """Return the heading of a report."""
+    network, data = results["network"], results["data"]
+    return f"{network['architecture']} on {data['dataset']}: robustness of every class"
 
 
-def facts(document: Mapping[str, Any]) -> dict[str, str]:
-    """What was evaluated, on what, by what."""
-    network, data = document["network"], document["data"]
-    attacks = ", ".join(attack["name"] for attack in document["attacks"][1:])
+def facts(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return the network, the images and the attacks."""
+    network, data = results["network"], results["data"]
+    attacks = ", ".join(attack["name"] for attack in results["attacks"][1:])
     return {
         "Network": f"{network['target']}, {network['parameters']:,} parameters",
         "Images": f"{data['images']:,} of {data['of']:,} of the {data['split']} split, "
         f"{len(data['classes'])} classes",
-        "Budget": f"epsilon {budget(document['settings']['epsilon'])} in the L-infinity norm",
+        "Budget": f"epsilon {budget(results['settings']['epsilon'])} in the L-infinity norm",
         "Attacks": attacks or "none, so the robust figures are those of clean images",
     }
 
 
 def budget(epsilon: float) -> str:
-    """8/255 (0.03137), or the number alone where it is no whole number of grey levels."""
+    """Return 8/255 (0.03137), or the number alone if it is not a whole number of grey levels."""
     levels = 255 * epsilon
     whole = round(levels)
     return (
@@ -130,166 +156,129 @@ def budget(epsilon: float) -> str:
     )
 
 
-def attack_order(document: Mapping[str, Any]) -> str:
-    """How the rows of the attacks relate, in a sentence or two."""
-    if document["settings"]["each"]:
-        return (
-            "Each row is that attack alone. The worst case counts an image only if it is right in "
-            "every row."
-        )
-    return (
-        "The rows are cumulative: each is after all attacks above it, so the last attack's row is "
-        "the worst case."
-    )
+def check_warning(results: Mapping[str, Any]) -> str:
+    """Return the sentence about sanity checks that warn; empty if none does."""
+    failed, checks = warnings(results), results["checks"] or ()
+    verb = "warns" if len(failed) == 1 else "warn"
+    text = f"{len(failed)} of {len(checks)} sanity checks {verb}"
+    return f"{text}: robust accuracy may be overestimated" if failed else ""
 
 
-def settings(document: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of the evaluation and of each attack."""
-    shown = {name.replace("_", " "): said(value) for name, value in document["settings"].items()}
-    shown["epsilon"] = budget(document["settings"]["epsilon"])
-    shown["examples"] = said(document["settings"]["examples"] or "all images")
-    for attack in document["attacks"][1:]:
-        about = {k: v for k, v in attack.items() if k not in ("name", "classes", "metrics")}
-        words = (f"{name.replace('_', ' ')} {said(value)}" for name, value in about.items())
-        shown[f"attack {attack['name']}"] = ", ".join(words)
-    return shown
+def settings(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings of the evaluation and of each attack."""
+    texts = {name.replace("_", " "): setting_text(v) for name, v in results["settings"].items()}
+    texts["epsilon"] = budget(results["settings"]["epsilon"])
+    texts["examples"] = setting_text(results["settings"]["examples"] or "all images")
+    for attack in results["attacks"][1:]:
+        options = {k: v for k, v in attack.items() if k not in ("name", "classes", "metrics")}
+        words = (f"{name.replace('_', ' ')} {setting_text(v)}" for name, v in options.items())
+        texts[f"attack {attack['name']}"] = ", ".join(words)
+    return texts
 
 
-def reproduction(document: Mapping[str, Any]) -> dict[str, str]:
-    """What made these figures; the command is `document["environment"]["command"]`."""
-    environment = document["environment"]
-    shown = {k: said(v) for k, v in environment.items() if k != "command" and v is not None}
-    return shown | {
-        "seconds": f"{document['seconds']:.1f}",
-        "weights sha256": document["network"]["weights_sha256"],
-        "images sha256": document["data"]["images_sha256"],
+def reproduction(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return versions, machine and digests; the command is `results["environment"]["command"]`."""
+    environment = results["environment"]
+    texts = {
+        name: setting_text(value)
+        for name, value in environment.items()
+        if name != "command" and value is not None
+    }
+    return texts | {
+        "seconds": f"{results['seconds']:.1f}",
+        "weights sha256": results["network"]["weights_sha256"],
+        "images sha256": results["data"]["images_sha256"],
     }
 
 
-# --- The figures ---
+# --- Figures of the classes ---
 
 
-class Headline(NamedTuple):
-    """A figure that stands out, as texts."""
-
-    label: str
-    value: str
-    interval: str
-    note: str
-
-
-def headlines(document: Mapping[str, Any]) -> list[Headline]:
-    clean, robust = document["attacks"][0]["metrics"], document["robust"]["metrics"]
-    names = [clip(document["data"]["classes"][k], 24) for k in worst(document)]
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    labels = {
-        "average": "Robust average",
-        "worst": "Robust, worst class",
-        "worst_tenth": "Robust, worst 10\N{NBSP}%",
-        "gap": "Robust gap",
-        "normalized_std": "Robust NSD",
-    }
-    average = clean["average"]
-    found = [Headline("Clean average", with_unit(average["value"]), bracket(average), "no attack")]
-    for name, label in labels.items():
+def headlines(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return label, value, interval and a note of the clean average and the robust metrics."""
+    clean, robust = results["attacks"][0]["metrics"], results["robust"]["metrics"]
+    names = [clip(results["data"]["classes"][k], 24) for k in worst_classes(results)]
+    value, interval = with_unit(clean["average"]["value"]), estimate(clean["average"])[1]
+    tiles = [("Clean average", value, interval, "no attack")]
+    for name, label in METRICS.items():
         note = f"clean {with_unit(clean[name]['value'], name)}"
         if name == "worst" and names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             note = f"{'class ' if names[0].isdecimal() else ''}{names[0]}{more}"
-        each = robust[name]
-        found.append(Headline(label, with_unit(each["value"], name), bracket(each, name), note))
-    return found
+        label = f"Robust, {label}" if name.startswith("worst") else f"Robust {label}"
+        value, interval = with_unit(robust[name]["value"], name), estimate(robust[name], name)[1]
+        tiles.append((label, value, interval, note))
+    return tiles
 
 
-def order(document: Mapping[str, Any]) -> list[int]:
-    """The classes by robust accuracy, the worst first; those without images last."""
-    values = [each["value"] for each in document["robust"]["classes"]]
+def worst_first(results: Mapping[str, Any]) -> list[int]:
+    """Return the classes by robust accuracy, the worst first; those without images last."""
+    values = [interval["value"] for interval in results["robust"]["classes"]]
     return sorted(range(len(values)), key=lambda k: (values[k] is None, values[k]))
 
 
-def worst(document: Mapping[str, Any]) -> list[int]:
-    """The class, or classes, of the least robust accuracy."""
-    values = [each["value"] for each in document["robust"]["classes"]]
+def worst_classes(results: Mapping[str, Any]) -> list[int]:
+    """Return the classes, usually one, of the least robust accuracy."""
+    values = [interval["value"] for interval in results["robust"]["classes"]]
     least = min((value for value in values if value is not None), default=None)
     return [k for k, value in enumerate(values) if value is not None and value == least]
 
 
-def verdict(each: Mapping[str, Any], name: str) -> str:
-    """What an interval of a difference says: it is better or worse if it leaves out zero."""
-    low, high = each["low"], each["high"]
-    if low is None or high is None:
-        return ABSENT
-    if low <= 0 <= high:
-        return "no clear difference"
-    return "better" if (low > 0) != (name in LOWER_IS_BETTER) else "worse"
+def frequent_confusions(results: Mapping[str, Any], most: int) -> list[tuple[int, int, int, int]]:
+    """Return at most `most` confusions in the worst case, the most frequent first.
 
-
-class Confusion(NamedTuple):
-    """Images of the class `true` that were taken for the class `said`."""
-
-    true: int
-    said: int
-    times: int
-    images: int
-
-
-def confusions(document: Mapping[str, Any], most: int) -> list[Confusion]:
-    """The most frequent confusions in the worst case."""
-    found = [
-        Confusion(true, said, count, sum(row))
-        for true, row in enumerate(document["confusion"])
-        for said, count in enumerate(row)
-        if count and said != true
+    Each is true class, predicted class, images with this prediction, images of the true class.
+    """
+    confusions = [
+        (true, predicted, images, sum(row))
+        for true, row in enumerate(results["confusion"])
+        for predicted, images in enumerate(row)
+        if images and predicted != true
     ]
-    return sorted(found, key=lambda each: (-each.times, each.images))[:most]
+    return sorted(confusions, key=lambda confusion: (-confusion[2], confusion[3]))[:most]
 
 
 # --- The training ---
 
 
 class Trajectory(NamedTuple):
-    """A quantity of every class over the epochs; None where a class had none."""
+    """A quantity of every class over the epochs; None where a class had none.
 
-    key: str
+    limits: least and greatest value of all trajectories with the same unit, which share a scale.
+    best: the epoch whose network was selected, if it is among these.
+    """
+
     title: str
     epochs: list[int]
     lines: list[list[float | None]]
+    limits: tuple[float, float]
+    best: int | None
+
+    def thinned(self, most: int) -> "Trajectory":
+        """Return at most `most` + 1 of the epochs, evenly spaced, with the first and the last."""
+        last = len(self.epochs) - 1
+        kept = sorted({*range(0, last, max(1, math.ceil(last / most))), last})
+        lines = [[line[at] for at in kept] for line in self.lines]
+        return self._replace(epochs=[self.epochs[at] for at in kept], lines=lines)
 
 
 def trajectories(records: Sequence[Mapping[str, Any]], num_classes: int) -> list[Trajectory]:
-    """What the records tell of so many classes; other methods than absld tell less."""
-    found = []
-    for key, words in TRAJECTORIES.items():
-        told = [record for record in records if len(record.get(key) or ()) == num_classes]
-        if told:
-            lines = [[finite(record[key][k]) for record in told] for k in range(num_classes)]
-            found.append(Trajectory(key, words, [record["epoch"] for record in told], lines))
+    """Return the trajectories in the records; some methods record fewer, or none."""
+    best = max((record["epoch"] for record in records if record.get("is_best")), default=None)
+    found: list[Trajectory] = []
+    for kind in (("temperature_adv", "temperature_nat"), ("class_risk_adv", "class_risk_nat")):
+        kept = {key: [r for r in records if len(r.get(key) or ()) == num_classes] for key in kind}
+        values = [finite(value) for key in kind for record in kept[key] for value in record[key]]
+        known = [value for value in values if value is not None]
+        limits = min(known, default=0.0), max(known, default=1.0)
+        for key in filter(kept.get, kind):
+            epochs = [record["epoch"] for record in kept[key]]
+            lines = [[finite(record[key][k]) for record in kept[key]] for k in range(num_classes)]
+            selected = best if best in epochs else None
+            found.append(Trajectory(TRAJECTORIES[key], epochs, lines, limits, selected))
     return found
 
 
 def finite(value: float | None) -> float | None:
+    """Return None for NaN and infinity."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def limits(shown: Sequence[Trajectory], key: str) -> tuple[float, float]:
-    """Least and greatest value of all that are of the kind of `key`, which share a scale."""
-    kind = key.rpartition("_")[0]
-    values = [
-        value
-        for each in shown
-        if each.key.startswith(kind)
-        for line in each.lines
-        for value in line
-        if value is not None
-    ]
-    return min(values, default=0.0), max(values, default=1.0)
-
-
-def best_epoch(records: Sequence[Mapping[str, Any]]) -> int | None:
-    """The epoch that the run's selection chose."""
-    return max((record["epoch"] for record in records if record.get("is_best")), default=None)
-
-
-def sampled(epochs: Sequence[int], most: int) -> list[int]:
-    """Positions of at most `most` + 1 epochs, evenly spaced, with the first and the last."""
-    stride = max(1, math.ceil((len(epochs) - 1) / most))
-    return sorted({*range(0, len(epochs), stride), len(epochs) - 1})
