@@ -1,20 +1,22 @@
-"""Profiles of Hypothesis, one torch thread, checked signatures, what several files use."""
+"""Profiles of Hypothesis, one torch thread, checked signatures, fixtures of several files."""
 
 import os
+import sys
 
 import hypothesis
 import jaxtyping
 import pytest
 import torch
+from helpers import typecheck
 
-# Before anything imports absld: its signatures are promises, which the tests hold it to.
-jaxtyping.install_import_hook("absld", "typecheck.checked")
+# Before anything imports absld: its signatures are checked in all tests.
+jaxtyping.install_import_hook("absld", f"{typecheck.__name__}.{typecheck.checked.__name__}")
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile(
     "ci", max_examples=50, deadline=None, derandomize=True, print_blob=True
 )
-# For tests that are to fail: how is not asked, so nothing is shrunk.
+# For tests that are to fail: nothing is shrunk.
 hypothesis.settings.register_profile(
     "mutants",
     max_examples=25,
@@ -44,7 +46,7 @@ hypothesis.register_random(_random)
 
 @pytest.fixture(scope="session")
 def single_thread() -> dict[str, str]:
-    """The environment of a child process: one torch thread there, too."""
+    """The environment of a child process with one torch thread."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -55,3 +57,27 @@ def settings_of_torch():
     before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic
     yield
     matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic = before
+
+
+@pytest.fixture
+def few_digits_in_an_empty_folder(tmp_path, monkeypatch):
+    """Change to an empty folder; let every command read only a few of the digits."""
+    from helpers.program import load_few
+
+    folder = tmp_path / "an empty folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for module in ("runs.training_run", "evaluation.runner", "runs.comparison"):
+        monkeypatch.setattr(f"absld.{module}.load_data", load_few)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A file of weights, so that a run does not have to train a teacher."""
+    from absld.models.architectures import build_model
+    from absld.storage.checkpoint import save
+
+    path = tmp_path_factory.mktemp("a teacher") / "tëacher é.pt"
+    save({"model": build_model("convnet", 10, "teacher").state_dict()}, path)
+    return str(path)

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import struct
@@ -19,174 +20,156 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_files import make_folder
-from test_checkpoint import processes
+from helpers.image_files import make_folder
+from helpers.processes import processes
+from helpers.program import QUICK, digests, few_digits, load_few, main, refused, the_run
+from rich.live import Live
 
 import absld
 import absld.runs.training_run
-import absld.trainer
+import absld.stepper
 from absld.cli import app as cli
+from absld.cli.options import format_value
+from absld.cli.signals import StopRequest
+from absld.cli.training_view import temperature_table
 from absld.config.recipes import RECIPES
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
-from absld.data.dataset import ImageSet, Splits
-from absld.data.sources import load_data
-from absld.errors import AbsldError, Stopped
+from absld.errors import AbsldError, Interrupted, Stopped
+from absld.metrics import ClassAccuracies
 from absld.models.architectures import build_model
+from absld.progress import EpochReport
 from absld.storage.checkpoint import load, save
 from absld.storage.files import digest
 
+pytestmark = pytest.mark.usefixtures("few_digits_in_an_empty_folder")
 SOURCE = str(Path(absld.__file__).parents[1])
-QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--allow-weak-teacher"]
-QUICK += ["--device", "cpu", "--batch-size", "32"]
-
-
-@functools.cache
-def few_digits():
-    return Splits(
-        *(
-            ImageSet(part.images[:n], part.labels[:n], part.classes)
-            for part, n in zip(load_data("digits", ""), (64, 40, 40), strict=True)
-        )
-    )
-
-
-def load_few(dataset, folder, image_size):
-    """The data, but of the digits only a few: what is tested here is not how well they learn."""
-    return few_digits() if dataset == "digits" else load_data(dataset, folder, image_size)
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder_with_few_digits(tmp_path, monkeypatch):
-    folder = tmp_path / "hier drin"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(absld.runs.training_run, "load_data", load_few)
-
-
-def main(*flags):
-    """The program in this process: its exit code."""
-    argv, pipe = sys.argv, signal.getsignal(signal.SIGPIPE)
-    sys.argv = ["absld", *map(str, flags)]
-    try:
-        cli.main()
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        sys.argv = argv
-        signal.signal(signal.SIGPIPE, pipe)
 
 
 def train(*flags):
     return main("train", *QUICK, *flags)
 
 
-def refused(capfd, code, cause, way_out, *flags):
-    """Two lines on stderr and nothing else there, and no result."""
-    assert main(*flags) == code, capfd.readouterr().err
-    printed = capfd.readouterr()
-    lines = printed.err.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1], printed.err
-    assert cause in lines[0] and way_out in lines[1], printed.err
-    assert not digests(printed.out)
-    return printed.out
-
-
-def digests(text):
-    return dict(re.findall(r"^(teacher|student) sha256: ([0-9a-f]{64})\r?$", text, re.MULTILINE))
-
-
-def the_run(kind="absld", out="runs"):
-    (path,) = Path(out).glob(f"digits-{kind}-*")
-    return path
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory):
-    """A file of weights, so that a run need not make them."""
-    path = tmp_path_factory.mktemp("a teacher") / "tëacher é.pt"
-    save({"model": build_model("convnet", 10, "taught").state_dict()}, path)
-    return str(path)
-
-
 # --- Help ---
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["train", "--help"], ["recipe", "show", "digits"]])
-def test_help_and_recipes_cost_no_torch_and_start_with_examples(flags):
+def imports_no_torch(*flags, **environment):
+    """Run the program, and return what it printed before its imports were listed."""
     code = (
-        f"import sys; sys.argv = ['absld', *{flags}]\n"
+        f"import sys; sys.argv = ['absld', *{list(flags)}]\n"
         "from absld.cli.app import main\n"
         "try: main()\n"
         "finally: print(sorted({'torch', 'sklearn', 'torchvision'} & set(sys.modules)))"
     )
-    environment = os.environ | {"PYTHONPATH": SOURCE, "COLUMNS": "100"}
+    environment = os.environ | {"PYTHONPATH": SOURCE, "COLUMNS": "80"} | environment
     child = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert child.returncode == 0 and child.stdout.endswith("[]\n"), child.stderr
+    return child.stdout
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["train", "--help"], ["recipe", "show", "digits"]])
+def test_help_and_recipes_import_no_torch(flags):
+    text = imports_no_torch(*flags)
     if "--help" in flags:
-        assert 0 < child.stdout.index("Examples") < child.stdout.index("Options")
+        assert 0 < text.index("Examples") < text.index("Options")
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [("absld train --tea", "--teacher-epochs"), ("absld train --dataset cifar1", "cifar100")],
+)
+def test_completion_imports_no_torch(words, completed):
+    place = str(len(words.split()) - 1)
+    text = imports_no_torch(_ABSLD_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=place)
+    assert completed in text.split()
+
+
+def help_of(capfd, monkeypatch, *command):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(*command, "--help") == 0
+    text = capfd.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    return text
 
 
 @pytest.mark.parametrize(
     ("command", "config", "others"),
     [
-        ("train", Config, ["recipe", "resume", "json", "debug"]),
-        ("evaluate", EvaluationConfig, ["eps", "against", "strict", "json", "debug"]),
+        ("train", Config, ["recipe", "resume", "json"]),
+        ("evaluate", EvaluationConfig, ["eps", "against", "strict", "json"]),
         ("compare", Config, ["methods", "seeds", "baseline", "attacks", "examples", "recipe"]),
     ],
 )
-def test_every_setting_is_a_flag(command, config, others, capfd, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    assert main(command, "--help") == 0
-    text = capfd.readouterr().out
-    own = [f.name for f in fields(config)]
+def test_help_of_80_columns_has_every_setting(command, config, others, capfd, monkeypatch):
+    text = help_of(capfd, monkeypatch, command)
+    names = [f.name for f in fields(config)]
     if command == "compare":  # which has lists of these two
-        own = [name for name in own if name not in ("method", "seed")]
-    for name in [*(name.replace("_", "-") for name in own), *others]:
+        names = [name for name in names if name not in ("method", "seed")]
+    for name in [*(name.replace("_", "-") for name in names), *others]:
         assert re.search(rf"[ ,]--{name}[ ,]", text), name
+    for dataset in RECIPES:
+        assert dataset in text
 
 
-@pytest.mark.parametrize("flags", [[], ["recipe"]])
-def test_without_a_command_there_is_help_and_no_error_without_a_text(flags, capfd):
+@pytest.mark.parametrize(
+    "command", [[], ["report"], ["bench"], ["recipe", "show"], ["teacher", "check"],
+                ["teacher", "cache"]],
+)  # fmt: skip
+def test_help_fits_80_columns(command, capfd, monkeypatch):
+    help_of(capfd, monkeypatch, *command)
+
+
+def test_help_lists_data_before_augmentation(capfd, monkeypatch):
+    text = help_of(capfd, monkeypatch, "train")
+    assert text.index("─ Data ─") < text.index("─ Augmentation ─") < text.index("─ Run ─")
+
+
+def test_version(capfd):
+    assert main("--version") == 0
+    assert capfd.readouterr().out == f"absld {absld.__version__}\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["recipe"], ["teacher"]])
+def test_without_a_command_help_is_printed(flags, capfd):
     main(*flags)
     printed = capfd.readouterr()
     assert "Usage" in printed.out + printed.err and "error: \n" not in printed.err
 
 
-def test_a_method_s_recipe_is_shown_with_sources(capfd):
-    assert main("recipe", "show", "cifar10", "--method", "ard") == 0
-    told = {line.split()[0]: line.split()[1:4] for line in capfd.readouterr().out.splitlines()}
-    assert told["epochs"][:2] == ["200", "ARD"] and told["start"][:2] == ["uniform", "ARD"]
-    assert told["momentum"] == ["0.9", "the", "authors'"]
+def rows_of_recipe(capfd, *flags):
+    """The rows of `absld recipe show` by setting: value and source; and the whole text."""
+    assert main("recipe", "show", *flags) == 0
+    text = capfd.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [line for line in text.splitlines() if line[0] not in " #"]
+    return {row[:20].strip(): (row[21:41].strip(), row[42:]) for row in rows}, text
+
+
+def test_recipe_show_has_the_sources_of_a_method_s_recipe(capfd):
+    rows, _ = rows_of_recipe(capfd, "cifar10", "--method", "ard")
+    assert rows["epochs"] == ("200", "ARD") and rows["start"] == ("uniform", "ARD")
+    assert rows["momentum"] == ("0.9", "the authors' release")
     refused(capfd, 2, "not 'ardd'", "did you mean 'ard'", "recipe", "show", "digits",
             "--method", "ardd")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_shown_with_sources(name, capfd):
-    assert main("recipe", "show", name) == 0
-    text = capfd.readouterr().out
+def test_recipe_show_has_every_setting_with_its_source(name, capfd):
+    rows, text = rows_of_recipe(capfd, name)
     config = resolve({"dataset": name})
+    assert rows.keys() == {f.name for f in fields(Config)}
     for f in fields(Config):
-        (line,) = [line for line in text.splitlines() if line.split()[0] == f.name]
-        assert cli.shown(getattr(config, f.name)) in line and f.metadata["meaning"] in line
-    epsilon = next(line for line in text.splitlines() if line.startswith("epsilon "))
-    assert ("decided here" in epsilon) == (name == "digits")
+        value, source = rows[f.name]
+        assert value == format_value(getattr(config, f.name)) and source
+        assert f.metadata["meaning"] in " ".join(text.split())
+    assert (rows["epsilon"][1] == "decided here, for digits") == (name == "digits")
 
 
-def test_an_unknown_recipe(capfd):
-    refused(
-        capfd,
-        2,
-        "'digit'",
-        "digits, cifar10, cifar100, svhn, tiny-imagenet, folder",
-        "recipe",
-        "show",
-        "digit",
-    )
+def test_an_unknown_recipe_is_refused(capfd):
+    names = "digits, cifar10, cifar100, svhn, tiny-imagenet, folder"
+    refused(capfd, 2, "'digit'", names, "recipe", "show", "digit")
 
 
 # --- Flags ---
@@ -199,7 +182,7 @@ def parsed(monkeypatch):
     def parse(*flags):
         seen = []
 
-        def stop(config, observer, *, resume, ranks):
+        def stop(config, observer, *, resume, distributed):
             seen.append((config, resume))
             raise AbsldError("seen", "enough")
 
@@ -251,17 +234,21 @@ USAGE = [
 
 
 @pytest.mark.parametrize("flags", USAGE, ids=" ".join)
-def test_usage(flags, capfd):
-    out = refused(capfd, 2, "", "", "train", *QUICK, *flags)
-    assert "by trades" not in out, "found out before hours were spent on a teacher"
+def test_wrong_flags_are_refused_before_a_teacher_is_trained(flags, capfd):
+    assert "by trades" not in refused(capfd, 2, "", "", "train", *QUICK, *flags)
 
 
-def test_a_mistyped_line_of_a_recipe_file(capfd):
+def test_epsilon_in_levels_of_grey_is_refused_with_the_fraction(capfd):
+    cause = "epsilon must be in [0, 1], not 8"
+    refused(capfd, 2, cause, "did you mean 8/255?", "train", "--eps", "8")
+
+
+def test_a_mistyped_setting_in_a_recipe_file_is_refused_with_the_nearest(capfd):
     Path("my.toml").write_text("epsilom = 0.1\n")
     refused(capfd, 2, "'epsilom'", "did you mean 'epsilon'", "train", "--recipe", "my.toml")
 
 
-def test_no_cuda(capfd, monkeypatch):
+def test_a_missing_cuda_device_is_a_usage_error(capfd, monkeypatch):
     def zeros(*args, **settings):
         raise AssertionError("Torch not compiled with CUDA enabled")
 
@@ -269,8 +256,9 @@ def test_no_cuda(capfd, monkeypatch):
     refused(capfd, 2, "not compiled with CUDA", "--device cpu", "train", "--device", "cuda")
 
 
-def test_debug_shows_where(capfd):
-    assert main("train", "--debug", "--epochs", "0") == 2
+@pytest.mark.parametrize("flags", [("--debug", "train"), ("train", "--debug")])
+def test_debug_prints_the_traceback_wherever_it_stands(flags, capfd):
+    assert main(*flags, "--epochs", "0") == 2
     text = capfd.readouterr().err
     assert "Traceback" in text and text.splitlines()[-2].startswith("error: epochs must be")
 
@@ -278,12 +266,12 @@ def test_debug_shows_where(capfd):
 # --- Data and teachers ---
 
 
-def test_data_that_are_missing(capfd):
+def test_missing_images_are_a_data_error(capfd):
     flags = ["train", *QUICK, "--dataset", "folder", "--data", "nowhere hier"]
     refused(capfd, 3, "nowhere hier", "nowhere hier: train/CLASS/*", *flags)
 
 
-def test_no_data_and_no_network(capfd, monkeypatch):
+def test_without_a_network_the_folder_of_the_images_is_named(capfd, monkeypatch):
     def urlopen(*args, **settings):
         raise OSError("Name or service not known")
 
@@ -295,7 +283,7 @@ def test_no_data_and_no_network(capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["empty class", "unreadable", "one class", "differ"])
-def test_a_faulty_folder(fault, tmp_path, capfd):
+def test_a_faulty_folder_is_a_data_error(fault, tmp_path, capfd):
     classes = ["cat"] if fault == "one class" else ["cat", "dog"]
     root = make_folder(tmp_path / "images", classes=classes)
     if fault == "empty class":
@@ -308,62 +296,11 @@ def test_a_faulty_folder(fault, tmp_path, capfd):
     refused(capfd, 3, named[fault], "", "train", *QUICK, "--dataset", "folder", "--data", root)
 
 
-def test_a_batch_larger_than_the_data(capfd):
+def test_a_batch_larger_than_the_data_is_refused(capfd):
     refused(capfd, 3, "64 training images", "--batch-size", "train", *QUICK, "--batch-size", 65)
 
 
-def faulty(fault, path):
-    """A teacher's file with a fault; what is said of it."""
-    state = build_model("convnet", 10, "taught").state_dict()
-    if fault == "missing":
-        return "no such file"
-    if fault == "empty":
-        path.write_bytes(b"")
-        return "the file is empty"
-    if fault == "html":
-        path.write_text("<!DOCTYPE html><html>quota exceeded</html>")
-        return "HTML page"
-    if fault == "text":
-        path.write_text("just a note")
-        return "just a note"
-    if fault == "module":
-        torch.save(build_model("convnet", 10), path)
-        return "torch.nn.modules.container.Sequential"
-    if fault == "not finite":
-        state["3.weight"][0] = float("nan")
-    if fault == "classes":
-        state = build_model("convnet", 7).state_dict()
-    if fault == "network":
-        state["more"] = torch.zeros(1)
-    save({"model": state}, path)
-    raw = bytearray(path.read_bytes())
-    if fault == "truncated":
-        path.write_bytes(raw[:-1000])
-    if fault == "flipped":
-        raw[raw.index(state["0.weight"].numpy().tobytes()) + 5] ^= 1
-        path.write_bytes(raw)
-    return {
-        "not finite": "tensor 3.weight holds NaN",
-        "classes": "(7, 64), needed is (10, 64)",
-        "network": "has besides ['more']",
-        "truncated": "truncated or damaged",
-        "flipped": "SHA-256",
-    }[fault]
-
-
-@pytest.mark.parametrize(
-    "fault",
-    ["missing", "empty", "html", "text", "module", "not finite", "classes", "network", "truncated",
-     "flipped"],
-)  # fmt: skip
-def test_teachers_files_with_faults(fault, capfd):
-    path = Path("tëacher hier.pt")
-    said = faulty(fault, path)
-    out = refused(capfd, 4, said, "", "train", *QUICK, "--teacher", path)
-    assert "epoch" not in out
-
-
-def test_a_teacher_near_chance(teacher, capfd):
+def test_a_teacher_near_chance_is_refused_unless_allowed(teacher, capfd):
     flags = [flag for flag in QUICK if flag != "--allow-weak-teacher"]
     flags = ["train", *flags, "--teacher", teacher]
     refused(capfd, 4, "near chance", "--allow-weak-teacher", *flags)
@@ -385,13 +322,12 @@ class Tuple(nn.Module):
 
 @pytest.mark.parametrize("role", ["--teacher", "--student"])
 @pytest.mark.parametrize("name", ["narrow", "grey", "Tuple"])
-def test_a_network_that_does_not_fit_is_the_users_fault(role, name, teacher, capfd):
-    """Named, with a code of its own: not `a fault of ours`."""
+def test_a_network_that_does_not_fit_is_named(role, name, teacher, capfd):
     module = module_of(NETWORKS)
     given = {"--teacher": teacher} | {role: f"{module}:{name}"}
     code = train(*[part for pair in given.items() for part in pair])
     text = capfd.readouterr().err
-    assert code in (2, 4) and "fault of ours" not in text and f"{module}:{name}" in text
+    assert code in (2, 4) and "internal error" not in text and f"{module}:{name}" in text
 
 
 def module_of(text):
@@ -431,10 +367,10 @@ def test_the_run_of_a_factory_teaches_with_that_factory(capfd):
 # --- A run ---
 
 
-def test_output(capfd):
-    """A header, a table for each training, the classes, the digests."""
+def test_a_run_prints_header_epochs_classes_and_digests(capfd):
     assert train("--seed", 3) == 0
     text = capfd.readouterr().out
+    assert "\x1b" not in text and "━" not in text and max(map(len, text.splitlines())) <= 80
     rows = [line.split() for line in text.splitlines()]
     assert text.startswith(f"seed 3, device cpu, torch {torch.__version__}\n")
     assert "teacher by trades, 1 epochs, seed 3\n" in text
@@ -503,17 +439,17 @@ def strict_json(text):
 def test_json_is_one_document_with_the_epochs_on_stderr(teacher, capfd):
     assert train("--teacher", teacher, "--json") == 0
     printed = capfd.readouterr()
-    document = strict_json(printed.out)
-    assert document["config"] == json.loads(json.dumps(asdict(resolve({
+    results = strict_json(printed.out)
+    assert results["config"] == json.loads(json.dumps(asdict(resolve({
         "epochs": 1, "teacher_epochs": 1, "max_steps": 1, "allow_weak_teacher": True,
         "device": "cpu", "batch_size": 32, "teacher": teacher,
     }))))  # fmt: skip
-    assert document["run"] == str(the_run()) and document["classes"] == list("0123456789")
+    assert results["run"] == str(the_run()) and results["classes"] == list("0123456789")
     for name in ("clean", "robust"):
-        assert len(document[name]["class_accuracy"]) == 10
-        assert document[name]["average"] >= document[name]["worst"] >= 0
-    assert document["student_sha256"] == digest(load(the_run() / "best.pt")["model"])
-    assert document["warning"] is None
+        assert len(results[name]["class_accuracy"]) == 10
+        assert results[name]["average"] >= results[name]["worst"] >= 0
+    assert results["student_sha256"] == digest(load(the_run() / "best.pt")["model"])
+    assert results["warning"] is None
     assert "epoch     lr" in printed.err and "student by absld" in printed.err
     assert main("train", *QUICK, "--teacher", teacher, "--json") == 2
     assert capfd.readouterr().out == ""
@@ -521,7 +457,7 @@ def test_json_is_one_document_with_the_epochs_on_stderr(teacher, capfd):
 
 def test_selection_on_test_images_is_warned_of_in_every_report(teacher, capfd):
     assert train("--teacher", teacher, "--select-on", "test") == 0
-    assert capfd.readouterr().out.count("warning: the best epoch is chosen on the test") == 2
+    assert capfd.readouterr().out.count("warning: the best epoch is selected on the test") == 2
     assert train("--teacher", teacher, "--select-on", "test", "--resume", "--json") == 0
     assert strict_json(capfd.readouterr().out)["warning"].startswith("warning: the best epoch")
 
@@ -547,7 +483,7 @@ def test_paths_with_spaces_and_letters_of_any_script(tmp_path, teacher, capfd):
 # --- Faults on the way ---
 
 
-def test_a_loss_that_is_not_finite(teacher, capfd, monkeypatch):
+def test_a_non_finite_loss_ends_with_exit_code_5(teacher, capfd, monkeypatch):
     loss = absld.absld_loss
     monkeypatch.setattr(
         "absld.methods.absld.absld_loss", lambda *z, **settings: loss(*z, **settings) * float("nan")
@@ -557,7 +493,7 @@ def test_a_loss_that_is_not_finite(teacher, capfd, monkeypatch):
     assert (the_run() / "STATUS").read_text().startswith("failed: epoch 1, step 1: ")
 
 
-def test_a_student_that_its_last_step_broke_is_no_result(teacher, capfd):
+def test_a_student_broken_by_its_last_step_is_not_a_result(teacher, capfd):
     flags = ["--learning-rate", "1e38", "--teacher", teacher]
     assert train(*flags) == 5
     assert not digests(capfd.readouterr().out)
@@ -570,46 +506,45 @@ def failing(error):
     return fail
 
 
-def test_out_of_memory(teacher, capfd, monkeypatch):
+def test_out_of_memory_suggests_a_smaller_batch(teacher, capfd, monkeypatch):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n 20 GiB")
-    monkeypatch.setattr("absld.trainer.train_step", failing(error))
+    monkeypatch.setattr("absld.stepper.train_step", failing(error))
     flags = ["train", *QUICK, "--teacher", teacher]
     refused(capfd, 1, "out of memory. Tried to allocate 20 GiB", "--batch-size", *flags)
 
 
-def test_a_disk_that_is_full(teacher, capfd, monkeypatch):
+def test_a_full_disk_is_named(teacher, capfd, monkeypatch):
     monkeypatch.setattr(
         "absld.storage.run_directory.save", failing(OSError(28, "No space left on device"))
     )
     flags = ["train", *QUICK, "--teacher", teacher]
-    refused(capfd, 1, "No space left", "is there room", *flags)
+    refused(capfd, 1, "No space left", "check free space", *flags)
     assert (the_run() / "STATUS").read_text().startswith("failed: ")
 
 
-def test_out_that_is_a_file(teacher, capfd):
+def test_an_out_folder_that_is_a_file_is_refused(teacher, capfd):
     Path("runs").write_text("here already")
     refused(capfd, 1, "runs", "--out", "train", *QUICK, "--teacher", teacher)
 
 
-def test_a_fault_of_ours_says_so(teacher, capfd, monkeypatch):
-    monkeypatch.setattr("absld.trainer.train_step", failing(ZeroDivisionError("oops")))
+def test_an_internal_error_asks_for_a_report(teacher, capfd, monkeypatch):
+    monkeypatch.setattr("absld.stepper.train_step", failing(ZeroDivisionError("oops")))
     flags = ["train", *QUICK, "--teacher", teacher]
-    refused(capfd, 1, "ZeroDivisionError: oops", "--debug", *flags)
+    hint = "internal error, please report it; --debug prints the traceback"
+    refused(capfd, 1, "ZeroDivisionError: oops", hint, *flags)
 
 
 def test_ctrl_c_before_there_is_a_training(capfd, monkeypatch):
     monkeypatch.setattr(cli, "resolve", failing(KeyboardInterrupt()))
     assert main("train") == 130
-    assert "fault of ours" not in capfd.readouterr().err
+    assert "internal error" not in capfd.readouterr().err
 
 
 # --- Resuming ---
 
 
 @pytest.mark.parametrize(("error", "code"), [(Stopped(143), 143), (KeyboardInterrupt, 130)])
-def test_a_signal_that_is_made_another_error_still_ends_with_its_code(
-    error, code, capfd, monkeypatch
-):
+def test_a_signal_behind_another_error_ends_with_its_code(error, code, capfd, monkeypatch):
     """As by an import that it interrupts while a class is made."""
 
     def interrupted(*given):
@@ -620,20 +555,73 @@ def test_a_signal_that_is_made_another_error_still_ends_with_its_code(
 
     monkeypatch.setattr("absld.runs.training_run.load_data", interrupted)
     assert main("train", *QUICK) == code
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "Interrupted.\n"
 
 
-def test_nothing_to_resume(capfd):
+def signal_at_step(monkeypatch, number, step):
+    """Send a signal to this process in the step of that number."""
+    steps, train_step = [], absld.stepper.train_step
+
+    def signalled(*given):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+        return train_step(*given)
+
+    monkeypatch.setattr("absld.stepper.train_step", signalled)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_step_and_names_the_command_to_continue(
+    number, code, teacher, capfd, monkeypatch
+):
+    flags = ["--epochs", "4", "--max-steps", "2", "--teacher", teacher]
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, number, 5)
+        assert train(*flags) == code
+    command = shlex.join(["absld", "train", *QUICK, *flags, "--resume"])
+    assert capfd.readouterr().err.splitlines() == [
+        "stopping after this step; a second signal stops at once",
+        f"Interrupted in epoch 3. Continue with: {command}",
+    ]
+    assert (the_run() / "STATUS").read_text() == "interrupted\n"
+    assert load(the_run() / "last.pt")["progress"]["epoch"] == 3
+    assert main(*shlex.split(command)[1:]) == 0
+    resumed = digests(capfd.readouterr().out)
+    assert train(*flags, "--out", "whole") == 0
+    assert digests(capfd.readouterr().out) == resumed
+    assert records(the_run()) == records(the_run(out="whole"))
+
+
+def test_a_second_signal_stops_at_once():
+    with StopRequest() as stop:
+        stop.training = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(Interrupted):
+            stop.check()
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert stopped.value.exit_code == 143
+    with StopRequest(once=True) as stop:  # torchrun sends what the terminal has sent already
+        stop.training = True
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGINT
+
+
+def test_resume_without_a_run_is_refused(capfd):
     refused(capfd, 2, "nothing to resume in runs", "--resume", "train", *QUICK, "--resume")
 
 
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [
-        (["--epsilon", "0.2"], "epsilon is 0.1 there, 0.2 here"),
-        (["--seed", 1], "seed is 0 there, 1 here"),
-        (["--fidelity", "released"], "fidelity is 'paper' there, 'released' here"),
-        (["--epochs", 2], "epochs is 1 there, 2 here"),
+        (["--epsilon", "0.2"], "epsilon is 0.1 in the run, 0.2 now"),
+        (["--seed", 1], "seed is 0 in the run, 1 now"),
+        (["--fidelity", "released"], "fidelity is 'paper' in the run, 'released' now"),
+        (["--epochs", 2], "epochs is 1 in the run, 2 now"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(flags, difference, teacher, capfd):
@@ -655,6 +643,41 @@ def test_resuming_with_other_images_or_another_teacher_is_refused(teacher, capfd
     refused(capfd, 2, "train_images is '", "give the settings of that run", *flags)
 
 
+# --- The terminal ---
+
+
+def test_a_terminal_shows_a_live_run(teacher, monkeypatch, capfd):
+    """The lines stay; a bar and the temperatures of the classes move below them."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(Live, "update", functools.partialmethod(Live.update, refresh=True))
+    assert train("--epochs", 3, "--max-steps", 2, "--teacher", teacher) == 0
+    plain = check_live_text(capfd.readouterr().out, "student 2/3", epochs=3)
+    assert len(digests(plain)) == 2
+
+
+def check_live_text(text, title, epochs):
+    assert "\x1b[" in text and title in text and " left" in text
+    assert "T adv" in text and "T nat" in text
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "\n")
+    assert re.search(r"^ *3 +[01]\.\d\d +━+ +[01]\.\d\d +\d+%", plain, re.MULTILINE)
+    for epoch in range(1, epochs + 1):
+        assert re.search(rf"^ *{epoch} 0\.\d{{4}} ", plain, re.MULTILINE), epoch
+    return plain
+
+
+def test_the_temperatures_of_many_classes_are_the_extremes():
+    report = EpochReport(
+        1, 0.1, 0.1, 1.0, {}, ClassAccuracies(torch.ones(100), torch.ones(100)),
+        {"temperature_adv": torch.linspace(0.5, 5, 100), "temperature_nat": torch.ones(100)},
+        1.0, 1.0,
+    )  # fmt: skip
+    table = temperature_table(report, tuple(map(str, range(100))), resolve({}))
+    names = [cell.plain for cell in table.columns[0].cells]
+    assert names == [*map(str, range(6)), *map(str, range(94, 100))]
+
+
 # --- Processes of their own: signals, pipes, the terminal ---
 
 
@@ -670,7 +693,7 @@ def child(flags, folder, out, err, environment, slow):
     torch.set_num_threads(1)
     absld.runs.training_run.load_data = load_few
     if slow:
-        calls, step = [], absld.trainer.train_step
+        calls, step = [], absld.stepper.train_step
 
         def wait(*given):
             calls.append(1)
@@ -678,7 +701,7 @@ def child(flags, folder, out, err, environment, slow):
                 time.sleep(0.01)
             return step(*given)
 
-        absld.trainer.train_step = wait
+        absld.stepper.train_step = wait
     sys.argv = ["absld", *map(str, flags)]
     cli.main()
 
@@ -720,16 +743,18 @@ def ended(process, seconds=60):
 LONGER = ["train", *QUICK, "--epochs", "8", "--max-steps", "2"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_goes_on_to_the_same_digest(number, code, teacher, capfd, start):
+@pytest.mark.slow
+def test_an_interrupted_process_is_resumed_to_the_same_digest(teacher, capfd, start):
     flags = [*LONGER, "--teacher", teacher]
     process = start(*flags)
     until(lambda: "\n    2 " in text_of("out"))
-    os.kill(process.pid, number)
-    assert ended(process) == code
-    said = text_of("err").splitlines()
-    assert said[0] == "stopping after this step; a second signal stops at once"
-    assert said[1:] == [f"error: stopped by signal {int(number)}", "--resume continues this run"]
+    os.kill(process.pid, signal.SIGINT)
+    assert ended(process) == 130
+    lines = text_of("err").splitlines()
+    assert lines[0] == "stopping after this step; a second signal stops at once"
+    assert re.fullmatch(
+        r"Interrupted in epoch \d\. Continue with: absld train .* --resume", lines[1]
+    )
     assert (the_run() / "STATUS").read_text() == "interrupted\n"
     assert load(the_run() / "last.pt")["progress"]["epoch"] in range(3, 10)
     assert main(*flags, "--resume") == 0
@@ -747,7 +772,8 @@ def records(run):
     return [json.loads(line) | times for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_an_interrupted_teacher_goes_on_too(capfd, start):
+@pytest.mark.slow
+def test_an_interrupted_teacher_continues(capfd, start):
     flags = ["train", *QUICK, "--teacher-epochs", "8"]
     process = start(*flags)
     until(lambda: "\n    2 " in text_of("out"))
@@ -760,6 +786,7 @@ def test_an_interrupted_teacher_goes_on_too(capfd, start):
     assert digests(capfd.readouterr().out) == resumed and len(resumed) == 2
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once_and_a_second_process_is_refused(teacher, capfd, start):
     """In one test, for both need a process that hangs in a step."""
     flags = [*LONGER, "--teacher", teacher]
@@ -778,7 +805,8 @@ def test_a_second_signal_ends_it_at_once_and_a_second_process_is_refused(teacher
     assert main(*flags, "--resume") == 0
 
 
-def test_output_into_head(teacher, start):
+@pytest.mark.slow
+def test_output_into_head_is_quiet(teacher, start):
     os.mkfifo("pipe")
     process = start(*LONGER, "--teacher", teacher, out="pipe")
     with open("pipe") as pipe:
@@ -786,6 +814,7 @@ def test_output_into_head(teacher, start):
     assert ended(process) != 0 and text_of("err") == ""
 
 
+@pytest.mark.slow
 def test_piped_output_is_plain(teacher, start):
     """No escape codes, and not a letter but what is said, in 40 columns, too."""
     environment = {"NO_COLOR": "1", "COLUMNS": "40", "TERM": "xterm-256color"}
@@ -800,8 +829,8 @@ def test_piped_output_is_plain(teacher, start):
     assert strict_json(text_of("json"))["student_sha256"] == digests(text)["student"]
 
 
-def test_on_a_terminal_the_run_is_live(teacher, start):
-    """The lines stay; a bar and the temperatures of the classes move below them."""
+@pytest.mark.slow
+def test_a_terminal_of_a_process_shows_a_live_run(teacher, start):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     process = start(
@@ -813,18 +842,13 @@ def test_on_a_terminal_the_run_is_live(teacher, start):
             text += os.read(master, 65536)
     os.close(master)
     os.close(slave)
-    shown = text.decode()
     assert ended(process) == 0, text_of("err")
-    assert "\x1b[" in shown and "student 2/8" in shown and " left" in shown
-    assert "T adv" in shown and "T nat" in shown and "━" in shown
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "\n")
-    assert re.search(r"^ *3 +[01]\.\d\d +━+ +[01]\.\d\d +\d+%", plain, re.MULTILINE)
-    for epoch in range(1, 9):
-        assert re.search(rf"^ *{epoch} 0\.\d{{4}} ", plain, re.MULTILINE), epoch
+    plain = check_live_text(text.decode(), "student 2/8", epochs=8)
     assert len(digests(plain)) == 2
 
 
-def test_the_program_by_its_module_on_all_the_digits(single_thread):
+@pytest.mark.slow
+def test_python_m_absld_trains_on_all_the_digits(single_thread):
     """Nothing in place of anything: as a person starts it."""
     environment = single_thread | {"PYTHONPATH": SOURCE, "NO_COLOR": "1", "COLUMNS": "40"}
     command = [sys.executable, "-m", "absld", "train", *QUICK]
@@ -835,3 +859,11 @@ def test_the_program_by_its_module_on_all_the_digits(single_thread):
         "teacher",
         "absld",
     }
+
+
+def test_json_is_ascii_so_any_terminal_can_print_it(tmp_path, capfd):
+    folder = make_folder(tmp_path / "images", classes=("café", "x😀"), train=31)
+    flags = ["--dataset", "folder", "--data", folder, "--image-size", "8", "--json"]
+    assert train(*flags, "--student", "convnet", "--teacher-model", "convnet") == 0
+    output = capfd.readouterr().out
+    assert output.isascii() and json.loads(output)["classes"] == ["café", "x😀"]

@@ -1,4 +1,4 @@
-"""The documents are true where that can be tried: names exist, code runs, figures come out."""
+"""The documents: names, links and flags exist, code runs, and figures are reproduced."""
 
 import ast
 import doctest
@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import absld
-import absld.config.settings
+import absld.cli.app
+import absld.config.resolve
 import absld_min
 
 ROOT = Path(absld_min.__file__).parent
 DOCS, TESTS = ROOT / "docs", ROOT / "tests"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted(DOCS.rglob("*.md"))]
 page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
 
@@ -25,37 +27,24 @@ def read(path):
     return path.read_text(encoding="utf-8")
 
 
-def flags_of(config):
-    return {"--" + field.name.replace("_", "-") for field in fields(config)} | {"--help"}
+def flags_of_commands(command, name="absld"):
+    """The flags of every command and group of the program, by its name."""
+    options = [option for parameter in command.params for option in parameter.opts]
+    options += [option for parameter in command.params for option in parameter.secondary_opts]
+    flags = {name: {option for option in options if option.startswith("--")} | {"--help"}}
+    for part, below in getattr(command, "commands", {}).items():
+        flags |= flags_of_commands(below, f"{name} {part}")
+    return flags
 
 
-FLAGS = {
-    "absld_min.py": flags_of(absld_min.Config),
-    "absld train": flags_of(absld.config.settings.Config)
-    | {"--recipe", "--resume", "--json", "--debug"},
-    "absld evaluate": flags_of(absld.config.settings.EvaluationConfig)
-    | {
-        "--eps",
-        "--each",
-        "--no-checks",
-        "--against",
-        "--against-model",
-        "--strict",
-        "--json",
-        "--debug",
-    },
-    "absld report": {"--out", "--debug", "--help"},
-    "absld bench": {"--student", "--teacher-model", "--batch-size", "--image-size", "--rounds"}
-    | {"--no-compile", "--device", "--json", "--debug"},
+FLAGS = flags_of_commands(typer.main.get_command(absld.cli.app.app)) | {
+    "absld_min.py": {"--" + f.name.replace("_", "-") for f in fields(absld_min.Config)}
+    | {"--help"},
     "torchrun": {"--nproc-per-node"},
-    "absld compare": flags_of(absld.config.settings.Config) - {"--method", "--seed"}
-    | {"--methods", "--seeds", "--baseline", "--attacks", "--examples", "--no-checks"}
-    | {"--recipe", "--json", "--debug"},
-    "absld recipe": {"--method", "--help"},
-    "absld teacher": flags_of(absld.config.settings.EvaluationConfig)
-    - {"--attacks", "--split", "--restarts", "--each", "--checks", "--out"}
-    | {"--eps", "--json", "--debug", "--teacher", "--bank-gib"},
+    "pip install": {"--upgrade", "--group"},
+    "mypy": {"--strict"},
 }
+PROGRAMS = "|".join(map(re.escape, sorted(FLAGS, key=len, reverse=True)))
 
 
 def flags_in(text):
@@ -71,30 +60,50 @@ def test_flags_exist(path):
 
 
 @page
-def test_commands_have_the_flags_they_are_given(path):
+def test_commands_accept_the_flags_in_examples(path):
     text = re.sub(r"torchrun .*? -m absld", "absld", read(path).replace("\\\n", " "))
-    for program, rest in re.findall(
-        r"(absld_min\.py|absld (?:train|evaluate|report|compare|bench|recipe|teacher))\b([^`\n]*)",
-        text,
-    ):
-        assert flags_in(rest) <= FLAGS[program], f"{program}{rest}"
+    _, *parts = re.split(rf"(?<![\w,-])({PROGRAMS})(?![\w,.-])", text)
+    for program, rest in zip(parts[::2], parts[1::2], strict=True):
+        arguments = re.split(r"[`\n]|&&", rest)[0]
+        assert flags_in(arguments) <= FLAGS[program], f"{program}{arguments}"
 
 
 @page
-def test_links_lead_somewhere(path):
+def test_links_have_a_target(path):
     for target in re.findall(r"\]\(([^)]+)\)", read(path)):
-        assert target.startswith("https://") or (path.parent / target).exists(), target
+        file, _, heading = target.partition("#")
+        if not target.startswith("https://"):
+            assert (path.parent / file).exists(), target
+            assert not heading or heading in anchors(path.parent / file), target
+
+
+def anchors(path):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", read(path), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @page
-def test_tests_that_are_named_exist(path):
+def test_named_tests_exist(path):
     for file, name in re.findall(r"`(test_\w+\.py)::(\w+)`", read(path)):
         assert name in functions_of(file), f"{file}::{name}"
 
 
+@page
+def test_named_files_exist_and_define_the_names_given_with_them(path):
+    for file in re.findall(r"`((?:absld|docs|tests)/[\w/.-]*)`", read(path)):
+        assert (ROOT / file).exists(), file
+    for name, file in re.findall(r"`(\w+)`\s+in\s+`((?:absld|tests)/[\w/]+\.py)`", read(path)):
+        assert re.search(rf"^(class|def)?\s*{name}\b", read(ROOT / file), re.MULTILINE), (
+            name,
+            file,
+        )
+
+
 def functions_of(file):
     """The test functions in a file of the tests."""
-    tree = ast.parse(read(TESTS / file))
+    (path,) = TESTS.rglob(file)
+    tree = ast.parse(read(path))
     return {
         node.name
         for node in tree.body
@@ -117,7 +126,38 @@ def test_readme_names_every_part_of_the_file():
     assert all(hasattr(absld_min, name) for name in names)
 
 
-# --- docs/using-it-in-your-loop.md ---
+# --- docs/contributing.md ---
+
+
+@pytest.mark.parametrize(("head", "folder"), [("path in `absld/`", "absld"), ("folder", "tests")])
+def test_the_tables_of_the_code_have_every_folder_and_module(head, folder):
+    text = read(DOCS / "contributing.md").split(f"| {head} |")[1].split("\n\n")[0]
+    rows = " ".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))
+    parts = {f"{path.parent.name}/" for path in (ROOT / folder).glob("*/*.py")}
+    if folder == "absld":
+        parts |= {path.name for path in (ROOT / folder).glob("[!_]*.py")}
+    assert sorted(re.findall(r"`(.*?)`", rows)) == sorted(parts)
+
+
+# --- docs/evaluation.md ---
+
+
+def test_the_table_of_sanity_checks_has_every_check():
+    (table,) = re.findall(
+        r"^\| check \|.*\n\|.*\n((?:\|.*\n)+)", read(DOCS / "evaluation.md"), re.MULTILINE
+    )
+    calls = [
+        node
+        for node in ast.walk(ast.parse(read(ROOT / "absld" / "evaluation" / "sanity_checks.py")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Check"
+    ]
+    assert calls
+    assert re.findall(r"^\| (.*?) \|", table, re.MULTILINE) == [
+        call.args[0].value for call in sorted(calls, key=lambda call: call.lineno)
+    ]
+
+
+# --- docs/your-own-loop.md ---
 
 
 def run_python(path, namespace):
@@ -130,7 +170,7 @@ def run_python(path, namespace):
         yield block[1]
 
 
-def test_the_loop_runs(tmp_path, monkeypatch, capsys):
+def test_code_of_your_own_loop_runs(tmp_path, monkeypatch, capsys):
     """What the page leaves to the reader is here: networks, an optimiser, a loader, epochs."""
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]):
@@ -144,20 +184,20 @@ def test_the_loop_runs(tmp_path, monkeypatch, capsys):
             "epochs": 2,
         }
         before = absld.digest(student.state_dict()), absld.digest(teacher.state_dict())
-        blocks = run_python(DOCS / "using-it-in-your-loop.md", given)
+        blocks = run_python(DOCS / "your-own-loop.md", given)
         next(blocks)
         assert absld.digest(student.state_dict()) != before[0]
         assert absld.digest(teacher.state_dict()) == before[1] and not teacher.training
         assert student.training and student.get_submodule("1").num_batches_tracked == 8
         assert (given["temperature"].adv != 1).any() and (given["temperature"].nat != 1).any()
         assert len(list(blocks)) >= 6  # runs the rest
-    said = capsys.readouterr().out
-    assert "logits must be (N,10), not (16, 9)\n" in said
-    assert "Fairness(average=" in said
+    output = capsys.readouterr().out
+    assert "logits must be (N,10), not (16, 9)\n" in output
+    assert "Fairness(average=" in output
     assert len((tmp_path / "my-run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_the_readme_s_calls_run():
+def test_code_of_the_readme_runs():
     given = {
         "teacher": absld.build_model("convnet", 10, "teacher").eval(),
         "x_nat": torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
@@ -172,7 +212,7 @@ def test_the_readme_s_calls_run():
 # --- docs/reading.md ---
 
 
-def test_the_page_has_the_whole_file_in_its_order():
+def test_reading_shows_the_whole_file_in_its_order():
     """Every block is as `python docs/take_code.py` writes it."""
     take_code = runpy.run_path(str(DOCS / "take_code.py"))
     source, text = read(ROOT / "absld_min.py"), read(DOCS / "reading.md")
@@ -182,7 +222,7 @@ def test_the_page_has_the_whole_file_in_its_order():
     assert len(shown) == text.count("```python")
 
 
-def test_every_step_has_its_equation_right_above_its_lines():
+def test_every_step_has_its_equation_above_its_code():
     above, seen = "", set()
     for part in re.split(
         r"^(```python title=.*?^```)$", read(DOCS / "reading.md"), flags=re.M | re.S
@@ -223,7 +263,7 @@ def test_the_table_has_every_step_in_order():
 @pytest.mark.parametrize(
     ("step", "single", "package", "tests"), ROWS, ids=[f"{row[0]} {row[2]}" for row in ROWS]
 )
-def test_a_row_leads_to_both_symbols_and_to_its_tests(step, single, package, tests):
+def test_a_row_names_existing_symbols_and_tests(step, single, package, tests):
     assert callable(getattr(absld_min, single))
     assert callable(pkgutil.resolve_name(f"absld.{package}"))
     assert tests
@@ -251,7 +291,7 @@ def tags(path):
             yield step, around[-1] if around else ""
 
 
-def test_every_tag_lies_inside_a_symbol_of_its_step():
+def test_every_tag_is_inside_a_symbol_that_the_table_lists():
     single = list(tags(ROOT / "absld_min.py"))
     package = [
         (step, f"{module}.{name}")
@@ -269,7 +309,7 @@ def test_every_tag_lies_inside_a_symbol_of_its_step():
 # --- docs/deviations.md ---
 
 
-def test_deviations_are_numbered_and_whole():
+def test_deviations_are_numbered_and_have_all_parts():
     entries = re.split(r"^## ", read(DOCS / "deviations.md"), flags=re.MULTILINE)[1:]
     assert [entry.split(".")[0] for entry in entries] == [
         str(number) for number in range(1, len(entries) + 1)
@@ -281,7 +321,7 @@ def test_deviations_are_numbered_and_whole():
         assert flags_in(setting) or setting.startswith(" None"), entry[:40]
 
 
-def test_the_release_on_our_code_is_what_its_flags_say():
+def test_the_command_for_the_release_sets_the_released_variant():
     (command,) = re.findall(r"^    absld train (.*)$", read(DOCS / "deviations.md"), re.MULTILINE)
     names_and_values = re.findall(r"--(\S+) (\S+)", command)
     config = absld.config.resolve.resolve(
@@ -290,7 +330,7 @@ def test_the_release_on_our_code_is_what_its_flags_say():
     assert (config.fidelity, config.kl_scale, config.select_on) == ("released", 0.1, "test")
 
 
-def test_the_figures_of_the_deviations_come_out(capsys):
+def test_figures_of_the_deviations_are_reproduced(capsys):
     path = DOCS / "deviations.md"
     blocks = re.findall(r"^```pycon\n(.*?)^```$", read(path), re.DOTALL | re.MULTILINE)
     examples = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, path.name, str(path), 0)

@@ -1,4 +1,4 @@
-"""Several processes that train together compute what one would; stopped, they go on."""
+"""Several processes that train together compute what one would; interrupted, they resume."""
 
 import re
 import signal
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import CONFIG, train
-from two_processes import METHODS, results
+from helpers.small_training import CONFIG, train
+from helpers.two_processes import METHODS, results
 
-from absld.engine.distributed import ALONE, Ranks, is_cuda, launched
+from absld.engine.distributed import SINGLE_PROCESS, Distributed, init_distributed, is_cuda
 from absld.errors import UsageError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def launch(arguments, single_thread, **settings):
@@ -32,12 +32,12 @@ def launch(arguments, single_thread, **settings):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, single_thread):
-    """What two processes found."""
-    file = tmp_path_factory.mktemp("ranks") / "found"
-    child = launch([HERE / "two_processes.py", file], single_thread)
-    said, _ = child.communicate(timeout=300)
-    assert child.returncode == 0, said
-    assert "Warning" not in said
+    """The results of two processes."""
+    file = tmp_path_factory.mktemp("distributed") / "results"
+    child = launch(["-m", "helpers.two_processes", file], single_thread, cwd=TESTS)
+    output, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, output
+    assert "Warning" not in output
     return [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2)]
 
 
@@ -47,9 +47,10 @@ def alone():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(method, both, alone):
-    """With frozen batch norm, to rounding: weights, temperatures, losses; and the same images
-    right. Sums of class risks are in float32."""
+    """With frozen batch norm, up to rounding: weights, temperatures, losses; exactly: accuracies.
+    Sums of class risks are in float32."""
     torch.testing.assert_close(both[0][method], alone[method], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         both[0][method]["weights"], alone[method]["weights"], rtol=1e-5, atol=1e-7
@@ -57,12 +58,13 @@ def test_two_processes_compute_what_one_does(method, both, alone):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_both_processes_have_the_same_result(method, both):
     torch.testing.assert_close(both[0][method], both[1][method], rtol=0, atol=0)
 
 
 def test_temperatures_moved(alone):
-    """Or their being equal would say nothing."""
+    """Otherwise their equality would prove nothing."""
     assert (alone["absld"]["per_class"][-1]["temperature_adv"] != 1).any()
 
 
@@ -80,12 +82,12 @@ def digests(text):
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_they_end_as_if_never_touched(tmp_path, single_thread):
+def test_interrupted_and_resumed_processes_end_with_the_same_weights(tmp_path, single_thread):
     """torchrun passes SIGTERM on; both processes stop at one step, and one of them saves."""
     whole = launch(command("--out", tmp_path / "whole"), single_thread)
-    said, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, said
-    assert said.count("seed 0, device cpu") == 1 and len(digests(said)) == 2
+    expected, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, expected
+    assert expected.count("seed 0, device cpu") == 1 and len(digests(expected)) == 2
     out = tmp_path / "stopped"
     child = launch(command("--out", out), single_thread)
     while not list(out.glob("digits-absld-*/last.pt")):  # after the student's first epoch
@@ -95,35 +97,35 @@ def test_stopped_and_resumed_they_end_as_if_never_touched(tmp_path, single_threa
     stopped, _ = child.communicate(timeout=300)
     (run,) = out.glob("digits-absld-*")
     assert child.returncode != 0 and (run / "STATUS").read_text() == "interrupted\n", stopped
-    assert "stopped by signal 15\n--resume continues this run" in stopped
+    assert "Continue with the same command and --resume." in stopped
     again = launch(command("--out", out, "--resume"), single_thread)
     resumed, _ = again.communicate(timeout=300)
     assert again.returncode == 0, resumed
-    assert digests(resumed) == digests(said)
+    assert digests(resumed) == digests(expected)
 
 
-# --- Alone ---
+# --- A single process ---
 
 
-def test_alone_nothing_is_sent_about():
-    tensor = torch.ones(2)
-    assert ALONE.total(tensor) is tensor and ALONE.greatest(3, tensor.device) == 3
-    assert ALONE.first and ALONE.key() == () and ALONE.device("cuda") == "cuda"
-    ALONE.mean_([tensor])
-    ALONE.wait()
-    assert ALONE.parallel(torch.nn.Identity()).training
-    with launched("cpu") as ranks:
-        assert ranks is ALONE
+def test_a_single_process_does_not_communicate():
+    alone, tensor = SINGLE_PROCESS, torch.ones(2)
+    assert alone.all_reduce_sum(tensor) is tensor and alone.all_reduce_max(3, tensor.device) == 3
+    assert alone.is_main and alone.key() == () and alone.device("cuda") == "cuda"
+    alone.all_reduce_mean_([tensor])
+    alone.barrier()
+    assert alone.data_parallel(torch.nn.Identity()).training
+    with init_distributed("cpu") as distributed:
+        assert distributed is SINGLE_PROCESS
 
 
 def test_each_process_has_a_device_and_numbers_of_its_own(monkeypatch):
-    second = Ranks(3, 4, local=1)
+    second = Distributed(3, 4, local_rank=1)
     assert second.device("cuda") == "cuda:1" and second.device("cpu") == "cpu"
-    assert second.key() != Ranks(2, 4).key() != () == Ranks(0, 4).key()
+    assert second.key() != Distributed(2, 4).key() != () == Distributed(0, 4).key()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert second.device("auto") == "cuda:1" and is_cuda("auto")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(UsageError, match="3 processes cannot share a batch of 4"):
-        train(CONFIG, ranks=Ranks(0, 3))
+        train(CONFIG, distributed=Distributed(0, 3))

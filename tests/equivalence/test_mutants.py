@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_checkpoint import processes
+from helpers.processes import processes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Mutant(NamedTuple):
@@ -36,17 +36,20 @@ def apart(module, single, package, killers):
 
 
 def on_both(test):
-    """A test that runs on either artefact."""
-    return [f"tests/{test}[{impl}]" for impl in ("single file", "package")]
+    """The two runs of a law, on the single file and on the package."""
+    return [f"tests/laws/{test}[{impl}]" for impl in ("single file", "package")]
 
 
 D3 = "adv_logits, nat_logits = student(x_adv), student(x_nat)  # D3"
 STEP = "test_a_step_is_the_algorithm", "test_a_step_of_absld_is_the_algorithm"
-PAPER = [f"tests/test_training.py::{STEP[0]}[paper]", f"tests/test_methods.py::{STEP[1]}[paper]"]
+PAPER = [
+    f"tests/single_file/test_steps.py::{STEP[0]}[paper]",
+    f"tests/equivalence/test_methods.py::{STEP[1]}[paper]",
+]
 RELEASED = [test.replace("paper", "released") for test in PAPER]
 FORWARDS = [
-    "tests/test_training.py::test_a_step_forwards_the_adversarial_images_first_and_apart",
-    "tests/test_methods.py::test_a_step_forwards_the_adversarial_images_first_and_apart[absld]",
+    "tests/single_file/test_steps.py::test_a_step_forwards_the_adversarial_images_first_and_apart",
+    "tests/equivalence/test_methods.py::test_a_step_forwards_the_adversarial_images_first_and_apart[absld]",
 ]
 
 MUTANTS = {
@@ -126,7 +129,7 @@ MUTANTS = {
         "temperature",
         ".clamp(lower, upper)  # D6",
         "  # D6",
-        on_both("test_temperature.py::test_time_from_one_to_the_ends"),
+        on_both("test_temperature.py::test_steps_from_one_to_the_bounds"),
     ),
     "hard classes get warmer": alike(
         "temperature",
@@ -148,8 +151,8 @@ MUTANTS = {
             "        self.temperature.step()\n",
         ),
         [
-            "tests/test_training.py::test_temperatures_move_once_an_epoch_by_the_mean_risk",
-            "tests/test_methods.py::test_absld_moves_its_temperatures_once_an_epoch",
+            "tests/single_file/test_steps.py::test_temperatures_move_once_an_epoch_by_the_mean_risk",
+            "tests/equivalence/test_methods.py::test_absld_moves_its_temperatures_once_an_epoch",
         ],
     ),
     "uniform start": apart(
@@ -157,8 +160,8 @@ MUTANTS = {
         ("0.001 * torch.randn(", "0.002 * torch.rand("),
         ("torch.randn if start", "torch.rand if start"),
         [
-            "tests/test_data.py::test_images_stay_in_range_and_noise_is_small",
-            "tests/test_equivalence.py::test_batches",
+            "tests/laws/test_augmentation.py::test_images_stay_in_range_and_noise_is_small",
+            "tests/equivalence/test_equivalence.py::test_batches_are_equal",
         ],
     ),
 }
@@ -203,12 +206,12 @@ def run_tests(folder, tests):
     sys.stdout.flush()
 
 
-def test_without_a_fault_they_pass(tmp_path):
+def test_the_killers_pass_without_a_fault(tmp_path):
     assert outcome(tmp_path, [], KILLERS) == (len(KILLERS), 0)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_fault_is_found_in_both(name, tmp_path):
+def test_every_killer_fails_on_its_fault(name, tmp_path):
     mutant = MUTANTS[name]
     edits = [mutant.single, mutant.package]
     assert outcome(tmp_path, edits, mutant.killers) == (0, len(mutant.killers))

@@ -6,44 +6,35 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import strategies as draw
 import torch
+from helpers import strategies as draw
+from helpers.plain_methods import (
+    ATTACK,
+    EPSILON,
+    STEP_SIZE,
+    STEPS,
+    C,
+    batch,
+    linear,
+    one_hot,
+    parameters,
+    softmax,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import nn
 
 import absld
 from absld.config.resolve import resolve
 from absld.config.settings import TrainConfig
-from absld.data.augmentation import Batch
 from absld.errors import UsageError
-from absld.methods import (
-    METHODS,
-    Absld,
-    Counting,
-    Method,
-    build_method,
-    class_margins,
-    class_weights,
-    method_class,
-)
-from absld.trainer import train_step
+from absld.methods import METHODS, Absld, Method, build_method, method_class
+from absld.methods.reweighting import CountingObjective, class_margins, class_weights
+from absld.stepper import train_step
 
-C, N, D = 3, 9, 12
-EPSILON, STEP_SIZE, STEPS = 0.1, 0.03, 4
 LEARNING_RATE, MOMENTUM, DECAY = 0.5, 0.9, 0.01
 
 
 # --- Two steps of every method, in NumPy ---
-
-
-def softmax(z):
-    powers = np.exp(z - z.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
-
-
-def one_hot(labels):
-    return np.eye(C)[labels]
 
 
 def per_class(values, labels):
@@ -65,7 +56,7 @@ class ByHand:
     def logits(self, x):
         return x @ self.w.T + self.b
 
-    def taught(self, x):
+    def teacher_logits(self, x):
         return x @ self.tw.T + self.tb
 
     def slope(self, x, soft_adv, labels):
@@ -74,19 +65,19 @@ class ByHand:
         if self.name in ("sat", "ard"):
             return (q - one_hot(labels)) @ self.w
         if self.name == "adaad":
-            p = softmax(self.taught(x))
+            p = softmax(self.teacher_logits(x))
             log_ratio = np.log(p) - np.log(q)
             kl = (p * log_ratio).sum(1, keepdims=True)
             return (q - p) @ self.w + (p * (log_ratio - kl)) @ self.tw
         return (q - soft_adv) @ self.w
 
-    def attacked(self, x_nat, noise, labels, soft_adv):
+    def attack(self, x_nat, noise, labels, soft_adv):
         epsilon = EPSILON
         if self.name == "absld-margins":
             epsilon = EPSILON * self.margin[labels][:, None]
-        x, self.withstood = x_nat + noise, np.zeros(len(labels))
+        x, self.robust = x_nat + noise, np.zeros(len(labels))
         for _ in range(STEPS):
-            self.withstood += self.logits(x).argmax(1) == labels
+            self.robust += self.logits(x).argmax(1) == labels
             x = x + STEP_SIZE * np.sign(self.slope(x, soft_adv, labels))
             x = np.clip(np.clip(x, x_nat - epsilon, x_nat + epsilon), 0, 1)
         return x
@@ -94,11 +85,11 @@ class ByHand:
     def step(self, x_nat, labels, noise):
         """The loss, and its gradients by the logits of adversarial and clean images."""
         y, a, n = one_hot(labels), self.config.adv_weight, len(labels)
-        v = self.taught(x_nat)
+        v = self.teacher_logits(x_nat)
         soft_adv, soft_nat = (softmax(v / t[labels][:, None]) for t in self.temperature)
         if self.name == "trades":
             soft_adv = softmax(self.logits(x_nat))
-        x_adv = self.attacked(x_nat, noise, labels, soft_adv)
+        x_adv = self.attack(x_nat, noise, labels, soft_adv)
         z_adv, z_nat = self.logits(x_adv), self.logits(x_nat)
         p, q = softmax(z_adv), softmax(z_nat)
 
@@ -119,12 +110,12 @@ class ByHand:
             by_adv, by_nat = a * t * (own - soft), (1 - a) * (q - y)
         else:
             if self.name == "adaad":
-                soft_adv = softmax(self.taught(x_adv))
+                soft_adv = softmax(self.teacher_logits(x_adv))
             w = self.weight[labels] if self.name in ("fair-rslad", "absld-weights") else np.ones(n)
             loss = w * (a * kl(soft_adv, p) + (1 - a) * kl(soft_nat, q))
             by_adv = w[:, None] * a * (p - soft_adv)
             by_nat = w[:, None] * (1 - a) * (q - soft_nat)
-        self.seen.append((labels, self.withstood, p.argmax(1) == labels, hard_adv, hard_nat))
+        self.seen.append((labels, self.robust, p.argmax(1) == labels, hard_adv, hard_nat))
         gradients = [
             (by_adv.T @ x_adv + by_nat.T @ x_nat) / n,
             (by_adv + by_nat).sum(0) / n,
@@ -135,7 +126,7 @@ class ByHand:
         return loss.mean()
 
     def end_epoch(self, rate):
-        labels, withstood, right, *risks = (
+        labels, robust, right, *risks = (
             np.concatenate(parts) for parts in zip(*self.seen, strict=True)
         )
         self.seen = []
@@ -144,33 +135,10 @@ class ByHand:
                 gap = per_class(risk, labels) - per_class(risk, labels).mean()
                 t[:] = np.clip(t - rate * gap / abs(gap).max(), 0.5, 5)
         if self.name in ("fair-rslad", "absld-weights"):
-            inverse = np.maximum(per_class(withstood, labels), 1e-9) ** -2.0  # 0: the limit
+            inverse = np.maximum(per_class(robust, labels), 1e-9) ** -2.0  # 0: the limit
             self.weight = np.clip(C * inverse / inverse.sum(), 5 / 6, 5 / 2)
         if self.name == "absld-margins":
             self.margin = 0.3 + per_class(right.astype(float), labels)
-
-
-def linear(seed, scale=1.0):
-    random = torch.Generator().manual_seed(seed)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(D, C, dtype=draw.DTYPE))
-    for weight in net.parameters():
-        weight.data = scale * torch.randn(weight.shape, generator=random, dtype=draw.DTYPE)
-    return net
-
-
-def parameters(net):
-    return [weight.detach().numpy().copy() for weight in net.parameters()]
-
-
-def batch(seed, start="normal"):
-    random = torch.Generator().manual_seed(seed)
-    x = draw.images(seed, N, side=2)
-    labels = torch.arange(N) % C  # each class in each batch
-    noise = torch.rand(x.shape, generator=random, dtype=draw.DTYPE) * 2 - 1
-    return Batch(x, labels, (EPSILON if start == "uniform" else 0.001) * noise)
-
-
-ATTACK = absld.TrainingAttack(EPSILON, STEP_SIZE, STEPS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -192,7 +160,7 @@ def test_two_epochs_of_two_steps_are_those_by_hand(name, adv_weight):
             given = batch(10 * epoch + number, config.start)
             losses = train_step(ours, student, teacher, given, ATTACK, optimizer)
             x_nat, labels, noise = (
-                part.flatten(1).numpy() if part.ndim > 1 else part.numpy() for part in given
+                part.flatten(1).numpy() if part.ndim > 1 else part.numpy() for part in given[:3]
             )
             assert losses["loss"].item() == pytest.approx(
                 by_hand.step(x_nat, labels, noise), rel=1e-6
@@ -262,7 +230,7 @@ NEED = [name for name in METHODS if name not in ("sat", "trades")]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_who_needs_a_teacher(name):
+def test_every_method_but_sat_and_trades_needs_a_teacher(name):
     built = build_method(TrainConfig(method=name), C)
     assert built.needs_teacher == (name in NEED)
     if name in NEED:
@@ -279,7 +247,7 @@ def test_ard_s_gradient_survives_its_temperature():
 
 
 @pytest.mark.parametrize("name", ["adaad"])
-def test_the_attack_sees_the_teacher_move(name):
+def test_the_attack_of_adaad_differentiates_the_teacher(name):
     """With the student for a teacher there is nothing to climb: the images stay where they start."""
     student = linear(1)
     seen = []
@@ -323,7 +291,7 @@ def test_class_weights_are_the_formula(kappa):
 
 
 @given(steps_of_classes, st.randoms())
-def test_class_weights_laws(kappa, random):
+def test_class_weights_are_ordered_equivariant_and_of_mean_one(kappa, random):
     """A class that gives way earlier weighs no less; classes are told by their figures alone;
     equal ones weigh 1; the mean is 1 where nothing is clipped."""
     tensor = torch.tensor(kappa, dtype=draw.DTYPE)
@@ -361,7 +329,7 @@ def test_margins_begin_after_a_twentieth_of_the_run(epochs, begins):
         assert (ours.end_epoch(0.1)["class_margin"] != 1).any() == (epoch >= begins)
 
 
-def test_a_margin_is_the_epsilon_of_its_images():
+def test_a_class_margin_scales_the_epsilon_of_its_images():
     ours = build_method(TrainConfig(method="absld-margins"), C)
     ours.margin = torch.tensor([0.0, 0.5, 1.3])
     student, seen = linear(1), []
@@ -376,12 +344,12 @@ def test_a_margin_is_the_epsilon_of_its_images():
         assert reached.max() > 0.9 * EPSILON * factor - 1e-12
 
 
-def test_counting_counts_what_each_step_finds():
+def test_the_counting_objective_counts_steps_that_find_an_image_right():
     labels = torch.tensor([0, 1])
-    counting = Counting(lambda logits: logits.sum() * 3, labels)
+    counting = CountingObjective(lambda logits: logits.sum() * 3, labels)
     for logits in ([[1.0, 0], [1, 0]], [[1.0, 0], [0, 1]], [[0.0, 1], [0, 1]]):
         assert counting(torch.tensor(logits)) == 6
-    assert counting.right.tolist() == [2, 2]
+    assert counting.correct.tolist() == [2, 2]
 
 
 # --- Methods of other people ---
@@ -400,15 +368,15 @@ def test_a_method_by_import_path(monkeypatch, tmp_path):
     built = build_method(TrainConfig(method="minez:Own"), C)
     assert type(built).__name__ == "Own" and built.config.method == "minez:Own"
     for spec, said in {
-        "minez:No": "no method", "minez:x": "no method", "minez:nothing": "nothing",
+        "minez:No": "not a method", "minez:x": "not a method", "minez:nothing": "nothing",
         "no_such_module:X": "no_such_module",
     }.items():  # fmt: skip
         with pytest.raises(UsageError, match=said) as caught:
             method_class(spec)
-        assert caught.value.way_out
+        assert caught.value.hint
 
 
-def test_a_method_without_a_step_says_so():
+def test_a_method_without_a_step_raises():
     with pytest.raises(NotImplementedError):
         Mine(TrainConfig(), C).step(linear(1), None, batch(0), ATTACK)
     assert Mine(TrainConfig(), C).end_epoch(0.1) == {} == Mine(TrainConfig(), C).state_dict()

@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def make_folder(root, classes=("cat", "dog"), train=12, test=4, side=10, suffix="png"):
-    """DIR/{train,test}/CLASS/NN.png; the first channel holds 200 * the class."""
+    """Write DIR/{train,test}/CLASS/NN.png; the first channel holds 200 * the class."""
     for part, count in (("train", train), ("test", test)):
         for k, name in enumerate(classes):
             (root / part / name).mkdir(parents=True)
@@ -22,7 +22,7 @@ def make_folder(root, classes=("cat", "dog"), train=12, test=4, side=10, suffix=
 
 
 def make_cifar(root, dataset, monkeypatch, train=4, test=4):
-    """CIFAR's archive in `root`, with torchvision's check sums set to it; names of the classes.
+    """Write CIFAR's archive into `root`, set torchvision's checksums to it, return the class names.
 
     Batches are pickled dicts of rows of 3072 bytes: noise, but the first red pixel is the label and
     the first green one tells the batch. train, test: images of each class in each batch.
@@ -65,7 +65,7 @@ def make_cifar(root, dataset, monkeypatch, train=4, test=4):
 
 
 def numbered(n, side=8):
-    """Images whose pixels tell their number, row and column, in the three channels."""
+    """Return images whose three channels tell their number, row and column."""
     rows = torch.arange(1, side + 1).view(1, side, 1).expand(n, side, side)
     number = torch.arange(1, n + 1).view(n, 1, 1).expand(n, side, side)
     return torch.stack([number, rows, rows.mT], dim=1).to(torch.uint8)

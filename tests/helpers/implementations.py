@@ -16,13 +16,13 @@ both = pytest.mark.parametrize("impl", [absld_min, absld], ids=["single file", "
 
 
 def home(function):
-    """The module in which a function looks up what it calls: where to put a stand-in."""
+    """Return the module in which a function looks up what it calls: where to put a stand-in."""
     return sys.modules[function.__module__]
 
 
 def project(impl, x_adv, x_nat, epsilon):
-    """`x_adv` clipped to the ball, then to the box; in the single file, a step that moves nothing
-    (exact where x_adv - x_nat is)."""
+    """Clip `x_adv` to the ball, then to the box; in the single file, by an attack step that moves
+    nothing (exact where x_adv - x_nat is)."""
     if impl is not absld_min:
         return impl.project_linf(x_adv, x_nat, epsilon)
     settings = {"epsilon": epsilon, "step_size": 1.0, "steps": 1}
@@ -30,7 +30,7 @@ def project(impl, x_adv, x_nat, epsilon):
 
 
 def training_attack(impl, epsilon):
-    """(model, soft_labels, x_nat, noise) -> x_adv, with the settings of training."""
+    """Return (model, soft_labels, x_nat, noise) -> x_adv, with the settings of training."""
     if impl is absld_min:
         config = absld_min.Config(device="cpu", epsilon=epsilon)
         return lambda model, soft_labels, x_nat, noise: absld_min.training_attack(
@@ -43,12 +43,12 @@ def training_attack(impl, epsilon):
 
 
 def image_set(images, labels):
-    """The images as a set of the package; classes are named 0, 1, ..."""
+    """Return the images as a set of the package; classes are named 0, 1, ..."""
     return absld.ImageSet(images, labels, tuple(map(str, range(int(labels.max()) + 1))))
 
 
 def evaluate(impl, model, images, labels, epsilon):
-    """(clean, robust) class accuracies."""
+    """Return the (clean, robust) class accuracies."""
     if impl is absld_min:
         return absld_min.evaluate(
             absld_min.Config(device="cpu", epsilon=epsilon), model, images, labels

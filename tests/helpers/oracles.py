@@ -1,4 +1,4 @@
-"""A third opinion: the formulas of the method as plain loops in float64, without torch."""
+"""The formulas of the method as plain loops in float64, without torch."""
 
 import math
 
@@ -56,7 +56,7 @@ def update_temperature(temperature, class_risk, rate, lower, upper):
 
 
 def project(x_adv, x_nat, epsilon):
-    """One pixel."""
+    """Project one pixel."""
     return min(max(min(max(x_adv, x_nat - epsilon), x_nat + epsilon), 0.0), 1.0)
 
 
@@ -101,27 +101,30 @@ def wilson(right, images, z):
 
 
 def evaluation(labels, clean, attacks, each):
-    """attacks: of each, for every restart the class that is said of every image. The classes said
-    (rows: clean and attacks), and who was attacked: for each attack, pairs of restart and image."""
+    """Return the predictions after the clean images and each attack, and, for each attack, the
+    pairs (restart, image) that were attacked.
+
+    attacks: for each attack, for every restart, the prediction for every image once attacked.
+    """
     rows, attacked = [list(clean)], []
     for tries in attacks:
         earlier, row, pairs = rows[0 if each else -1], [], set()
         for image, label in enumerate(labels):
-            said = earlier[image]
-            if said == label:
+            predicted = earlier[image]
+            if predicted == label:
                 for restart, turned in enumerate(tries):
                     pairs.add((restart, image))
-                    said = turned[image]
-                    if said != label:
+                    predicted = turned[image]
+                    if predicted != label:
                         break
-            row.append(said)
+            row.append(predicted)
         rows.append(row)
         attacked.append(pairs)
     return rows, attacked
 
 
 def confusion(labels, rows, num_classes):
-    """True class by the first wrong class that was said, or the true one."""
+    """Count true class by first wrong prediction, or the true class."""
     counts = [[0] * num_classes for _ in range(num_classes)]
     for image, label in enumerate(labels):
         wrong = [row[image] for row in rows if row[image] != label]

@@ -1,5 +1,5 @@
-"""What the laws are tried on. Small matrices are drawn as values, so that failures shrink;
-images and networks come from a drawn seed."""
+"""Strategies of Hypothesis. Small matrices are drawn as values, so that failures shrink; images and
+networks come from a drawn seed."""
 
 import torch
 from hypothesis import strategies as st
@@ -39,7 +39,7 @@ def vectors(low, high, minimum=2, maximum=8):
 
 
 def images(seed, n=4, side=8, dtype=DTYPE):
-    """(N,3,side,side) in [0,1], with some pixels at the ends."""
+    """Return (N,3,side,side) in [0,1], with some pixels at the ends."""
     random = torch.Generator().manual_seed(seed)
     drawn = torch.rand(n, 3, side, side, generator=random, dtype=dtype) * 1.2 - 0.1
     return drawn.clamp(0, 1)

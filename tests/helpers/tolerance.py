@@ -1,4 +1,4 @@
-"""One way to say that two float64 results agree."""
+"""Assert that two float64 results are equal up to rounding."""
 
 import torch
 from hypothesis import target
@@ -7,7 +7,7 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def assert_close(actual, expected, *, scale=1.0, terms=100, label=None):
-    """Apart by rounding only: by `terms` roundings of numbers as large as `scale`.
+    """Assert a difference of at most `terms` roundings of numbers as large as `scale`.
 
     A label makes Hypothesis search for the inputs with the largest error.
     """

@@ -1,24 +1,24 @@
-"""What each of two processes does in test_ranks.py: some trainings, and what came of them.
+"""The trainings of each of two processes in test_distributed.py; their results go to FILE.RANK.
 
-torchrun --nproc-per-node 2 tests/two_processes.py FILE
+In tests/: torchrun --nproc-per-node 2 -m helpers.two_processes FILE
 """
 
 import sys
 from dataclasses import replace
 
 import torch
-from test_trainer import CONFIG, image_set, train
 from torch import nn
 
-from absld.engine.distributed import ALONE, launched
+from absld.engine.distributed import SINGLE_PROCESS, init_distributed
 from absld.seeding import global_generator
+from helpers.small_training import CONFIG, image_set, train
 
 METHODS = ["absld", "absld-weights", "absld-margins", "trades"]
 DATA = image_set(16, seed=5, dtype=torch.float64), image_set(9, seed=6, dtype=torch.float64)
 
 
 class FrozenNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics are given: what a batch is made of does not matter to it."""
+    """Batch norm with fixed statistics: its output does not depend on the rest of the batch."""
 
     def train(self, mode=True):
         return super().train(False)
@@ -34,22 +34,24 @@ def network(key):
     return net.double()
 
 
-def results(ranks=ALONE):
-    """Weights, temperatures, losses and accuracies of a training by each method."""
-    found = {}
+def results(distributed=SINGLE_PROCESS):
+    """Train by each method; return weights, temperatures, losses and accuracies."""
+    by_method = {}
     for method in METHODS:
         config = replace(CONFIG, method=method, batch_size=8, epochs=4, attack_steps=3)
-        student, reports = train(config, network("student"), network("teacher"), DATA, ranks=ranks)
-        found[method] = {
+        student, reports = train(
+            config, network("student"), network("teacher"), DATA, distributed=distributed
+        )
+        by_method[method] = {
             "weights": dict(student.state_dict()),
             "per_class": [report.per_class for report in reports],
             "loss": torch.tensor([report.loss for report in reports]),
             "robust": torch.stack([report.accuracies.robust for report in reports]),
         }
-    return found
+    return by_method
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with launched("cpu") as ranks:
-        torch.save(results(ranks), f"{sys.argv[1]}.{ranks.rank}")
+    with init_distributed("cpu") as distributed:
+        torch.save(results(distributed), f"{sys.argv[1]}.{distributed.rank}")

@@ -1,17 +1,17 @@
 """The single file's images: sources, splits, views and batches."""
 
 import pytest
-import strategies as draw
 import torch
+from helpers import strategies as draw
+from helpers.image_files import make_cifar, numbered
 from hypothesis import given
-from image_files import make_cifar, numbered
 
 from absld_min import DIGITS, Config, batches, generator, load_data
 
 ON_CPU = {"device": "cpu"}
 
 
-def test_digits():
+def test_the_digits_are_split_in_proportion_to_the_classes():
     data, classes = load_data(Config(**ON_CPU))
     assert [len(labels) for _, labels in data] == [1018, 180, 599]
     assert classes == list("0123456789")
@@ -22,14 +22,14 @@ def test_digits():
         assert ((shares - 0.1) < 0.015).all()
 
 
-def test_splits_are_disjoint_and_the_same_for_all_seeds():
+def test_splits_do_not_depend_on_the_seed():
     first, again = (load_data(Config(seed=seed, **ON_CPU))[0] for seed in (0, 5))
     for (images, labels), (images_again, labels_again) in zip(first, again, strict=True):
         assert torch.equal(images, images_again) and torch.equal(labels, labels_again)
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_cifar_from_an_archive_of_the_published_format(dataset, tmp_path, monkeypatch):
+def test_cifar_is_read_from_its_published_archive(dataset, tmp_path, monkeypatch):
     names = make_cifar(tmp_path, dataset, monkeypatch, train=20, test=2)
     data, found = load_data(Config(dataset=dataset, data=str(tmp_path), **ON_CPU))
     classes, batches_of = len(names), 5 if dataset == "cifar10" else 1
@@ -102,7 +102,7 @@ def test_images_stay_in_range_and_noise_is_small():
     assert 0.00099 < noise.std() < 0.00101 and noise.mean().abs() < 1e-5
 
 
-def test_generator_knows_its_whole_key():
+def test_every_part_of_its_key_changes_a_generator():
     keys = [(0, "student", 1), (0, "student", 2), (1, "student", 1), (0, "teacher", 1), (0,)]
     drawn = {torch.rand(1, generator=generator(*key)).item() for key in keys}
     assert len(drawn) == len(keys)

@@ -2,10 +2,10 @@
 
 import math
 
-import oracles
 import pytest
-import strategies as draw
 import torch
+from helpers import oracles
+from helpers import strategies as draw
 from hypothesis import example, given
 
 from absld.evaluation.calibration import BINS, best_temperature, calibration, entropies

@@ -1,42 +1,53 @@
-"""Wilson and bootstrap intervals, the metrics that they are of, rho, and stratified subsets."""
+"""The laws of Wilson and bootstrap intervals, and of stratified subsets."""
 
 import math
 
-import oracles
 import pytest
-import strategies as draw
 import torch
+from helpers import oracles
+from helpers import strategies as draw
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import assert_close
 
 import absld
 from absld.data.dataset import stratified
-from absld.evaluation.intervals import bootstrap, resampled, wilson
-from absld.metrics import METRICS, rho
+from absld.evaluation.intervals import bootstrap, resample, wilson
+from absld.metrics import METRICS
 
-counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+counts = st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
 
 # --- Wilson ---
 
 
 @given(counts)
-def test_wilson_solves_its_equation(count):
-    """The ends are the shares p from which what was seen is 1.96 standard errors away."""
+def test_the_ends_of_wilsons_interval_are_the_roots_of_its_equation(count):
     right, images = count
     share, low, high = wilson(right, images)
     assert 0 <= low <= share <= high <= 1
-    for p in (low, high):
-        if 0 < p < 1:
-            assert (share - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / images, abs=1e-12)
+    assert (low, high) == pytest.approx(oracles.wilson(*count, 1.959963984540054), abs=1e-9)
+    assert (low == 0) <= (right == 0) and (high == 1) <= (right == images)
+    if right < images:  # one more is better, at both ends
+        more = wilson(right + 1, images)
+        assert low < more.low and high < more.high
     mirrored = wilson(images - right, images)
-    assert mirrored.low == pytest.approx(1 - high) and mirrored.high == pytest.approx(1 - low)
+    assert (mirrored.low, mirrored.high) == pytest.approx((1 - high, 1 - low))
+    # Ten times the images: an interval inside this one.
+    _, inner_low, inner_high = wilson(10 * right, 10 * images)
+    assert low <= inner_low <= inner_high <= high
+
+
+def test_wilson_of_no_image_and_of_all_images_right_ends_at_0_and_1():
+    """Exactly, in spite of rounding."""
+    for images in range(1, 60):
+        none, every = wilson(0, images), wilson(images, images)
+        assert (none.value, none.low) == (0.0, 0.0) and (every.value, every.high) == (1.0, 1.0)
+        assert none.high < 1 and every.low > 0
 
 
 @pytest.mark.parametrize("images", [10, 60, 400])
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.9])
-def test_wilson_holds_the_truth_about_as_often_as_promised(images, share):
+def test_wilsons_interval_covers_the_truth(images, share):
     """By summing over all outcomes; the least coverage of Wilson's interval is known to be about
     0.83, near the ends, its mean 0.95."""
     held = 0.0
@@ -47,47 +58,8 @@ def test_wilson_holds_the_truth_about_as_often_as_promised(images, share):
     assert held > (0.91 if images * min(share, 1 - share) > 3 else 0.83)
 
 
-def test_wilson_of_nothing_is_no_number():
+def test_wilson_of_no_images_is_nan():
     assert all(math.isnan(value) for value in wilson(0, 0))
-
-
-def test_wilson_by_the_spec():
-    """Half-widths stated there: 1,000 images at 25 %, 100 images."""
-    for images, half in ((1000, 0.027), (100, 0.085)):
-        _, low, high = wilson(images // 4, images)
-        assert (high - low) / 2 == pytest.approx(half, abs=2e-3)
-
-
-# --- Metrics ---
-
-
-@given(draw.vectors(0.01, 1))
-def test_metrics_are_their_formulas(accuracy):
-    values = accuracy.tolist()
-    mean, worst, nsd = oracles.fairness(values)
-    expected = {
-        "average": mean,
-        "worst": worst,
-        "worst_tenth": oracles.worst_tenth(values),
-        "gap": max(values) - worst,
-        "normalized_std": nsd,
-    }
-    for name, metric in METRICS.items():
-        assert_close(metric(accuracy), expected[name], terms=10 * len(values))
-    assert METRICS["gap"](accuracy) >= 0
-    many = torch.stack([accuracy, accuracy.flip(0)]).expand(3, 2, -1)
-    for metric in METRICS.values():
-        assert metric(many).shape == (3, 2)
-        assert torch.equal(metric(many)[0], metric(many)[2])
-        assert torch.allclose(metric(many)[0, 0], metric(accuracy), rtol=1e-14)
-
-
-def test_rho():
-    base, none = torch.tensor([0.2, 0.8]), torch.tensor([0.0, 1.0])
-    assert rho(base, base).item() == 0
-    assert rho(torch.tensor([0.85, 0.25]), base).item() == pytest.approx(0.25 + 0.1)
-    assert rho(none, none).item() == 0
-    assert rho(torch.tensor([0.1, 0.9]), none).item() == math.inf
 
 
 # --- Bootstrap ---
@@ -107,7 +79,7 @@ def generator(seed=0):
 
 def test_replicates_have_the_mean_and_the_spread_of_binomials():
     right, labels = drawn([[0.3, 0.8, 1.0]], 200)
-    values = resampled(right, labels, generator(), 4000)
+    values = resample(right, labels, generator(), 4000)
     assert values.shape == (4000, 1, 3)
     share = right.view(3, 200).double().mean(1)
     error = (share * (1 - share) / 200).sqrt()
@@ -117,20 +89,32 @@ def test_replicates_have_the_mean_and_the_spread_of_binomials():
     assert (values[:, 0, 2] == 1).all()
 
 
+def test_replicates_of_two_images_have_their_probabilities():
+    """One of two is right: none, one or both draws are it. Classes are drawn apart. Five standard
+    errors of 20,000 replicates."""
+    right, labels = torch.tensor([[True, True, False, False]]), torch.tensor([0, 1, 0, 1])
+    values = resample(right, labels, generator(), 20000)[:, 0]
+    for a in (0.0, 0.5, 1.0):
+        for b in (0.0, 0.5, 1.0):
+            share = ((values[:, 0] == a) & (values[:, 1] == b)).double().mean().item()
+            expected = (0.5 if a == 0.5 else 0.25) * (0.5 if b == 0.5 else 0.25)
+            assert abs(share - expected) <= 5 * math.sqrt(expected * (1 - expected) / 20000)
+
+
 def test_replicates_are_paired_and_repeatable():
     right, labels = drawn([[0.3, 0.8], [0.5, 0.6]], 30)
-    twice = resampled(torch.cat([right, right]), labels, generator(), 50)
+    twice = resample(torch.cat([right, right]), labels, generator(), 50)
     assert torch.equal(twice[:, :2], twice[:, 2:])
-    assert torch.equal(resampled(right, labels, generator(), 50), twice[:, :2])
-    assert not torch.equal(resampled(right, labels, generator(1), 50), twice[:, :2])
+    assert torch.equal(resample(right, labels, generator(), 50), twice[:, :2])
+    assert not torch.equal(resample(right, labels, generator(1), 50), twice[:, :2])
     # What is right in both stays right in both, however often an image is drawn.
-    both = resampled(torch.stack([right[0], right[0] | right[1]]), labels, generator(), 50)
+    both = resample(torch.stack([right[0], right[0] | right[1]]), labels, generator(), 50)
     assert (both[:, 0] <= both[:, 1]).all()
 
 
 def test_only_classes_with_images_are_resampled():
     right, labels = drawn([[0.5, 0.5, 0.5]], 10)
-    values = resampled(right[:, labels != 1], labels[labels != 1], generator(), 20)
+    values = resample(right[:, labels != 1], labels[labels != 1], generator(), 20)
     assert values.shape == (20, 1, 2)
 
 
@@ -140,19 +124,41 @@ def test_the_percentiles_are_reflected_and_cut():
     assert tuple(bootstrap(0.6, replicates, 0.3, 1.0)) == pytest.approx((0.6, 0.3, 1.0))
 
 
-@given(st.floats(0, 1), draw.vectors(0, 1))
-def test_an_interval_holds_its_own_value(value, replicates):
-    """Where all is nearly equal, every replicate of a gap or an NSD is above the figure."""
-    shown, low, high = bootstrap(value, replicates, 0.0, 1.0)
-    assert shown == value and 0 <= low <= value <= high <= 1
+@given(draw.vectors(-3, 3, minimum=50, maximum=90), st.floats(-2, 2))
+def test_an_interval_moves_and_mirrors_with_its_figure(replicates, move):
+    value = replicates.mean().item()
+    low, high = bootstrap(value, replicates)[1:]
+    assert low <= value <= high
+    moved = bootstrap(value + move, replicates + move)
+    assert tuple(moved) == pytest.approx((value + move, low + move, high + move))
+    mirrored = bootstrap(-value, -replicates)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-high, -low))
 
 
-def test_the_interval_of_an_average_holds_the_truth():
+@given(draw.vectors(0, 1, minimum=2, maximum=50), st.floats(0, 1))
+def test_an_interval_holds_its_figure_and_keeps_in_range(replicates, value):
+    _, low, high = bootstrap(value, replicates, 0.0, 1.0)
+    assert 0 <= low <= value <= high <= 1
+    same = bootstrap(value, torch.full_like(replicates, value))
+    assert tuple(same) == (value, value, value)
+
+
+def test_infinite_replicates_count_as_far_ones():
+    """As of rho, over a worst class of 0."""
+    replicates = torch.linspace(0, 1, 1001, dtype=draw.DTYPE)
+    plain = bootstrap(0.5, replicates)
+    replicates[-10:] = math.inf
+    assert bootstrap(0.5, replicates) == plain
+    replicates[-50:] = math.inf
+    assert bootstrap(0.5, replicates) == plain._replace(low=-math.inf)
+
+
+def test_the_bootstrap_interval_of_an_average_covers_the_truth():
     held = 0
     for seed in range(200):
         right, labels = drawn([[0.3, 0.6, 0.8]], 60, seed)
         share = right.view(3, 60).double().mean()
-        values = METRICS["average"](resampled(right, labels, generator(seed), 400))[:, 0]
+        values = METRICS["average"](resample(right, labels, generator(seed), 400))[:, 0]
         low, high = bootstrap(share.item(), values)[1:]
         held += low <= 1.7 / 3 <= high
     assert held >= 200 * 0.95 - 4 * (200 * 0.95 * 0.05) ** 0.5  # four standard errors

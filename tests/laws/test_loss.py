@@ -2,15 +2,15 @@
 
 import inspect
 
-import oracles
 import pytest
-import strategies as draw
 import torch
 import torch.nn.functional as F
+from helpers import oracles
+from helpers import strategies as draw
+from helpers.implementations import both
+from helpers.tolerance import EPS, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from implementations import both
-from tolerance import EPS, assert_close
 
 
 def entropy(p):
@@ -79,7 +79,7 @@ def test_two_soft_labels_share_nothing(impl, case):
 
 @both
 @given(draw.matrices(rows=st.just(1), bound=5), st.floats(1.0, 5.0))
-def test_slope_of_the_entropy(impl, logits, value):
+def test_the_entropy_grows_with_temperature_by_its_formula(impl, logits, value):
     t = torch.tensor([value], dtype=draw.DTYPE, requires_grad=True)
     p = F.softmax(logits / t, dim=1)
     (slope,) = torch.autograd.grad(-(p * F.log_softmax(logits / t, dim=1)).sum(), t)
@@ -90,7 +90,7 @@ def test_slope_of_the_entropy(impl, logits, value):
 
 @both
 @pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_that_is_no_class_is_refused(impl, label):
+def test_a_label_outside_the_classes_is_refused(impl, label):
     with pytest.raises(RuntimeError, match="out of bounds"):
         impl.soften(torch.zeros(1, 3), torch.tensor([label]), torch.ones(3))
 
@@ -135,7 +135,7 @@ def test_loss_is_no_less_than_zero_and_zero_for_equals(impl, logits, seed):
 
 @both
 @given(draw.labelled(), st.floats(0, 1), st.floats(0.1, 10))
-def test_gradient_of_the_loss(impl, case, weight, scale):
+def test_the_gradient_of_the_loss_is_the_formula(impl, case, weight, scale):
     adv, nat = case[0].clone().requires_grad_(), (case[0] / 3).clone().requires_grad_()
     soft = impl.soften(*case)
     impl.absld_loss(adv, nat, soft, soft, adv_weight=weight, kl_scale=scale).backward()
@@ -158,7 +158,7 @@ def test_loss_of_parts_adds_up(impl, case, cut):
 
 @both
 @given(draw.labelled(), draw.seeds)
-def test_loss_knows_no_order_of_images_or_classes(impl, case, seed):
+def test_the_order_of_images_and_classes_does_not_change_the_loss(impl, case, seed):
     logits, soft = case[0], impl.soften(*case)
     random = torch.Generator().manual_seed(seed)
     rows, columns = (torch.randperm(n, generator=random) for n in logits.shape)

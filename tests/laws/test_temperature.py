@@ -1,13 +1,13 @@
 """The laws of class risks and temperatures (D5, D6)."""
 
-import oracles
-import strategies as draw
 import torch
+from helpers import oracles
+from helpers import strategies as draw
+from helpers.implementations import both
+from helpers.tolerance import EPS, assert_close
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from implementations import both
-from tolerance import EPS, assert_close
 
 import absld
 import absld_min
@@ -22,7 +22,7 @@ def update(impl, temperature, risk, rate=0.1, lower=LOWER, upper=UPPER):
 
 
 def spread(risk):
-    """Do the risks differ by more than rounding, so that a division by their gap is sound?"""
+    """Return whether the risks differ by more than rounding: a division by their gap is sound."""
     return (risk.max() - risk.min()) > 1e-6 * risk.abs().max()
 
 
@@ -76,7 +76,9 @@ def test_update_is_the_formula(impl, risk, rate, seed):
 
 @both
 @given(risks, st.floats(0, 2), draw.seeds)
-def test_step_before_clipping(impl, risk, rate, seed):
+def test_an_unclipped_step_is_the_rate_for_the_farthest_class_and_sums_to_zero(
+    impl, risk, rate, seed
+):
     assume(spread(risk))
     random = torch.Generator().manual_seed(seed)
     old = torch.rand(len(risk), generator=random, dtype=draw.DTYPE) * 4.5 + 0.5
@@ -97,7 +99,7 @@ def test_scale_and_origin_of_the_risks_do_not_matter(impl, risk, factor, shift):
 
 @both
 @given(risks, draw.seeds)
-def test_no_class_is_special(impl, risk, seed):
+def test_an_update_commutes_with_permutations_of_the_classes(impl, risk, seed):
     order = torch.randperm(len(risk), generator=torch.Generator().manual_seed(seed))
     old = torch.linspace(0.5, 5, len(risk), dtype=draw.DTYPE)
     assume(spread(risk))
@@ -136,7 +138,7 @@ def test_an_absent_class_stays_and_does_not_count(impl):
 
 
 @both
-def test_each_row_is_on_its_own(impl):
+def test_each_row_is_updated_on_its_own(impl):
     """Rows whose risks are equal, infinite, absent, and spread."""
     old = torch.tensor([0.6, 1.5, 3.0, 4.0], dtype=draw.DTYPE)
     nan, inf = float("nan"), float("inf")
@@ -158,7 +160,7 @@ def test_result_is_a_new_tensor(impl):
 
 
 @both
-def test_time_from_one_to_the_ends(impl):
+def test_steps_from_one_to_the_bounds(impl):
     temperature, risk = torch.ones(2, dtype=draw.DTYPE), torch.tensor([2.0, 1.0]).double()
     for step in range(1, 41):
         temperature = update(impl, temperature, risk)
@@ -180,7 +182,7 @@ class TemperatureMachine(RuleBasedStateMachine):
     @initialize(num_classes=st.integers(2, 4))
     def start(self, num_classes):
         self.num_classes = num_classes
-        self.taught = absld.ClassTemperature(num_classes, dtype=draw.DTYPE)
+        self.class_temperature = absld.ClassTemperature(num_classes, dtype=draw.DTYPE)
         self.computed = {
             impl: torch.ones(2, num_classes, dtype=draw.DTYPE) for impl in (absld_min, absld)
         }
@@ -200,7 +202,7 @@ class TemperatureMachine(RuleBasedStateMachine):
         known = data.draw(st.lists(st.integers(0, c - 1), min_size=n, max_size=n))
         labels = torch.tensor(known)
         logits = [torch.tensor(values, dtype=draw.DTYPE) for values in drawn]
-        self.taught.observe(*logits, labels)
+        self.class_temperature.observe(*logits, labels)
         for impl, sums in self.sums.items():
             adv, counts = impl.class_risk_sums(logits[0], labels, c)
             nat, _ = impl.class_risk_sums(logits[1], labels, c)
@@ -234,24 +236,26 @@ class TemperatureMachine(RuleBasedStateMachine):
                     for old, total in zip(self.computed[impl], sums, strict=False)
                 ]
             )
-        reported = self.taught.step(rate)
+        reported = self.class_temperature.step(rate)
         for tensor, total in zip(reported, self.sums[absld], strict=False):
             assert torch.equal(tensor.nan_to_num(-1), (total / self.sums[absld][2]).nan_to_num(-1))
         self.new_epoch()
 
     @rule()
     def an_interruption(self):
-        state = self.taught.state_dict()
-        self.taught = absld.ClassTemperature(self.num_classes, dtype=draw.DTYPE)
-        self.taught.load_state_dict(state)
+        state = self.class_temperature.state_dict()
+        self.class_temperature = absld.ClassTemperature(self.num_classes, dtype=draw.DTYPE)
+        self.class_temperature.load_state_dict(state)
 
     @invariant()
     def bounded_and_alike(self):
-        if not hasattr(self, "taught"):
+        if not hasattr(self, "class_temperature"):
             return
         single = self.computed[absld_min]
         assert torch.equal(self.computed[absld], single)
-        assert torch.equal(torch.stack([self.taught.adv, self.taught.nat]), single)
+        assert torch.equal(
+            torch.stack([self.class_temperature.adv, self.class_temperature.nat]), single
+        )
         assert ((single >= LOWER) & (single <= UPPER)).all()
         assert_close(single, self.by_hand, terms=1e9)
 

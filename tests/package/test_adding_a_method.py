@@ -1,4 +1,4 @@
-"""docs/adding-a-method.md: its class and its recipe, as a user would put them into a folder."""
+"""docs/contributing.md: its method, recipe and attack, as a user would put them into a folder."""
 
 import importlib
 import json
@@ -9,32 +9,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cli import few_digits, main
-from test_peers import ATTACK, C, batch, linear, one_hot, parameters, softmax
+from helpers.plain_methods import ATTACK, C, batch, linear, one_hot, parameters, softmax
+from helpers.program import few_digits, main
 
 import absld_min
-from absld.config.files import from_toml
+from absld.config.files import read_recipe
 from absld.config.resolve import resolve
 from absld.config.settings import TrainConfig
+from absld.evaluation.evaluate import evaluate
 from absld.methods import build_method
+from absld.models.architectures import build_model
 
-PAGE = Path(absld_min.__file__).parent / "docs" / "adding-a-method.md"
+PAGE = Path(absld_min.__file__).parent / "docs" / "contributing.md"
 TINY = ["--max-steps", "2", "--batch-size", "16", "--device", "cpu", "--allow-weak-teacher"]
 
 
 @pytest.fixture(autouse=True)
 def files(tmp_path, monkeypatch):
-    """mart.py and mart.toml, in the current folder."""
+    """The files of the page, in the current folder."""
     text = PAGE.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for kind, name in (("python", "mart.py"), ("toml", "mart.toml")):
-        (block,) = re.findall(rf"^```{kind}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    blocks = dict(re.findall(r'^```\w+ title="(.*?)"\n(.*?)^```$', text, re.DOTALL | re.MULTILINE))
+    assert set(blocks) == {"mart.py", "mart.toml", "noise.py"}
+    for name, block in blocks.items():
         Path(name).write_text(block)
     for module in ("runs.training_run", "evaluation.runner", "runs.comparison"):
         monkeypatch.setattr(f"absld.{module}.load_data", lambda dataset, folder, size: few_digits())
     yield
-    sys.modules.pop("mart", None)
+    for name in ("mart", "noise"):
+        sys.modules.pop(name, None)
     importlib.invalidate_caches()
 
 
@@ -92,7 +96,7 @@ def test_the_loss_is_finite_where_a_wrong_class_is_certain():
 
 
 def test_the_recipe_is_the_published_one():
-    config = resolve(from_toml("mart.toml") | {"dataset": "cifar10"})
+    config = resolve(read_recipe("mart.toml") | {"dataset": "cifar10"})
     assert config.milestone_epochs() == [75, 90, 100] and config.epochs == 120
     assert (config.learning_rate, config.weight_decay) == (0.01, 3.5e-3)
     assert config.relative_step_size * 0.031 == pytest.approx(0.007)
@@ -111,8 +115,18 @@ def test_it_trains_and_resumes_and_compares(capfd):
     assert json.loads(capfd.readouterr().out)["student_sha256"] == first["student_sha256"]
     given = ["--epochs", "1", *TINY, "--attacks", "fgsm", "--no-checks"]
     assert main("compare", "--methods", "sat,mart.toml", *given, "--json") == 0
-    document = json.loads(capfd.readouterr().out)
-    assert [method["name"] for method in document["methods"]] == ["sat", "mart:Mart"]
-    assert document["notes"] == [
+    results = json.loads(capfd.readouterr().out)
+    assert [method["name"] for method in results["methods"]] == ["sat", "mart:Mart"]
+    assert results["notes"] == [
         "mart.toml: epochs, learning_rate, weight_decay, milestones left out, all methods train alike"
     ]
+
+
+def test_an_evaluation_takes_the_attack(monkeypatch):
+    monkeypatch.syspath_prepend(".")
+    attack = importlib.import_module("noise").UniformNoise()
+    network, images = build_model("convnet", 10, "attacked"), few_digits().test
+    evaluation = evaluate(network, images, epsilon=0.1, attacks=[attack])
+    assert evaluation.attacks == ("clean", "noise")
+    again = evaluate(network, images, epsilon=0.1, attacks=[attack], batch_size=7)
+    assert evaluation.predictions.equal(again.predictions)

@@ -8,16 +8,18 @@ import sys
 from dataclasses import replace
 
 import pytest
-import strategies as draw
 import torch
+from helpers import strategies as draw
+from helpers.small_networks import Cut, network
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import absld
 from absld.attack import margins
-from absld.evaluation import autoattack
 from absld.evaluation.attacks import (
+    AUTOATTACK_COSTS,
+    AttackBatch,
     AutoAttackPart,
     SignedGradient,
     SquareSearch,
@@ -29,24 +31,14 @@ from absld.evaluation.attacks import (
 C = 3
 NAMES = ["fgsm", "pgd4", "pgd4-sat", "cw4"]
 named = pytest.mark.parametrize("name", NAMES)
-parts = pytest.mark.parametrize("part", autoattack.COSTS)
-
-
-def network(seed=0, dtype=draw.DTYPE, classes=C):
-    """Small, and neither linear nor smooth."""
-    random = torch.Generator().manual_seed(seed)
-    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, classes)]
-    net = nn.Sequential(*layers).to(dtype)
-    for parameter in net.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=random, dtype=dtype) / 3
-    return net.eval().requires_grad_(False)
+parts = pytest.mark.parametrize("part", AUTOATTACK_COSTS)
 
 
 def made(attack, x, index=None, *, seed=0, net=None, **settings):
     """What an attack makes of images, which are labelled 0, 1, 2, 0, ..."""
     index = torch.arange(len(x)) if index is None else index
-    settings = {"restart": 0, "epsilon": 0.1, "seed": seed} | settings
-    return attack.perturb(net or network(dtype=x.dtype), x, index % C, index, **settings)
+    batch = AttackBatch(x, index % C, index, **{"epsilon": 0.1, "seed": seed} | settings)
+    return attack.perturb(net or network(dtype=x.dtype), batch)
 
 
 def start(attack, n=8, **settings):
@@ -71,7 +63,7 @@ def test_an_attack_is_named_once(names):
         pytest.importorskip("pyautoattack")
     with pytest.raises(absld.UsageError, match="named twice") as caught:
         parse_attacks(names, 10)
-    assert caught.value.way_out == "name each once"
+    assert caught.value.hint == "name each once"
 
 
 def test_the_order_is_that_of_the_names():
@@ -84,7 +76,7 @@ def test_a_package_that_is_missing_is_missed_at_once(monkeypatch):
     assert len(parse_attacks("fgsm,pgd4", 10)) == 2
     with pytest.raises(absld.UsageError, match="needs the package pyautoattack") as caught:
         parse_attacks("fgsm,autoattack", 10)
-    assert caught.value.way_out == "pip install 'absld[autoattack]'"
+    assert caught.value.hint == "pip install 'absld[autoattack]'"
 
 
 def test_restarts_are_of_pgd_and_cw():
@@ -92,10 +84,14 @@ def test_restarts_are_of_pgd_and_cw():
     attacks = parse_attacks("fgsm,pgd4,pgd4-sat,cw4,autoattack", 10, restarts=5)
     assert [attack.restarts for attack in attacks] == [1, 5, 5, 5, 1, 1, 1, 1]
     assert [attack.cost for attack in attacks[:4]] == [1.0, 4.0, 4.0, 4.0]
-    assert all(attack.cost == autoattack.COSTS[attack.name] for attack in attacks[4:])
+    assert all(attack.cost == AUTOATTACK_COSTS[attack.name] for attack in attacks[4:])
 
 
-@pytest.mark.parametrize("name", ["pgd100000", "pgd20-SAT-sat", "pgd 20", "cw-30", "pgd\uff12"])
+@pytest.mark.parametrize(
+    "name",
+    ["x", "pgd", "pgd0", "pgd-5", "pgd100000", "pgd 20", "pgd\uff12", "pgd20-SAT-sat", "cw-30",
+     "cw30-sat", "fgsm2", "apgd-ce"],
+)  # fmt: skip
 def test_names_that_look_like_one(name):
     with pytest.raises(absld.UsageError, match="there is no attack"):
         parse_attack(name)
@@ -284,11 +280,6 @@ def test_images_of_any_shape_are_searched(shape):
 
 
 # --- Networks that have no gradient ---
-
-
-class Cut(nn.Module):
-    def forward(self, x):
-        return network()(x.detach())
 
 
 def test_a_gradient_is_put_in_place_only_where_there_is_none():

@@ -7,17 +7,21 @@ import logging
 import sys
 
 import pytest
-import strategies as draw
 import torch
-from test_closed_form import Linear
-from test_closed_form import sample as linear
-from test_suite import Cut, network
+from helpers import strategies as draw
+from helpers.linear import Linear
+from helpers.linear import sample as linear
+from helpers.small_networks import Cut, network
 
 import absld
-from absld.evaluation import autoattack
-from absld.evaluation.attacks import AutoAttackPart, differentiable
+from absld.evaluation.attacks import (
+    AUTOATTACK_COSTS,
+    AttackBatch,
+    AutoAttackPart,
+    autoattack_parts,
+)
 
-parts = pytest.mark.parametrize("part", autoattack.COSTS)
+parts = pytest.mark.parametrize("part", AUTOATTACK_COSTS)
 
 
 def sample(classes=5, n=4):
@@ -48,9 +52,13 @@ def recorded(monkeypatch):
     return found
 
 
-def perturbed(part, classes=5, key=("test",), epsilon=0.05):
-    model, x, labels = sample(classes)
-    return autoattack.perturb(part, differentiable(model), x, labels, epsilon=epsilon, key=key)
+def attack(part, model, x, labels, **settings):
+    batch = AttackBatch(x, labels, torch.arange(len(x)), **{"epsilon": 0.05} | settings)
+    return AutoAttackPart(part).perturb(model, batch)
+
+
+def perturbed(part, classes=5, **settings):
+    return attack(part, *sample(classes), **settings)
 
 
 STANDARD = {
@@ -76,9 +84,9 @@ def test_settings_are_those_of_the_standard_version(part, classes, targets, reco
 @parts
 def test_the_key_decides_every_random_number(part, recorded):
     """The seed that a part is given, and what it may draw without one."""
-    for key in (("a", 0), ("a", 0), ("a", 1), ("b", 0)):
+    for seed in (0, 0, 1, 2):
         torch.rand(5)
-        perturbed(part, key=key)
+        perturbed(part, seed=seed)
     seeds, drawn = ([used[name] for used in recorded] for name in ("seed", "drawn"))
     for values in (seeds, drawn):
         assert values[0] == values[1]
@@ -91,10 +99,10 @@ def test_an_evaluation_gives_each_try_its_own_key(part, recorded):
     model, x, labels = sample()
 
     def made(part=part, first=0, **changed):
-        settings = {"restart": 0, "epsilon": 0.05, "seed": 0} | changed
-        AutoAttackPart(part).perturb(model, x, labels, torch.arange(4) + first, **settings)
+        batch = AttackBatch(x, labels, torch.arange(4) + first, epsilon=0.05, **changed)
+        AutoAttackPart(part).perturb(model, batch)
 
-    other = next(name for name in autoattack.COSTS if name != part)
+    other = next(name for name in AUTOATTACK_COSTS if name != part)
     for changed in ({}, {"first": 1}, {"restart": 1}, {"seed": 1}, {"part": other}, {}):
         made(**changed)
     seeds = [used["seed"] for used in recorded]
@@ -113,8 +121,8 @@ def test_random_numbers_are_as_before_even_if_it_raises(part, recorded, monkeypa
     import pyautoattack
 
     whole = pyautoattack.AutoAttack(lambda x: x)
-    for attack in (whole.apgd, whole.apgd_targeted, whole.fab, whole.square):
-        monkeypatch.setattr(type(attack), "perturb", fails)
+    for each in (whole.apgd, whole.apgd_targeted, whole.fab, whole.square):
+        monkeypatch.setattr(type(each), "perturb", fails)
     with pytest.raises(KeyboardInterrupt):
         perturbed(part)
     assert torch.equal(torch.get_rng_state(), before)
@@ -127,10 +135,8 @@ def test_the_key_decides_the_result(part):
     pytest.importorskip("pyautoattack")
     model = network(1, torch.float32, classes=4)
     x = draw.images(1, dtype=torch.float32)
-    settings = {"forward": model, "x_nat": x, "labels": model(x).argmax(1), "epsilon": 0.1}
-    one, again, other = (
-        autoattack.perturb(part, key=(key,), **settings) for key in ("one", "one", "other")
-    )
+    labels = model(x).argmax(1)
+    one, again, other = (attack(part, model, x, labels, epsilon=0.1, seed=k) for k in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, x)
     assert torch.equal(one, other) == (part == "fab-t")
 
@@ -140,7 +146,7 @@ def test_the_parts_that_there_are(classes):
     expected = ["apgd-ce", "apgd-t", "fab-t", "square"]
     if classes <= 3:
         expected.remove("apgd-t")  # its loss takes the fourth largest logit
-    assert autoattack.parts(classes) == expected
+    assert [part.name for part in autoattack_parts(classes)] == expected
 
 
 @parts
@@ -150,14 +156,14 @@ def test_a_network_that_cuts_its_gradient_stops_no_part(part, caplog, capfd):
     x, labels = draw.images(0, dtype=torch.float32), torch.arange(4) % 4
     net, cut = network(0, torch.float32, classes=4), Cut()
     cut.forward = lambda x: net(x.detach())
-    x_adv = autoattack.perturb(part, differentiable(cut), x, labels, epsilon=0.05, key=("test",))
+    x_adv = attack(part, cut, x, labels)
     assert ((x_adv >= 0) & (x_adv <= 1)).all() and (x_adv - x).abs().max() <= 0.05 + 1e-6
     assert caplog.records == [] and capfd.readouterr() == ("", "")
     assert not logging.getLogger("auto-attack").isEnabledFor(logging.WARNING)
     assert logging.getLogger("auto-attack").isEnabledFor(logging.ERROR)
 
 
-@pytest.mark.parametrize("part", autoattack.COSTS)
+@pytest.mark.parametrize("part", AUTOATTACK_COSTS)
 def test_outputs_that_are_a_view_of_the_image(part):
     """Four channels, and the class is that of the brightest corner: a step of 0.1 may change it."""
     pytest.importorskip("pyautoattack")
@@ -169,7 +175,7 @@ def test_outputs_that_are_a_view_of_the_image(part):
     x = torch.rand(20, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.4
     data = absld.ImageSet(x, x[:, :, 0, 0].argmax(1), tuple("abcd"))
     found = absld.evaluate(View(), data, epsilon=0.06, attacks=[AutoAttackPart(part)])
-    assert found.right.sum(1).tolist() == [20, 0]
+    assert found.correct.sum(1).tolist() == [20, 0]
 
 
 def test_a_missing_package_is_missed_before_any_image(monkeypatch):
@@ -188,8 +194,8 @@ def test_a_missing_package_is_missed_before_any_image(monkeypatch):
     assert seen == []
 
 
-@pytest.mark.parametrize("part", autoattack.COSTS)
+@pytest.mark.parametrize("part", AUTOATTACK_COSTS)
 def test_a_single_image(part):
     model, data = linear(0, 5, 1, dtype=torch.float32)
-    made = autoattack.perturb(part, model, data.images, data.labels, epsilon=0.05, key=("test",))
+    made = attack(part, model, data.images, data.labels)
     assert made.shape == data.images.shape

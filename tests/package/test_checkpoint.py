@@ -1,10 +1,10 @@
 """Files of weights and run directories: whole or not there, unchanged or refused, never run."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import processes
+from helpers.weight_files import Payload, same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -27,18 +29,6 @@ from absld.storage import checkpoint
 from absld.storage.checkpoint import content_digest, load, save
 from absld.storage.files import digest, replacing
 from absld.storage.run_directory import RunDirectory
-
-# A child is forked off a server, which has imported what it needs once, for all test files.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    [
-        "absld.runs.training_run",
-        "absld.cli.training_view",
-        "torchvision.datasets",
-        "sklearn.model_selection",
-        "test_cli",
-    ]
-)
 
 SOURCE = str(Path(absld.__file__).parents[1])
 CONTENT = {
@@ -54,23 +44,12 @@ CONTENT = {
 }
 
 
-def same(a, b):
-    """Equal in type and value, tensors to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) and (a.dtype, a.shape) == (b.dtype, b.shape)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
 def refused(path, *patterns):
     with pytest.raises(CheckpointError) as caught:
         load(path)
     for pattern in (str(path), *patterns):
         assert pattern in str(caught.value)
-    assert caught.value.way_out and "\n" not in str(caught.value)
+    assert caught.value.hint and "\n" not in str(caught.value)
 
 
 # --- Whole or not there ---
@@ -242,24 +221,6 @@ def test_the_digest_of_weights_is_as_defined():
 # --- What a file is instead ---
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "the file is empty"),
-        (b"<!DOCTYPE html><html><body>quota exceeded</body></html>", "HTML page"),
-        (b"\n  <html><head></head></html>", "HTML page"),
-        (b"just a note\n", "it starts with b'just a note\\n'"),
-        (b"PK\3\4 truncated", "truncated or damaged"),
-        (b"\x80\x02.", "no checkpoint"),
-        (b"\0" * 1000, "no checkpoint"),
-    ],
-)
-def test_files_that_are_no_checkpoints(content, said, tmp_path):
-    path = tmp_path / "teacher é.pt"
-    path.write_bytes(content)
-    refused(path, said)
-
-
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_a_truncated_file(share, tmp_path):
     path = saved(tmp_path)
@@ -281,15 +242,7 @@ def test_a_program_by_torch_jit_is_not_called_damaged(tmp_path):
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
     with pytest.raises(CheckpointError) as caught:
         load(path)
-    assert "damaged" not in str(caught.value) and "again" not in caught.value.way_out
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+    assert "damaged" not in str(caught.value) and "again" not in caught.value.hint
 
 
 def test_a_payload_never_runs(tmp_path, single_thread):
@@ -323,7 +276,7 @@ def test_a_whole_module_is_refused_by_type_and_told_how_to_export(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         load(tmp_path / "teacher.pt")
     assert "torch.nn.modules.linear.Linear" in str(caught.value)
-    assert "state_dict()" in caught.value.way_out
+    assert "state_dict()" in caught.value.hint
 
 
 # --- Run directories ---
@@ -392,11 +345,29 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     assert run.status() == "finished"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")],
+    ids=["NotImplementedError", "ENOLCK"],
+)
+def test_a_file_system_without_locks_gives_a_cause_and_a_hint(error, tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path)
+
+    def acquire(*args, **settings):
+        raise error
+
+    monkeypatch.setattr(run._lock, "acquire", acquire)
+    with pytest.raises(CheckpointError, match="no file locks") as caught, run:
+        pytest.fail("not locked")
+    assert caught.value.hint == "give an --out on another file system"
+    assert not run.exists()
+
+
 def test_records(tmp_path):
     run = RunDirectory(tmp_path)
     assert run.records() == []
     for epoch in (1, 2, 3):
-        run.append({"epoch": epoch, "risk": [None, 0.1 + 0.2]})
+        run.append_record({"epoch": epoch, "risk": [None, 0.1 + 0.2]})
     lines = run.metrics.read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
     assert run.records()[2] == {"epoch": 3, "risk": [None, 0.1 + 0.2]}
@@ -404,8 +375,8 @@ def test_records(tmp_path):
 
 def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
     run = RunDirectory(tmp_path)
-    run.append({"epoch": 1})
-    run.append({"epoch": 2})
+    run.append_record({"epoch": 1})
+    run.append_record({"epoch": 2})
     whole = run.metrics.read_bytes()
     for end in range(len(whole) - 1, len(whole) // 2 - 1, -1):
         run.metrics.write_bytes(whole[:end])
@@ -414,22 +385,22 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
 
 def test_what_is_recorded_after_a_torn_line_is_read_again(tmp_path):
     run = RunDirectory(tmp_path)
-    run.append({"epoch": 1})
+    run.append_record({"epoch": 1})
     with run.metrics.open("a") as file:
         file.write('{"epoch": 2, "lo')
-    run.keep_records(2)
-    run.append({"epoch": 2})
+    run.drop_records_after(2)
+    run.append_record({"epoch": 2})
     assert run.records() == [{"epoch": 1}, {"epoch": 2}]
 
 
 def test_records_that_the_checkpoint_does_not_know_are_dropped(tmp_path):
     run = RunDirectory(tmp_path)
-    run.keep_records(0)
+    run.drop_records_after(0)
     assert run.records() == []
     for epoch in (1, 2, 3):
-        run.append({"epoch": epoch, "loss": 0.1 * epoch})
+        run.append_record({"epoch": epoch, "loss": 0.1 * epoch})
     before = run.metrics.read_text().splitlines(keepends=True)
-    run.keep_records(2)
+    run.drop_records_after(2)
     assert run.metrics.read_text().splitlines(keepends=True) == before[:2]
 
 

@@ -1,9 +1,8 @@
-"""absld compare: figures against plain Python, tables read back, runs used again, faults."""
+"""`absld compare`: figures against plain Python, tables read back, runs used again, refusals."""
 
 import csv
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -16,19 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import few_digits, main, refused
+from helpers.program import load_few, main, refused
 
 import absld
-from absld.config.files import of_run, to_toml
+from absld.config.files import read_run_config, to_toml
 from absld.config.resolve import resolve
-from absld.errors import Interrupted, UsageError
-from absld.evaluation.evaluate import Evaluation, paired
+from absld.errors import Interrupted
+from absld.evaluation.evaluate import Evaluation, paired_differences
 from absld.evaluation.intervals import over_seeds
 from absld.metrics import METRICS
 from absld.report import comparison_tables
 from absld.report.comparison_plot import plot
-from absld.report.summary import ABSENT
+from absld.report.summary import ABSENT, verdict
 from absld.runs import comparison
+from absld.runs.comparison_results import FIGURES
 
 SETTINGS = ["--epochs", "2", "--teacher-epochs", "1", "--max-steps", "2", "--allow-weak-teacher"]
 SETTINGS += ["--device", "cpu", "--batch-size", "16", "--attacks", "fgsm,pgd2", "--no-checks"]
@@ -36,21 +36,12 @@ THREE = ["--methods", "rslad,absld-weights,sat", "--seeds", "2"]
 T_975 = {1: 12.7062047, 2: 4.3026527, 4: 2.7764451}  # Student's t, from a printed table
 
 
-def load_few(dataset, folder, image_size):
-    return few_digits()
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder_with_few_digits(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for module in ("runs.training_run", "evaluation.runner", "runs.comparison"):
-        monkeypatch.setattr(f"absld.{module}.load_data", load_few)
+pytestmark = pytest.mark.usefixtures("few_digits_in_an_empty_folder")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A comparison of three methods and two seeds: its folder of runs."""
+def compared(tmp_path_factory):
+    """The folder of a comparison of three methods and two seeds."""
     folder = tmp_path_factory.mktemp("compared") / "all runs"
     with pytest.MonkeyPatch.context() as patch:
         for module in ("runs.training_run", "evaluation.runner", "runs.comparison"):
@@ -68,13 +59,13 @@ def runs_of(folder, kind):
     return sorted(str(path) for path in Path(folder).glob(f"digits-{kind}-seed*"))
 
 
-def figures(document):
-    """All of a document but when it was made, and where."""
-    return {k: v for k, v in document.items() if k != "environment"}
+def figures(results):
+    """All of a document but when and where it was made."""
+    return {k: v for k, v in results.items() if k != "environment"}
 
 
 def evaluation_of(run):
-    """What was said of the images, from the file, as plain Python: labels, and rows of classes."""
+    """Labels and rows of predictions of an evaluation file, as plain Python."""
     (path,) = Path(run).glob("evaluations/*/predictions.pt")
     kept = torch.load(path, weights_only=True)
     return kept["labels"].tolist(), kept["predictions"].tolist()
@@ -98,13 +89,13 @@ def accuracies(labels, rows):
 # --- Figures ---
 
 
-def test_figures_are_those_of_the_predictions(made):
-    """Counted again from what was said of each image, without torch."""
-    document = document_of(made)
-    assert document["schema"] == "absld-comparison-1" and document["baseline"] == "rslad"
-    assert [m["name"] for m in document["methods"]] == ["rslad", "absld-weights", "sat"]
+def test_all_figures_follow_from_the_predictions(compared):
+    """Counted again from the prediction for each image, without torch."""
+    results = document_of(compared)
+    assert results["schema"] == "absld-comparison-1" and results["baseline"] == "rslad"
+    assert [m["name"] for m in results["methods"]] == ["rslad", "absld-weights", "sat"]
     by_run = {}
-    for method in document["methods"]:
+    for method in results["methods"]:
         assert method["seeds"] == [0, 1]
         for k, run in enumerate(method["runs"]):
             labels, rows = evaluation_of(run)
@@ -117,59 +108,63 @@ def test_figures_are_those_of_the_predictions(made):
                     ("gap", max(values) - min(values)),
                     ("normalized_std", statistics.pstdev(values) / (statistics.fmean(values) or 1)),
                 ):
-                    told = method["figures"][f"{kind}_{name}"]["values"][k]
-                    assert told == pytest.approx(value, abs=1e-9), (run, kind, name)
+                    computed = method["figures"][f"{kind}_{name}"]["values"][k]
+                    assert computed == pytest.approx(value, abs=1e-9), (run, kind, name)
             lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
             seconds = [json.loads(line)["seconds"] for line in lines]
             assert method["figures"]["seconds"]["values"][k] == pytest.approx(sum(seconds))
-        for each in method["figures"].values():
-            assert each["mean"] == pytest.approx(statistics.fmean(each["values"]))
-            assert each["std"] == pytest.approx(statistics.stdev(each["values"]))
-    assert document["methods"][0]["differences"] is None
-    for method in document["methods"][1:]:
+        for figure in method["figures"].values():
+            assert figure["mean"] == pytest.approx(statistics.fmean(figure["values"]))
+            assert figure["std"] == pytest.approx(statistics.stdev(figure["values"]))
+    assert results["methods"][0]["differences"] is None
+    for method in results["methods"][1:]:
         gains = []
         for seed in (0, 1):
             ours, base = by_run[method["name"], seed], by_run["rslad", seed]
             gains.append(gain(*map(statistics.fmean, (ours, base))) + gain(min(ours), min(base)))
-        told = method["differences"]
-        assert told["rho"]["values"] == pytest.approx(
+        difference = method["differences"]
+        assert difference["rho"]["values"] == pytest.approx(
             [gain if math.isfinite(gain) else None for gain in gains]
         )
-        for name in comparison.FIGURES:
+        for name in FIGURES:
             pairs = zip(
                 method["figures"][name]["values"],
-                document["methods"][0]["figures"][name]["values"],
+                results["methods"][0]["figures"][name]["values"],
                 strict=True,
             )
             values = [mine - base for mine, base in pairs]
-            assert told[name]["values"] == pytest.approx(values)
+            assert difference[name]["values"] == pytest.approx(values)
             mean, std = statistics.fmean(values), statistics.stdev(values)
-            assert told[name]["mean"] == pytest.approx(mean)
+            assert difference[name]["mean"] == pytest.approx(mean)
             half = T_975[1] * std / 2**0.5
-            assert told[name]["over_seeds"] == pytest.approx([mean - half, mean + half], abs=1e-6)
-            low, high = told[name]["over_images"]
-            assert low <= told[name]["mean"] + 1e-12 and told[name]["mean"] <= high + 1e-12
+            assert difference[name]["over_seeds"] == pytest.approx(
+                [mean - half, mean + half], abs=1e-6
+            )
+            low, high = difference[name]["over_images"]
+            assert (
+                low <= difference[name]["mean"] + 1e-12 and difference[name]["mean"] <= high + 1e-12
+            )
 
 
-def test_all_runs_of_a_seed_share_images_and_teacher(made):
-    document = document_of(made)
-    assert document["notes"] == []
+def test_all_runs_of_a_seed_share_images_and_teacher(compared):
+    results = document_of(compared)
+    assert results["notes"] == []
     for seed in (0, 1):
         sessions = [
             json.loads((Path(method["runs"][seed]) / "environment.json").read_text())[-1]
-            for method in document["methods"]
+            for method in results["methods"]
         ]
-        assert len({str(each["inputs"]) for each in sessions}) == 1
-        teachers = [each.get("teacher_sha256") for each in sessions]
+        assert len({str(session["inputs"]) for session in sessions}) == 1
+        teachers = [session.get("teacher_sha256") for session in sessions]
         assert teachers[0] == teachers[1] is not None and teachers[2] is None
-    assert len(runs_of(made, "teacher")) == 2
+    assert len(runs_of(compared, "teacher")) == 2
 
 
-def test_the_schedule_is_the_same_for_all_methods(made):
+def test_the_schedule_is_the_same_for_all_methods(compared):
     configs = [
-        resolve(absld.config.files.from_toml(f"{run}/config.toml"))
+        resolve(absld.config.files.read_recipe(f"{run}/config.toml"))
         for kind in ("rslad", "absld-weights", "sat")
-        for run in runs_of(made, kind)
+        for run in runs_of(compared, kind)
     ]
     assert {(c.epochs, c.milestones, c.weight_decay, c.learning_rate) for c in configs} == {
         (2, (215 / 300, 260 / 300, 285 / 300), 2e-4, 0.1)
@@ -178,7 +173,7 @@ def test_the_schedule_is_the_same_for_all_methods(made):
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_the_interval_over_seeds_is_student_s(count):
+def test_the_interval_over_seeds_is_students(count):
     values = [0.1 * k * k - 0.3 for k in range(count)]
     found = over_seeds(torch.tensor(values, dtype=torch.float64))
     half = T_975[count - 1] * statistics.stdev(values) / count**0.5
@@ -186,13 +181,13 @@ def test_the_interval_over_seeds_is_student_s(count):
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
 
 
-def test_one_seed_says_nothing_of_others():
+def test_one_seed_has_no_interval():
     found = over_seeds(torch.tensor([0.25], dtype=torch.float64))
     assert found.value == 0.25 and math.isnan(found.low) and math.isnan(found.high)
 
 
-def said(seed, n=60, classes=3):
-    """An evaluation whose predictions are drawn."""
+def drawn_evaluation(seed, n=60, classes=3):
+    """An evaluation with random predictions."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     wrong = torch.rand(2, n, generator=random) < 0.4
@@ -203,28 +198,35 @@ def said(seed, n=60, classes=3):
 
 
 def test_pairs_of_seeds_are_averaged():
-    a, b, c, d = map(said, range(4))
-    both, first, second = paired([a, b], [c, d]), paired(a, c), paired(b, d)
+    a, b, c, d = map(drawn_evaluation, range(4))
+    both, first, second = (
+        paired_differences([a, b], [c, d]),
+        paired_differences(a, c),
+        paired_differences(b, d),
+    )
     for name in METRICS:
         mean = (first.robust[name].value + second.robust[name].value) / 2
         assert both.robust[name].value == pytest.approx(mean)
         mean = (first.clean[name].value + second.clean[name].value) / 2
         assert both.clean[name].value == pytest.approx(mean)
     assert both.rho.value == pytest.approx((first.rho.value + second.rho.value) / 2)
-    # An image counts for all: the same pair twice says what it says once, and swapped pairs that
-    # nothing differs, in every replicate.
-    twice = paired([a, a], [c, c])
+    # An image is resampled for all pairs together: the same pair twice is that pair once, and two
+    # swapped pairs have no difference in any replicate.
+    twice = paired_differences([a, a], [c, c])
     for name in METRICS:
         assert tuple(twice.robust[name]) == pytest.approx(tuple(first.robust[name]))
-        assert tuple(paired([a, c], [c, a]).robust[name]) == pytest.approx((0, 0, 0))
+        assert tuple(paired_differences([a, c], [c, a]).robust[name]) == pytest.approx((0, 0, 0))
 
 
 def test_more_seeds_make_narrower_intervals_of_the_average():
-    """Of independent networks, over the images; here by about the root of 4."""
-    ours, base = [said(k) for k in range(4)], [said(k) for k in range(10, 14)]
+    """Over the images, for independent networks: four of them by about half."""
+    ours, base = (
+        [drawn_evaluation(k) for k in range(4)],
+        [drawn_evaluation(k) for k in range(10, 14)],
+    )
     widths = []
     for count in (1, 4):
-        found = paired(ours[:count], base[:count]).robust["average"]
+        found = paired_differences(ours[:count], base[:count]).robust["average"]
         widths.append(found.high - found.low)
     assert 0.35 < widths[1] / widths[0] < 0.7
 
@@ -232,32 +234,33 @@ def test_more_seeds_make_narrower_intervals_of_the_average():
 # --- Runs that are there ---
 
 
-def test_runs_that_are_there_are_used_again(made, monkeypatch, capfd):
-    before = document_of(made)
+def test_finished_runs_are_used_again(compared, monkeypatch, capfd):
+    before = document_of(compared)
     monkeypatch.setattr(
         "absld.runs.training_run.train", lambda *given, **settings: pytest.fail("trained")
     )
-    assert main("compare", *THREE, *SETTINGS, "--out", made) == 0
-    assert capfd.readouterr().out.count("was there") == 6
-    assert figures(document_of(made)) == figures(before)
+    assert main("compare", *THREE, *SETTINGS, "--out", compared) == 0
+    assert capfd.readouterr().out.count("trained before") == 6
+    assert figures(document_of(compared)) == figures(before)
 
 
-def test_runs_by_name_say_what_methods_say(made, capfd):
-    runs = [run for kind in ("rslad", "absld-weights", "sat") for run in runs_of(made, kind)]
+def test_comparing_runs_gives_the_figures_of_comparing_methods(compared, capfd):
+    runs = [run for kind in ("rslad", "absld-weights", "sat") for run in runs_of(compared, kind)]
     given = ["--attacks", "fgsm,pgd2", "--device", "cpu", "--out", "elsewhere", "--no-checks"]
     assert main("compare", *runs, *given, "--json") == 0
     printed = capfd.readouterr()
-    document = json.loads(printed.out)
-    assert figures(document) == figures(document_of(made))
-    assert document == document_of("elsewhere") and "was there" in printed.err
+    results = json.loads(printed.out)
+    assert figures(results) == figures(document_of(compared))
+    assert results == document_of("elsewhere") and "trained before" in printed.err
     assert main("compare", *reversed(runs), *given, "--baseline", "rslad", "--json") == 0
     again = json.loads(capfd.readouterr().out)
     by_name = {m["name"]: m["figures"]["robust_worst"]["mean"] for m in again["methods"]}
-    assert by_name == {m["name"]: m["figures"]["robust_worst"]["mean"] for m in document["methods"]}
+    assert by_name == {m["name"]: m["figures"]["robust_worst"]["mean"] for m in results["methods"]}
     assert again["baseline"] == "rslad" and again["methods"][-1]["differences"] is None
 
 
-def test_a_stopped_comparison_continues(made, monkeypatch, capfd):
+@pytest.mark.slow
+def test_an_interrupted_comparison_resumes_to_the_same_figures(compared, monkeypatch, capfd):
     """Stopped in the middle of the second run, it ends in the figures of one never stopped."""
     train = absld.runs.training_run.train
     left = [5]
@@ -275,23 +278,26 @@ def test_a_stopped_comparison_continues(made, monkeypatch, capfd):
         return train(config, observer, **settings)
 
     monkeypatch.setattr("absld.runs.training_run.train", stopped)
-    refused(capfd, 130, "stopped by signal 2", "the same command goes on",
-            "compare", *THREE, *SETTINGS, "--out", "here")  # fmt: skip
+    assert main("compare", *THREE, *SETTINGS, "--out", "here") == 130
+    text = capfd.readouterr().err
+    assert re.fullmatch(r"Interrupted in epoch \d\. Continue with the same command\.\n", text)
     assert not list(Path("here").glob("comparison-*"))
     monkeypatch.setattr("absld.runs.training_run.train", train)
     assert main("compare", *THREE, *SETTINGS, "--out", "here") == 0
 
-    def without_time_and_place(document):
+    def without_time_and_place(results):
         return [
             (m["name"], {k: v for k, v in m["figures"].items() if k != "seconds"}, m["differences"])
-            for m in document["methods"]
+            for m in results["methods"]
         ]
 
-    assert without_time_and_place(document_of("here")) == without_time_and_place(document_of(made))
+    assert without_time_and_place(document_of("here")) == without_time_and_place(
+        document_of(compared)
+    )
 
 
 @pytest.mark.slow
-def test_a_signal_stops_it_after_a_step(tmp_path, single_thread):
+def test_a_signal_stops_a_real_process_which_then_resumes(tmp_path, single_thread):
     """A real process, real digits: exit code 130, and the second call goes on to the end."""
     command = [
         sys.executable, "-m", "absld", "compare", "--methods", "rslad,absld", "--device", "cpu",
@@ -308,7 +314,7 @@ def test_a_signal_stops_it_after_a_step(tmp_path, single_thread):
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=120)
-    assert child.returncode == 130 and b"the same command goes on from here" in errors, errors
+    assert child.returncode == 130 and b"Continue with the same command." in errors, errors
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^2/2 absld, seed 0: clean ", done.stdout, re.MULTILINE)
@@ -317,22 +323,23 @@ def test_a_signal_stops_it_after_a_step(tmp_path, single_thread):
 # --- What is compared with what ---
 
 
+@pytest.mark.slow
 def test_a_recipe_file_is_a_method(tmp_path, capfd):
     Path("warm.toml").write_text('temperature_rate = 0.5\nfidelity = "released"\n')
     Path("mine.py").write_text("from absld.methods import Sat\nclass Own(Sat): pass\n")
     given = ["--methods", "absld,warm.toml,mine:Own", *SETTINGS]
     assert main("compare", *given) == 0
-    document = document_of("runs")
-    names = [m["name"] for m in document["methods"]]
+    results = document_of("runs")
+    names = [m["name"] for m in results["methods"]]
     assert names == ["absld", "absld fidelity=released temperature_rate=0.5", "mine:Own"]
-    assert document["methods"][1]["figures"]["clean_average"]["std"] is None
-    assert document["methods"][1]["differences"]["robust_worst"]["over_seeds"] == [None, None]
+    assert results["methods"][1]["figures"]["clean_average"]["std"] is None
+    assert results["methods"][1]["differences"]["robust_worst"]["over_seeds"] == [None, None]
     assert len(runs_of("runs", "mine-Own")) == 1
     Path("long.toml").write_text("epochs = 9\nkl_scale = 0.1\n")
     assert main("compare", "--methods", "absld,long.toml", *SETTINGS, "--out", "other") == 0
-    document = document_of("other")
-    assert document["notes"] == ["long.toml: epochs left out, all methods train alike"]
-    assert [m["name"] for m in document["methods"]] == ["absld", "absld kl_scale=0.1"]
+    results = document_of("other")
+    assert results["notes"] == ["long.toml: epochs left out, all methods train alike"]
+    assert [m["name"] for m in results["methods"]] == ["absld", "absld kl_scale=0.1"]
     capfd.readouterr()
     Path("grey.toml").write_text('student = "resnet18"\n')
     refused(capfd, 2, "grey.toml sets student, which is not a method's", "as a flag",
@@ -343,7 +350,7 @@ def trained(*flags):
     assert main("train", *SETTINGS[:-3], *flags) == 0
 
 
-def test_what_is_not_alike_is_said(capfd):
+def test_differences_between_the_runs_are_noted(capfd):
     trained("--method", "rslad", "--seed", "1")
     trained("--epochs", "1", "--seed", "1", "--teacher-epochs", "2")
     trained("--method", "sat", "--seed", "2", "--select-on", "test")
@@ -352,38 +359,38 @@ def test_what_is_not_alike_is_said(capfd):
     assert (
         main("compare", *runs, "--attacks", "fgsm", "--no-checks", "--device", "cpu", "--json") == 0
     )
-    document = json.loads(capfd.readouterr().out)
-    notes = "\n".join(document["notes"])
+    results = json.loads(capfd.readouterr().out)
+    notes = "\n".join(results["notes"])
     assert "epochs is not the same: 2 of rslad, 1 of absld, 2 of sat" in notes
     assert "teacher_epochs is not the same" in notes
     assert "seed 1: the teachers are not the same" in notes
     assert "the seeds are not the same" in notes
-    assert "sat: warning: the best epoch is chosen on the test images" in notes
-    assert document["methods"][2]["differences"] is None  # no seed in common
+    assert "sat: warning: the best epoch is selected on the test images" in notes
+    assert results["methods"][2]["differences"] is None  # no seed in common
     assert (
         "the seeds are not the same"
         in (next(Path("runs").glob("comparison-*")) / "table.md").read_text()
     )
 
 
-def test_runs_that_cannot_be_compared(made, capfd):
-    sat, rslad = runs_of(made, "sat"), runs_of(made, "rslad")
+def test_runs_that_cannot_be_compared_are_refused(compared, capfd):
+    sat, rslad = runs_of(compared, "sat"), runs_of(compared, "rslad")
     trained("--method", "trades", "--epsilon", "0.05")
     capfd.readouterr()
     (other,) = runs_of("runs", "trades")
     refused(capfd, 2, "not evaluated alike: epsilon is 0.05", "same budget",
             "compare", rslad[0], other, "--device", "cpu", "--attacks", "fgsm")  # fmt: skip
-    refused(capfd, 2, "one method is no comparison", "fair-rslad", "compare", *rslad)
+    refused(capfd, 2, "compare needs at least two methods", "fair-rslad", "compare", *rslad)
     copy = shutil.copytree(sat[0], "a copy")
-    refused(capfd, 2, "sat, seed 0, is there twice", "give it once",
+    refused(capfd, 2, "sat, seed 0, is given twice", "give it once",
             "compare", rslad[0], sat[0], copy)  # fmt: skip
     config = Path(copy) / "config.toml"
-    config.write_text(to_toml(replace(of_run(config), dataset="cifar10")))
+    config.write_text(to_toml(replace(read_run_config(config), dataset="cifar10")))
     refused(capfd, 2, "these runs are of cifar10 and digits", "the same images",
             "compare", rslad[0], copy)  # fmt: skip
     (Path(copy) / "STATUS").write_text("interrupted\n")
-    refused(capfd, 4, "a copy: no finished run", "--resume", "compare", rslad[0], copy)
-    refused(capfd, 4, "nothing: no finished run", "--resume", "compare", rslad[0], "nothing")
+    refused(capfd, 4, "a copy: not a finished run", "--resume", "compare", rslad[0], copy)
+    refused(capfd, 4, "nothing: not a finished run", "--resume", "compare", rslad[0], "nothing")
 
 
 def test_a_run_that_fails_is_named(capfd):
@@ -392,32 +399,32 @@ def test_a_run_that_fails_is_named(capfd):
 
 
 @pytest.mark.parametrize(
-    ("flags", "cause", "way_out"),
+    ("flags", "cause", "hint"),
     [
-        ([], "what is to be compared?", "--methods"),
-        (["--methods", "rslad,absld", "a run"], "what is to be compared?", "not both"),
-        (["--methods", "rslad"], "one method is no comparison", "absld-margins"),
-        (["--methods", "rslad,sat,rslad"], "rslad, seed 0, is there twice", "give it once"),
+        ([], "either --methods or finished runs", "--help"),
+        (["--methods", "rslad,absld", "a run"], "either --methods or finished runs", "--help"),
+        (["--methods", "rslad"], "compare needs at least two methods", "absld-margins"),
+        (["--methods", "rslad,sat,rslad"], "rslad, seed 0, is given twice", "give it once"),
         (["--methods", "rslad,abslt"], "not 'abslt'", "did you mean 'absld'"),
         (["--methods", "rslad,absld", "--seeds", "few"], "not 'few'", "0,3,7"),
         (["--methods", "rslad,absld", "--seeds", "0"], "different numbers", "0,3,7"),
         (["--methods", "rslad,absld", "--seeds", "2,2"], "different numbers", "0,3,7"),
         (["--methods", "rslad,absld", "--baseline", "sat"], "no 'sat'", "rslad, absld"),
         (["--methods", "rslad,gone.toml"], "gone.toml", "name = value"),
-        (["a run", "another", "--epochs", "3"], "epochs cannot be set", "leave it out"),
-        (["a run", "another", "--recipe", "my.toml"], "recipe cannot be set", "leave it out"),
-        (["a run", "another", "--seeds", "3"], "seeds cannot be set", "leave it out"),
+        (["a run", "another", "--epochs", "3"], "epochs cannot be set", "omit it"),
+        (["a run", "another", "--recipe", "my.toml"], "recipe cannot be set", "omit it"),
+        (["a run", "another", "--seeds", "3"], "seeds cannot be set", "omit it"),
         (["--methods", "rslad,absld", "--attacks", "pgd"], "pgd", "pgd20"),
     ],
 )
-def test_faults_before_anything_is_trained(flags, cause, way_out, capfd, monkeypatch):
+def test_wrong_flags_are_refused_before_anything_is_trained(flags, cause, hint, capfd, monkeypatch):
     monkeypatch.setattr(
         "absld.runs.training_run.train", lambda *given, **settings: pytest.fail("trained")
     )
-    refused(capfd, 2, cause, way_out, "compare", *flags)
+    refused(capfd, 2, cause, hint, "compare", *flags)
 
 
-def test_seeds():
+def test_seeds_are_a_number_or_a_list():
     assert absld.cli.options.seed_list("") == [0] and absld.cli.options.seed_list("3") == [0, 1, 2]
     assert absld.cli.options.seed_list("4,") == [4] and absld.cli.options.seed_list("0,3,7") == [
         0,
@@ -433,24 +440,24 @@ def test_labels_tell_settings_apart_but_not_seeds():
         for given in ({}, {"method": "rslad"}, {"kl_scale": 0.1}, {"method": "rslad", "flip": 1})
     ]
     once = ["absld", "rslad", "absld kl_scale=0.1", "rslad flip=1.0"]
-    assert comparison.labels_of(configs) == once * 2
-    assert comparison.labels_of([resolve({"out": "a"}), resolve({"out": "b"})]) == ["absld"] * 2
+    assert comparison.label_configs(configs) == once * 2
+    assert comparison.label_configs([resolve({"out": "a"}), resolve({"out": "b"})]) == ["absld"] * 2
 
 
-def test_checks_that_warn_are_said(made, capfd):
+def test_sanity_checks_that_warn_are_printed(compared, capfd):
     """Those of `absld evaluate`, whose evaluation this is."""
     given = ["--attacks", "fgsm,pgd2", "--device", "cpu", "--out", "checked"]
     # Copies without the evaluations that other tests asked for.
     plain = shutil.ignore_patterns("evaluations")
     runs = [
         str(shutil.copytree(run, Path(run).name, ignore=plain))
-        for run in runs_of(made, "sat")[:1] + runs_of(made, "rslad")[:1]
+        for run in runs_of(compared, "sat")[:1] + runs_of(compared, "rslad")[:1]
     ]
     assert main("compare", *runs, *given) == 0
     warned = re.findall(r"^WARN (\S+): (.+)$", capfd.readouterr().out, re.MULTILINE)
-    document = document_of("checked")
+    results = document_of("checked")
     assert [name for name, _ in warned] == ["sat", "rslad"]
-    for method, run in zip(document["methods"], runs, strict=True):
+    for method, run in zip(results["methods"], runs, strict=True):
         assert "a margin attack is among the attacks" in method["warnings"]
         (path,) = Path(run).glob("evaluations/*/evaluation.json")
         single = json.loads(path.read_text())
@@ -479,20 +486,20 @@ def a_document(**changes):
             "seeds": [0, 1],
             "runs": ["a", "b"],
             "warnings": [],
-            "figures": {key: spread(0.5 + shift, 0.6 + shift) for key in comparison.FIGURES}
+            "figures": {key: spread(0.5 + shift, 0.6 + shift) for key in FIGURES}
             | {"seconds": spread(3.0, 4.0)},
             "differences": None,
         }
 
     first, second = method("rslad", 0.0), method("a_b & 100% | #1", 0.1)
-    told = {
+    difference = {
         "mean": 0.1,
         "std": 0.0707106781,
         "values": [0.05, 0.15],
         "over_seeds": [0.02, 0.2],
         "over_images": [0.01, 0.2],
     }
-    second["differences"] = {key: dict(told) for key in [*comparison.FIGURES, "rho"]}
+    second["differences"] = {key: dict(difference) for key in [*FIGURES, "rho"]}
     return {
         "schema": "absld-comparison-1",
         "environment": {},
@@ -544,12 +551,11 @@ def test_the_markdown_table_reads_back():
         ([None, None], [0.1, 0.2], "rho", "unknown"),
     ],
 )
-def test_a_verdict_needs_both_intervals(seeds, images, name, expected):
-    each = {"over_seeds": seeds, "over_images": images}
-    assert comparison_tables.verdict(each, name) == expected
+def test_a_verdict_needs_both_intervals_to_exclude_zero(seeds, images, name, expected):
+    assert verdict(name, seeds, images) == expected
 
 
-def test_latex_escapes_what_it_must():
+def test_latex_escapes_special_characters():
     text = comparison_tables.latex(a_document())
     assert r"a\_b \& 100\% | \#1 & 65.0 $\pm$ 7.1 &" in text
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
@@ -557,44 +563,44 @@ def test_latex_escapes_what_it_must():
     assert text.count("tabular") == 2 and "±" not in "".join(body) and ABSENT not in "".join(body)
 
 
-def test_csv_reads_back(made):
-    (path,) = made.glob("comparison-*/table.csv")
+def test_the_csv_table_reads_back(compared):
+    (path,) = compared.glob("comparison-*/table.csv")
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    document = document_of(made)
+    results = document_of(compared)
     assert [row["seed"] for row in rows] == ["0", "1", "mean", "std"] * 3
     for row in rows:
-        method = next(m for m in document["methods"] if m["name"] == row["method"])
-        for name, each in method["figures"].items():
-            told = {"mean": each["mean"], "std": each["std"]} | dict(
-                zip("01", each["values"], strict=True)
+        method = next(m for m in results["methods"] if m["name"] == row["method"])
+        for name, figure in method["figures"].items():
+            expected = {"mean": figure["mean"], "std": figure["std"]} | dict(
+                zip("01", figure["values"], strict=True)
             )
-            assert float(row[name]) == told[row["seed"]]
+            assert float(row[name]) == expected[row["seed"]]
 
 
-def test_terminal_lines_fit(made):
-    lines = comparison_tables.terminal(document_of(made))
+def test_terminal_lines_fit_110_columns(compared):
+    lines = comparison_tables.terminal_lines(document_of(compared))
     assert max(map(len, lines)) <= 110
     assert any(line.startswith("absld-weights  robust worst") for line in lines)
 
 
-def test_one_seed_and_figures_that_are_not_there():
-    document = a_document()
-    for method in document["methods"]:
+def test_one_seed_and_missing_figures_are_shown_as_absent():
+    results = a_document()
+    for method in results["methods"]:
         method["seeds"] = [3]
-        for each in method["figures"].values():
-            each["values"], each["std"] = each["values"][:1], None
-    told = document["methods"][1]["differences"]
-    for each in told.values():
-        each.update(values=[0.1], std=None, over_seeds=[None, None])
-    told["rho"].update(mean=None, values=[None], over_images=[None, None])
-    text = comparison_tables.markdown(document)
+        for figure in method["figures"].values():
+            figure["values"], figure["std"] = figure["values"][:1], None
+    differences = results["methods"][1]["differences"]
+    for figure in differences.values():
+        figure.update(values=[0.1], std=None, over_seeds=[None, None])
+    differences["rho"].update(mean=None, values=[None], over_images=[None, None])
+    text = comparison_tables.markdown(results)
     assert "one seed" in text and "±" not in text.replace("mean ±", "")
     row = next(cells(line) for line in text.splitlines() if "| rho |" in line and "#1" in line)
     assert row[2:] == [ABSENT, ABSENT, ABSENT, "unknown"]
-    assert "\\pm" not in comparison_tables.latex(document)
+    assert "\\pm" not in comparison_tables.latex(results)
 
 
-def test_many_classes_have_their_worst_tenth():
+def test_many_classes_have_a_worst_tenth():
     data = a_document()["data"] | {"classes": [str(k) for k in range(100)]}
     text = comparison_tables.markdown(a_document(data=data))
     assert "| robust worst 10 % |" in text
@@ -603,7 +609,7 @@ def test_many_classes_have_their_worst_tenth():
 # --- The plot ---
 
 
-def test_every_seed_is_a_point(made, monkeypatch):
+def test_every_seed_is_a_point(compared, monkeypatch):
     from matplotlib.axes import Axes
 
     drawn = []
@@ -613,27 +619,13 @@ def test_every_seed_is_a_point(made, monkeypatch):
         "plot",
         lambda self, x, y, *a, **k: drawn.append((x, y)) or original(self, x, y, *a, **k),
     )
-    document = document_of(made)
-    plot(document, Path("points.png"))
+    results = document_of(compared)
+    plot(results, Path("points.png"))
     assert Path("points.png").read_bytes().startswith(b"\x89PNG")
-    assert len(drawn) == 2 * len(document["methods"])
-    for k, method in enumerate(document["methods"]):
+    assert len(drawn) == 2 * len(results["methods"])
+    for k, method in enumerate(results["methods"]):
         (x, y), (mean_x, mean_y) = drawn[2 * k], drawn[2 * k + 1]
         assert x == [100 * v for v in method["figures"]["robust_average"]["values"]]
         assert y == [100 * v for v in method["figures"]["robust_worst"]["values"]]
         assert mean_x == [pytest.approx(100 * method["figures"]["robust_average"]["mean"])]
         assert mean_y == [pytest.approx(100 * method["figures"]["robust_worst"]["mean"])]
-
-
-def test_without_matplotlib_there_is_no_picture_and_all_else(made, monkeypatch, capfd):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    runs = [run for kind in ("rslad", "sat") for run in runs_of(made, kind)]
-    given = ["--attacks", "fgsm,pgd2", "--device", "cpu", "--out", "plain", "--no-checks"]
-    assert main("compare", *runs, *given) == 0
-    (folder,) = Path("plain").glob("comparison-*")
-    assert sorted(os.listdir(folder)) == ["comparison.json", "table.csv", "table.md", "table.tex"]
-    with pytest.raises(UsageError, match="points") as caught:
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        plot(document_of("plain"), Path("points.png"))
-    assert "absld[plots]" in caught.value.way_out

@@ -4,16 +4,16 @@ import inspect
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, fields, replace
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from absld.config.files import from_toml, to_toml
-from absld.config.parsing import bare, is_choice, parse
+from absld.config.files import read_recipe, to_toml
+from absld.config.parsing import choices_of, parse
 from absld.config.recipes import METHOD_RECIPES, RECIPES
-from absld.config.resolve import resolve, source
+from absld.config.resolve import resolve, setting_source
 from absld.config.settings import Config, TrainConfig
 from absld.errors import UsageError
 
@@ -27,13 +27,13 @@ def numbers(low, high):
 # Lone surrogates are no text, for a file could not hold them.
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 VALUES = (
-    {k: st.sampled_from(get_args(bare(kind))) for k, kind in TYPES.items() if is_choice(kind)}
+    {k: st.sampled_from(choices_of(kind)) for k, kind in TYPES.items() if choices_of(kind)}
     | {k: st.booleans() for k, kind in TYPES.items() if kind is bool}
     | dict.fromkeys(("data", "student", "teacher", "teacher_model", "out", "device"), text)
     | {"method": st.sampled_from([*METHOD_RECIPES, "mine.methods:Mart"])}
     | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))
     | dict.fromkeys(("learning_rate", "weight_decay", "kl_scale"), numbers(0, 1e300))
-    | dict.fromkeys(("start_noise", "relative_step_size", "bank_gib"), numbers(0, 1e300))
+    | dict.fromkeys(("start_noise", "relative_step_size", "logit_cache_gib"), numbers(0, 1e300))
     | dict.fromkeys(("epochs", "batch_size", "max_steps", "teacher_epochs"), st.integers(1, 10**20))
     | {"check_every": st.integers(1, 10**20)}
     | {"attack_steps": st.integers(1, 10**20), "padding": st.integers(0, 10**20)}
@@ -53,7 +53,7 @@ def refused(*patterns, of):
     with pytest.raises(UsageError) as caught:
         of()
     for pattern in patterns:
-        assert pattern in f"{caught.value}\n{caught.value.way_out}"
+        assert pattern in f"{caught.value}\n{caught.value.hint}"
     return caught.value
 
 
@@ -73,7 +73,7 @@ def test_a_recipe_file_reads_back_as_the_same_settings(tmp_path_factory, setting
     path = tmp_path_factory.getbasetemp() / "spaces ünd.toml"
     config = resolve(settings)
     path.write_bytes(to_toml(config).encode())
-    assert resolve(from_toml(str(path))) == config
+    assert resolve(read_recipe(str(path))) == config
 
 
 @given(settings)
@@ -89,7 +89,7 @@ def test_a_flag_is_read_as_a_line_of_a_file_is(settings):
 def test_what_a_file_does_not_say_comes_from_the_recipe(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('dataset = "cifar10"\nepsilon = "8/255"\nmilestones = [0.5, 1]\n')
-    config = resolve(from_toml(str(path)))
+    config = resolve(read_recipe(str(path)))
     assert config == replace(resolve({"dataset": "cifar10"}), milestones=(0.5, 1.0))
 
 
@@ -121,7 +121,7 @@ def test_what_a_file_does_not_say_comes_from_the_recipe(tmp_path):
 def test_a_line_that_is_not_a_setting(line, said, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(line)
-    refused(said, of=lambda: resolve(from_toml(str(path))))
+    refused(said, of=lambda: resolve(read_recipe(str(path))))
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
@@ -129,8 +129,8 @@ def test_a_file_that_is_no_recipe(content, tmp_path):
     path = tmp_path / "mine.toml"
     if content:
         path.write_bytes(content)
-    refused("mine.toml", "lines of name = value", of=lambda: from_toml(str(path)))
-    refused(str(tmp_path), of=lambda: from_toml(str(tmp_path)))
+    refused("mine.toml", "lines of name = value", of=lambda: read_recipe(str(path)))
+    refused(str(tmp_path), of=lambda: read_recipe(str(tmp_path)))
 
 
 # --- Values ---
@@ -154,7 +154,7 @@ RANGES = {
     "momentum": (0, 1), "temperature_lower": (1e-3, 1), "temperature_upper": (1, 1e3),
 }  # fmt: skip
 LEAST = {
-    "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 1, "padding": 0, "start_noise": 0, "bank_gib": 0,
+    "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 1, "padding": 0, "start_noise": 0, "logit_cache_gib": 0,
     "relative_step_size": 0, "learning_rate": 0, "weight_decay": 0, "kl_scale": 0,
     "teacher_epochs": 1, "image_size": 1, "check_every": 1,
 }  # fmt: skip
@@ -175,7 +175,7 @@ def test_least_values(name):
     assert getattr(resolve({name: LEAST[name]}), name) == LEAST[name]
     said = f"{name} must be {LEAST[name]} or more, not {LEAST[name] - 1}"
     error = refused(said, of=lambda: resolve({name: LEAST[name] - 1}))
-    assert error.way_out, "the second line of every error is the way out"
+    assert error.hint, "the second line of every error says what to do"
     if TYPES[name] is float:
         for value in (float("nan"), float("inf")):
             refused(name, of=lambda value=value: resolve({name: value}))
@@ -252,18 +252,18 @@ def test_a_recipe_gives_way_to_what_is_given():
 def test_every_value_has_a_source(dataset, method):
     config = resolve({"dataset": dataset, "method": method})
     for f in fields(Config):
-        assert source(config, f.name) not in ("", "given") or f.name == "method"
+        assert setting_source(config, f.name) not in ("", "given") or f.name == "method"
         assert f.metadata["meaning"] and f.metadata["group"]
 
 
 def test_sources():
     config = resolve({"learning_rate": 0.05, "dataset": "digits"})
-    assert source(config, "learning_rate") == "given"
-    assert source(config, "momentum") == "the authors' release"
-    assert source(config, "epochs") == "decided here, for digits"
-    assert source(config, "seed") == "decided here"
-    assert source(resolve({"dataset": "cifar10"}), "dataset") == "the paper"
-    assert source(resolve({"epochs": 3}), "epochs") == "given"
+    assert setting_source(config, "learning_rate") == "given"
+    assert setting_source(config, "momentum") == "the authors' release"
+    assert setting_source(config, "epochs") == "decided here, for digits"
+    assert setting_source(config, "seed") == "decided here"
+    assert setting_source(resolve({"dataset": "cifar10"}), "dataset") == "the paper"
+    assert setting_source(resolve({"epochs": 3}), "epochs") == "given"
 
 
 # --- The parts of a configuration ---
@@ -279,12 +279,12 @@ def test_a_method_brings_its_recipe():
     ard = resolve({"dataset": "cifar10", "method": "ard"})
     assert (ard.start, ard.adv_weight, ard.epochs) == ("uniform", 1.0, 200)
     assert ard.milestone_epochs() == [100, 150]
-    assert source(ard, "epochs") == source(ard, "start") == "ARD"
+    assert setting_source(ard, "epochs") == setting_source(ard, "start") == "ARD"
     # The data set's recipe goes before it, and what is given before both.
     digits = resolve({"method": "ard", "start": "normal"})
     assert (digits.epochs, digits.start, digits.milestones) == (40, "normal", (0.5, 0.75))
-    assert source(digits, "epochs") == "decided here, for digits"
-    assert source(digits, "start") == "the authors' release"
+    assert setting_source(digits, "epochs") == "decided here, for digits"
+    assert setting_source(digits, "start") == "the authors' release"
     trades = resolve({"dataset": "cifar10", "method": "trades", "epsilon": 0.031})
     assert trades.epsilon * trades.relative_step_size == pytest.approx(0.007)
     assert trades.milestone_epochs() == [75] and trades.epochs == 76

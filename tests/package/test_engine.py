@@ -1,8 +1,8 @@
 """The engine: every technique computes what the plain step computes.
 
-In float64 exactly, where only the order of sums is as before; else to rounding, which the tests
-say. In bfloat16 it is judged on what the attack reaches, and on robust accuracy, with the spread
-over starts of the attack as the yardstick.
+In float64 exactly where the order of sums is the same, else up to rounding. In bfloat16 the attack's
+objective and robust accuracy are compared, with the spread over starts of the attack as the
+yardstick.
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trainer import CONFIG, TRAIN, VALIDATION, image_set, train
+from helpers.small_training import CONFIG, TRAIN, image_set, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,21 +20,22 @@ import absld.engine.cuda_graph
 import absld.models.architectures
 from absld.attack import cross_entropy, kl
 from absld.config.settings import TrainConfig
-from absld.engine.batch_norm_folding import Folded
-from absld.engine.cuda_graph import Recorded, tensors_of
+from absld.engine.batch_norm_folding import FoldedNetwork
+from absld.engine.cuda_graph import GraphedFunction, partial_tensors
 from absld.engine.engine import Compiled, Engine, training_attack
-from absld.engine.logit_cache import Bank, RememberingTeacher, fill
-from absld.engine.precision import arithmetic, in_precision, laid_out
+from absld.engine.logit_cache import CachedTeacher, LogitCacheSettings, fill
+from absld.engine.precision import float32_precision, to_memory_format, with_precision
+from absld.engine.step_metrics import StepMetrics
 from absld.errors import NonFiniteError, UsageError
 from absld.models.architectures import Normalised
 from absld.seeding import global_generator
-from absld.trainer import Training
+from absld.stepper import Stepper
 
 SMALL = TrainConfig(epsilon=0.1, attack_steps=4)
 
 
 def warmed(net, *key, side=8):
-    """In float64, its batch statistics those of some images, so that folding them is seen."""
+    """Return the network in float64, with batch statistics of some images, which folding needs."""
     with global_generator("runtime", *key), torch.no_grad():
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d) and module.affine:
@@ -51,7 +52,8 @@ def named(name):
 
 
 def odd():
-    """Biases, no affine part, a convolution with two readers, one that is called twice."""
+    """Build a network with biases, a batch norm that is not affine, a convolution whose output is
+    used twice, and one that is called twice."""
 
     class Odd(nn.Module):
         def __init__(self):
@@ -85,7 +87,7 @@ def normalised():
 NETWORKS = {
     **{name: named(name) for name in ("convnet", "resnet18", "preactresnet18", "mobilenetv2")},
     "bottlenecks": named("resnet50"),
-    "wrn": lambda: absld.models.architectures.WideResNet(10, 1, 3),
+    "wrn": lambda: absld.models.architectures.wide_resnet(10, 1, 3),
     "odd": odd,
     "normalised": normalised,
 }
@@ -93,8 +95,8 @@ FOLDS = {"convnet": 3, "resnet18": 20, "mobilenetv2": 57, "odd": 1, "normalised"
 network = pytest.mark.parametrize("name", NETWORKS)
 
 
-def some(n=6, side=8, seed=0):
-    """Images, noise and soft labels."""
+def batch_of(n=6, side=8, seed=0):
+    """Draw images, noise and soft labels."""
     random = torch.Generator().manual_seed(seed)
     x_nat = torch.rand(n, 3, side, side, generator=random, dtype=torch.float64)
     noise = 0.001 * torch.randn(x_nat.shape, generator=random, dtype=torch.float64)
@@ -103,8 +105,8 @@ def some(n=6, side=8, seed=0):
 
 
 def attacked(net, config=SMALL, **given):
-    x_nat, noise, soft = some(**given)
-    engine = Engine(laid_out(net, config.channels_last), config)
+    x_nat, noise, soft = batch_of(**given)
+    engine = Engine(to_memory_format(net, config.channels_last), config)
     return training_attack(config)(engine, kl(soft), x_nat, noise)
 
 
@@ -112,31 +114,33 @@ def attacked(net, config=SMALL, **given):
 
 
 @network
-def test_a_folded_copy_gives_the_same_attack_exactly(name):
+def test_a_folded_network_gives_exactly_the_same_attack(name):
     """Its logits differ by rounding, the signs of its gradients do not."""
     net = warmed(NETWORKS[name](), name)
     plain = attacked(net)
     folded = attacked(net, replace(SMALL, fold_batch_norm=True))
-    assert torch.equal(plain, folded) and not torch.equal(plain, some()[0])
-    x_nat, net = some()[0], net.eval()
+    assert torch.equal(plain, folded) and not torch.equal(plain, batch_of()[0])
+    x_nat, net = batch_of()[0], net.eval()
     with torch.no_grad():
-        torch.testing.assert_close(Folded(net)(x_nat), net(x_nat), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(FoldedNetwork(net)(x_nat), net(x_nat), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FOLDS)
-def test_what_can_be_folded_is(name):
+def test_every_pair_that_can_be_folded_is_folded(name):
     net = warmed(NETWORKS[name](), name)
-    folded = Folded(net)
+    folded = FoldedNetwork(net)
     assert len(folded.pairs) == FOLDS[name]
-    left = sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    there = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
-    assert left == there - FOLDS[name]
+    before, after = (
+        sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+        for network in (net, folded)
+    )
+    assert after == before - FOLDS[name]
 
 
-def test_a_copy_follows_the_weights_when_the_attack_begins():
+def test_a_folded_network_is_refreshed_when_the_attack_begins():
     net = warmed(absld.build_model("convnet", 3, "runtime"))
     engine = Engine(net, replace(SMALL, fold_batch_norm=True))
-    x_nat, noise, soft = some()
+    x_nat, noise, soft = batch_of()
     attack = training_attack(SMALL)
     before = attack(engine, kl(soft), x_nat, noise)
     with torch.no_grad():
@@ -147,12 +151,12 @@ def test_a_copy_follows_the_weights_when_the_attack_begins():
     assert torch.equal(after, attacked(net)) and not torch.equal(after, before)
 
 
-def test_folding_leaves_the_network_as_it_is():
+def test_folding_does_not_change_the_network():
     net = warmed(odd())
     net.dropout.eval()
     modes = [module.training for module in net.modules()]
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    Folded(net)
+    FoldedNetwork(net)
     assert [module.training for module in net.modules()] == modes
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, state[name])
@@ -160,7 +164,7 @@ def test_folding_leaves_the_network_as_it_is():
 
 
 class Branching(nn.Sequential):
-    """Looks at the values of its input, which a trace has not."""
+    """Reads the values of its input, which a trace does not have."""
 
     def forward(self, x):
         return super().forward(x if x.mean() < 2 else x / 2)
@@ -173,21 +177,21 @@ def test_a_network_that_cannot_be_traced_is_refused_before_training():
             student=Branching(nn.Flatten(), nn.Linear(48, 3)),
         )
     assert "batch norm cannot be folded" in str(caught.value)
-    assert caught.value.way_out == "leave out --fold-batch-norm"
+    assert caught.value.hint == "leave out --fold-batch-norm"
 
 
-def test_batch_norm_of_several_devices_is_folded_too():
-    """And in eval mode it is the same: the attack of a student that was converted."""
+def test_synchronised_batch_norm_is_folded_too():
+    """A student that was converted has the same attack."""
     net = warmed(absld.build_model("convnet", 3, "runtime"))
     plain = attacked(net)
     net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    assert len(Folded(net).pairs) == 3
+    assert len(FoldedNetwork(net).pairs) == 3
     assert torch.equal(attacked(net, replace(SMALL, fold_batch_norm=True)), plain)
 
 
-def test_batch_norm_of_several_devices_is_put_into_the_student(monkeypatch):
-    """Where there is a CUDA device. Names and values stay, and the student is the one given."""
-    monkeypatch.setattr("absld.trainer.check_speed", lambda config, device: None)
+def test_the_student_itself_is_converted_to_synchronised_batch_norm(monkeypatch):
+    """On a CUDA device. Its names and values stay."""
+    monkeypatch.setattr("absld.stepper.check_device_supports", lambda config, device: None)
     student = absld.build_model("convnet", 3, "ours")
     names = list(student.state_dict())
     train(replace(CONFIG, epochs=1, sync_batch_norm=True), student=student)
@@ -201,7 +205,7 @@ DOUBLE = image_set(12, dtype=torch.float64), image_set(9, seed=1, dtype=torch.fl
 
 
 def trained(data=DOUBLE, double=True, **settings):
-    """Weights after each step, and the reports, of a training with batch norm in all of it."""
+    """Train networks with batch norm: weights after each step, reports, and the student."""
     student, teacher = (absld.build_model("convnet", 3, role) for role in ("ours", "theirs"))
     if double:
         student, teacher = student.double(), teacher.double()
@@ -220,18 +224,18 @@ def trained(data=DOUBLE, double=True, **settings):
 @pytest.mark.parametrize(
     "settings", [{"fold_batch_norm": True}, {"check_every": 2}, {"check_every": 99}]
 )
-def test_a_training_is_the_same_in_float64(method, settings):
-    """To the bits: weights after every step, losses, class risks, accuracies."""
+def test_a_training_is_bit_equal_in_float64(method, settings):
+    """Weights after every step, losses, class risks, accuracies."""
     plain, engine = trained(method=method), trained(method=method, **settings)
     assert engine[0] == plain[0] and len(set(plain[0])) > 4
-    for mine, theirs in zip(engine[1], plain[1], strict=True):
-        times = {"seconds": 0, "images_per_second": 0}
-        assert mine.record() | times == theirs.record() | times
+    no_times = {"seconds": 0, "images_per_second": 0}
+    for report, expected in zip(engine[1], plain[1], strict=True):
+        assert report.record() | no_times == expected.record() | no_times
 
 
 @pytest.mark.parametrize("settings", [{"channels_last": True}, {"compile": True}], ids=str)
-def test_another_order_of_sums_is_rounding(settings):
-    """Convolutions that lie otherwise, or are compiled, add up in another order."""
+def test_another_order_of_sums_differs_by_rounding_only(settings):
+    """Convolutions in another memory format, or compiled, sum in another order."""
     plain, engine = trained()[2], trained(**settings)[2]
     torch.testing.assert_close(engine.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
 
@@ -247,7 +251,7 @@ def test_channels_last_gives_the_same_attack(name):
 
 
 def test_each_part_has_its_precision():
-    """Seen from inside: the type that a convolution gives, in the teacher, attack and training."""
+    """The type of a convolution's output, in the teacher, attack and training."""
     student, teacher = (absld.build_model("convnet", 3, role) for role in ("ours", "theirs"))
     seen = {}
 
@@ -288,9 +292,9 @@ def test_each_part_has_its_precision():
 
 
 @pytest.mark.parametrize(("around", "inside"), [("fp32", "tf32"), ("tf32", "fp32")])
-def test_tf32_of_the_parts(around, inside):
-    """torch's switches as they are inside the forwards."""
-    seen = []
+def test_each_part_has_its_float32_precision(around, inside):
+    """torch's setting inside the forwards."""
+    settings = []
 
     class Net(nn.Module):
         def __init__(self):
@@ -298,28 +302,28 @@ def test_tf32_of_the_parts(around, inside):
             self.net = absld.build_model("convnet", 3, "runtime")
 
         def forward(self, x):
-            seen.append(torch.backends.cuda.matmul.fp32_precision)
+            settings.append(torch.backends.cuda.matmul.fp32_precision)
             return self.net(x)
 
-    said = {"fp32": "ieee", "tf32": "tf32"}
+    torch_names = {"fp32": "ieee", "tf32": "tf32"}
     student = Net()
     config = replace(CONFIG, precision=around, attack_precision=inside)
-    x_nat, noise, soft = (tensor.float() for tensor in some())
-    with arithmetic(around):
+    x_nat, noise, soft = (tensor.float() for tensor in batch_of())
+    with float32_precision(around):
         engine = Engine(student, config)
         training_attack(config)(engine, kl(soft), x_nat, noise)
-        assert seen == [said[inside]] * CONFIG.attack_steps
-        seen.clear()
+        assert settings == [torch_names[inside]] * CONFIG.attack_steps
+        settings.clear()
         engine.train()(x_nat)
-        assert seen == [said[around]]
-        seen.clear()
-        in_precision(student, inside, around)(x_nat)
-        assert seen == [said[inside]]
+        assert settings == [torch_names[around]]
+        settings.clear()
+        with_precision(student, inside, around)(x_nat)
+        assert settings == [torch_names[inside]]
 
 
 @pytest.fixture(scope="module")
 def digits():
-    """A student that has learned, some images, and labels that its attack goes against."""
+    """A trained student, images, their labels, and soft labels for the attack's objective."""
     splits = absld.load_data("digits", "nowhere")
     config = replace(TrainConfig(), epochs=6, padding=1, flip=0.0, epsilon=0.1, method="trades")
     student = absld.build_model("convnet", 10, "runtime")
@@ -331,7 +335,7 @@ def digits():
 
 
 def reached(digits, seed, **settings):
-    """What the attack reaches, by the student in full precision: objective, and robust accuracy."""
+    """Attack, and return objective and robust accuracy of the student in full precision."""
     student, x_nat, labels, soft = digits
     config = TrainConfig(epsilon=0.1, **settings)
     noise = 0.001 * torch.randn(x_nat.shape, generator=torch.Generator().manual_seed(seed))
@@ -347,9 +351,9 @@ def reached(digits, seed, **settings):
     [{"attack_precision": "bf16"}, {"attack_precision": "bf16", "fold_batch_norm": True}],
     ids=["bf16", "folded bf16"],
 )
-def test_half_precision_is_within_the_spread_of_starts(digits, settings):
+def test_the_attack_in_half_precision_is_within_the_spread_of_starts(digits, settings):
     """Means over eight starts, against their spread: the attack is not weaker (it may be stronger:
-    its rounding leaves flat places), and as many images withstand it."""
+    its rounding leaves flat places), and as many images are robust."""
     objective, robust = torch.tensor([reached(digits, seed) for seed in range(8)]).T
     half, robust_half = torch.tensor([reached(digits, seed, **settings) for seed in range(8)]).T
     assert objective.max() - objective.min() > 0 < robust.max() - robust.min()
@@ -357,11 +361,11 @@ def test_half_precision_is_within_the_spread_of_starts(digits, settings):
     assert (robust.mean() - robust_half.mean()).abs() <= robust.max() - robust.min()
 
 
-# --- Looks for a NaN ---
+# --- Checks for NaN ---
 
 
 class Infinite(torch.autograd.Function):
-    """The input as it is, with an infinite gradient."""
+    """The identity, with an infinite gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -372,8 +376,8 @@ class Infinite(torch.autograd.Function):
         return gradient * float("inf")
 
 
-class Breaks(nn.Module):
-    """Breaks in the nth training step, by its output or by its gradient."""
+class Diverges(nn.Module):
+    """A student whose output or gradient is not finite from the nth training step on."""
 
     def __init__(self, n, how):
         super().__init__()
@@ -391,11 +395,11 @@ class Breaks(nn.Module):
 @pytest.mark.parametrize(
     "how", [Infinite.apply, lambda x: x * float("nan")], ids=["gradient", "loss"]
 )
-def test_the_step_that_broke_is_named_whenever_it_is_looked_at(check_every, how, tmp_path):
+def test_the_first_step_that_is_not_finite_is_named(check_every, how, tmp_path):
     """Steps 1 to 3 are epoch 1; the fifth is the second of epoch 2."""
     run = absld.RunDirectory(tmp_path)
-    student = Breaks(5, how)
-    with pytest.raises(NonFiniteError, match=r"^epoch 2, step 2: \{'loss'"):
+    student = Diverges(5, how)
+    with pytest.raises(NonFiniteError, match=r"^epoch 2, step 2: loss "):
         train(replace(CONFIG, check_every=check_every), student=student, run=run)
     if check_every == 1:  # before the optimiser's step
         assert all(p.isfinite().all() for p in student.parameters())
@@ -404,8 +408,8 @@ def test_the_step_that_broke_is_named_whenever_it_is_looked_at(check_every, how,
     assert all(t.isfinite().all() for t in saved["model"].values())
 
 
-def test_nothing_broken_is_saved_by_an_interruption_between_two_looks(tmp_path):
-    run, student = absld.RunDirectory(tmp_path), Breaks(4, lambda x: x * float("nan"))
+def test_an_interruption_between_two_checks_saves_no_nan(tmp_path):
+    run, student = absld.RunDirectory(tmp_path), Diverges(4, lambda x: x * float("nan"))
 
     def stop(report):
         if report.epoch == 2:
@@ -419,67 +423,66 @@ def test_nothing_broken_is_saved_by_an_interruption_between_two_looks(tmp_path):
 
 
 class Waits(TorchDispatchMode):
-    """Notes what a program can only go on from when the device has answered."""
+    """Records the operations after which the host must wait for the device."""
 
     WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
 
     def __init__(self):
         super().__init__()
-        self.noted = []
+        self.recorded = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in self.WAITS:
-            self.noted.append(str(func))
+            self.recorded.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", ["absld", "fair-rslad", "absld-margins", "trades"])
 def test_no_step_waits_for_the_device(method, tmp_path, monkeypatch):
-    """But to look at the losses, and to ask a bank that is not whole: counted on a CPU, without the
-    check of the labels' range, which is made there alone."""
+    """Except to check the losses, and to read a logit cache that is not preloaded: counted on a CPU,
+    without the check of the labels' range, which is made there alone."""
     waits, tolist = Waits(), torch.Tensor.tolist
     monkeypatch.setattr("absld.temperature.check_batch", lambda *given: None)
     monkeypatch.setattr(
-        torch.Tensor, "tolist", lambda self: waits.noted.append("tolist") or tolist(self)
+        torch.Tensor, "tolist", lambda self: waits.recorded.append("tolist") or tolist(self)
     )
 
-    def noted(hold, **settings):
+    def recorded(preload, **settings):
         config = replace(CONFIG, method=method, fold_batch_norm=True, **settings)
-        training = Training(
-            absld.build_model("convnet", 3, "ours"), absld.build_model("convnet", 3, "theirs"),
-            TRAIN, VALIDATION, config, "student", lambda report: None, Bank(tmp_path, 1.0),
-        )  # fmt: skip
-        if isinstance(training.teacher, RememberingTeacher):
-            list(fill(training.teacher, training.views, 50))
-            if hold:
-                training.teacher.hold(torch.device("cpu"))
-        draws = list(training.draws())
-        waits.noted = []
+        networks = (absld.build_model("convnet", 3, role) for role in ("ours", "theirs"))
+        cache = LogitCacheSettings(tmp_path, 1.0)
+        stepper = Stepper(*networks, TRAIN, config, logit_cache=cache)
+        if isinstance(stepper.teacher, CachedTeacher):
+            list(fill(stepper.teacher, stepper.views, 50))
+            if preload:
+                stepper.teacher.preload(torch.device("cpu"))
+        metrics, draws = StepMetrics(config.check_every), list(stepper.draws(1))
+        waits.recorded = []
         with waits:
-            for draw in draws:
-                training.step(draw)
+            for number, draw in enumerate(draws):
+                stepper.step(draw, 1, number, lambda values: metrics.add(values, 1))
         assert len(draws) == 3
-        return waits.noted
+        return waits.recorded
 
-    assert noted(True, check_every=99) == []
-    assert noted(True) == ["tolist"] * 3
+    assert recorded(True, check_every=99) == []
+    assert recorded(True) == ["tolist"] * 3
     if method != "trades":
-        assert len(noted(False, check_every=99)) >= 3
+        assert len(recorded(False, check_every=99)) >= 3
 
 
-# --- What a device has not, and what cannot be compiled ---
+# --- Devices without a technique, and networks that cannot be compiled ---
 
 
 @pytest.mark.parametrize("name", ["cuda_graph", "sync_batch_norm"])
-def test_what_needs_a_cuda_device_says_so(name):
+def test_a_technique_that_needs_cuda_is_refused_elsewhere(name):
     with pytest.raises(UsageError) as caught:
         train(replace(CONFIG, **{name: True}))
     flag = f"--{name.replace('_', '-')}"
     assert str(caught.value) == f"{flag} needs a CUDA device, not cpu"
-    assert caught.value.way_out == f"leave out {flag}"
+    assert caught.value.hint == f"leave out {flag}"
 
 
-def test_what_cannot_be_compiled_says_so(monkeypatch):
+def test_a_network_that_cannot_be_compiled_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **settings: torch._dynamo.disable(fails))
 
     def fails(x):
@@ -487,44 +490,45 @@ def test_what_cannot_be_compiled_says_so(monkeypatch):
 
     with pytest.raises(UsageError) as caught:
         Compiled(nn.Identity())(torch.ones(1))
-    assert "--compile: " in str(caught.value) and caught.value.way_out == "leave out --compile"
+    assert "--compile: " in str(caught.value) and caught.value.hint == "leave out --compile"
 
 
 # --- CUDA graphs ---
 
 
 class Replayed:
-    """Stands for a CUDA graph: what was recorded is run again, on the buffers it was recorded on."""
+    """Stands in for a CUDA graph: calls the function again, on the buffers it was captured on."""
 
-    def __init__(self, run):
-        self.run, self.result, self.times = run, run(), 0
+    def __init__(self, function):
+        self.function, self.output, self.replays = function, function(), 0
 
     def replay(self):
-        self.times += 1
-        self.result.copy_(self.run())
+        self.replays += 1
+        self.output.copy_(self.function())
 
 
 @pytest.fixture
-def recordings(monkeypatch):
-    made = []
+def graphs(monkeypatch):
+    """The stand-ins for the graphs that were captured."""
+    captured = []
 
-    def record(run):
-        made.append(Replayed(run))
-        return made[-1], made[-1].result
+    def capture(function):
+        captured.append(Replayed(function))
+        return captured[-1], captured[-1].output
 
-    monkeypatch.setattr(absld.engine.cuda_graph, "record", record)
-    return made
+    monkeypatch.setattr(absld.engine.cuda_graph, "capture", capture)
+    return captured
 
 
-def test_a_recorded_attack_is_replayed_on_other_images(recordings):
-    """Two shapes and two objectives make three recordings; each answers for its own."""
+def test_a_captured_attack_is_replayed_on_other_images(graphs):
+    """Two shapes and two objectives make three graphs; each serves its own."""
     net = warmed(absld.build_model("convnet", 3, "runtime"))
     config = replace(SMALL, cuda_graph=True, fold_batch_norm=True)
     engine, attack = Engine(net, config), training_attack(config)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     results = []
     for seed, n in ((0, 6), (1, 6), (2, 3), (3, 6)):
-        x_nat, noise, soft = some(n, seed=seed)
+        x_nat, noise, soft = batch_of(n, seed=seed)
         results.append(attack(engine, kl(soft), x_nat, noise))
         plain = training_attack(SMALL)(net, kl(soft), x_nat, noise)
         assert torch.equal(results[-1], plain)
@@ -533,28 +537,28 @@ def test_a_recorded_attack_is_replayed_on_other_images(recordings):
     assert torch.equal(results[0], results[0].clone()) and not torch.equal(results[0], results[1])
     hard = attack(engine, cross_entropy(labels), x_nat, noise)
     assert torch.equal(hard, training_attack(SMALL)(net, cross_entropy(labels), x_nat, noise))
-    assert [recording.times for recording in recordings] == [3, 1, 1]
+    assert [graph.replays for graph in graphs] == [3, 1, 1]
 
 
-def test_results_are_not_written_over_by_the_next_replay(recordings):
-    double = Recorded(lambda x: 2 * x, [torch.ones(2)])
+def test_an_output_is_not_overwritten_by_the_next_replay(graphs):
+    double = GraphedFunction(lambda x: 2 * x, [torch.ones(2)])
     first, second = double(torch.ones(2)), double(torch.zeros(2))
     assert first.tolist() == [2, 2] and second.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("method", ["absld-margins", "fair-rslad", "adaad", "absld"])
-def test_a_method_whose_attack_changes_is_not_recorded(method, recordings, monkeypatch):
-    """Radii that are tensors, objectives that count, two networks: each time anew."""
-    monkeypatch.setattr("absld.trainer.check_speed", lambda config, device: None)
+def test_an_attack_that_differs_from_step_to_step_is_not_captured(method, graphs, monkeypatch):
+    """Radii that are tensors, objectives that count, two networks."""
+    monkeypatch.setattr("absld.stepper.check_device_supports", lambda config, device: None)
     assert trained(method=method, cuda_graph=True)[0] == trained(method=method)[0]
-    assert len(recordings) == (method == "absld")
+    assert len(graphs) == (method == "absld")
 
 
-def test_only_what_consists_of_tensors_can_be_recorded():
+def test_only_an_objective_of_tensors_alone_can_be_captured():
     one, label = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
-    assert tensors_of(kl(one)) == (one,) and tensors_of(cross_entropy(label)) == (label,)
-    assert tensors_of(partial(max, one, 3)) is tensors_of(partial(max, key=one)) is None
-    assert tensors_of(max) is None
+    assert partial_tensors(kl(one)) == (one,) and partial_tensors(cross_entropy(label)) == (label,)
+    assert partial_tensors(partial(max, one, 3)) is partial_tensors(partial(max, key=one)) is None
+    assert partial_tensors(max) is None
 
 
 @pytest.mark.gpu
@@ -565,6 +569,6 @@ def test_a_cuda_graph_gives_the_same_attack(fold):
     config = replace(SMALL, cuda_graph=True, fold_batch_norm=fold)
     engine, attack = Engine(net, config), training_attack(config)
     for seed in range(3):
-        x_nat, noise, soft = (tensor.cuda() for tensor in some(seed=seed))
+        x_nat, noise, soft = (tensor.cuda() for tensor in batch_of(seed=seed))
         plain = training_attack(SMALL)(net, kl(soft), x_nat, noise)
         assert torch.equal(attack(engine, kl(soft), x_nat, noise), plain)

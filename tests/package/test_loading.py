@@ -33,8 +33,8 @@ def file_of(folder, content):
 def refused(spec, *patterns, kind=CheckpointError, architecture="", classes=C):
     with pytest.raises(kind) as caught:
         load_network(spec, classes, KEY, architecture)
-    said = f"{caught.value}\n{caught.value.way_out}"
-    assert said.count("\n") == 1 and caught.value.way_out
+    said = f"{caught.value}\n{caught.value.hint}"
+    assert said.count("\n") == 1 and caught.value.hint
     for pattern in patterns:
         assert pattern in said
 
@@ -265,9 +265,9 @@ def test_published_names_and_shapes_are_recognised(name):
     if name in ("resnet18", "resnet34", "resnet50"):  # ours are of torchvision's blocks
         published = {key.replace(".shortcut.", ".downsample."): s for key, s in published.items()}
     assert {key: tuple(tensor.shape) for key, tensor in own.items()} == published
-    assert loading.recognise(state) == name
+    assert loading.recognise_architecture(state) == name
     fewer = {key: t for key, t in state.items() if not key.endswith("num_batches_tracked")}
-    assert loading.recognise(fewer) == name
+    assert loading.recognise_architecture(fewer) == name
 
 
 @pytest.mark.parametrize("name", ["resnet18", "preactresnet18", "mobilenetv2", "wrn-28-4"])

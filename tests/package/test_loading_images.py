@@ -3,13 +3,12 @@
 import time
 
 import pytest
-import strategies as draw
 import torch
+from helpers import strategies as draw
+from helpers.image_files import make_folder, numbered
 from hypothesis import given
 from hypothesis import strategies as st
-from image_files import make_cifar, make_folder, numbered
 
-import absld_min
 from absld.data.augmentation import Views, batches, steps_per_epoch
 from absld.data.dataset import ImageSet, pixels, stratified
 from absld.data.sources import hold_out, load_data
@@ -124,18 +123,8 @@ def unfit(root, *patterns, dataset="folder"):
     with pytest.raises(DataError) as caught:
         load_data(dataset, str(root))
     for pattern in patterns:
-        assert pattern in f"{caught.value}\n{caught.value.way_out}"
-    assert caught.value.way_out
-
-
-def test_digits_are_those_of_the_single_file():
-    splits = load_data("digits", "nowhere")
-    theirs, classes = absld_min.load_data(absld_min.Config(device="cpu"))
-    assert [len(part) for part in splits] == [1018, 180, 599]
-    for part, (images, labels) in zip(splits, theirs, strict=True):
-        assert torch.equal(part.images, images) and torch.equal(part.labels, labels)
-        assert part.classes == tuple(classes) == tuple("0123456789")
-        assert part.images.dtype == torch.uint8 and part.images.shape[1:] == (3, 8, 8)
+        assert pattern in f"{caught.value}\n{caught.value.hint}"
+    assert caught.value.hint
 
 
 def test_a_folder_with_spaces_and_umlauts(tmp_path):
@@ -183,21 +172,6 @@ def test_a_class_with_one_image(tmp_path):
     for path in sorted((root / "train" / "dog").iterdir())[1:]:
         path.unlink()
     unfit(root, "1 member")
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_cifar_in_the_published_format(dataset, tmp_path, monkeypatch):
-    names = make_cifar(tmp_path, dataset, monkeypatch)
-    classes, batches_of = len(names), 5 if dataset == "cifar10" else 1
-    splits = load_data(dataset, str(tmp_path))
-    assert len(splits.train) + len(splits.validation) == 4 * classes * batches_of
-    assert len(splits.test) == 4 * classes
-    for part in splits:
-        assert part.classes == tuple(names) and part.images.dtype == torch.uint8
-        assert part.images.shape[1:] == (3, 32, 32) and part.images.is_contiguous()
-        assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
-        assert part.labels.bincount(minlength=classes).min() > 0
-    assert (splits.test.images[:, 1, 0, 0] == batches_of).all()  # green tells the file
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
@@ -257,16 +231,8 @@ def epoch(key=(0, "student", 1), n=11, padding=1, side=8, **settings):
 
 def same(a, b):
     return len(a) == len(b) and all(
-        all(map(torch.equal, one, two)) for one, two in zip(a, b, strict=True)
+        all(map(torch.equal, one[:3], two[:3])) for one, two in zip(a, b, strict=True)
     )
-
-
-def test_an_epoch_takes_every_image_once_but_a_short_last_batch():
-    found = epoch()
-    assert [len(batch.labels) for batch in found] == [4, 4]
-    assert len(torch.cat([batch.labels for batch in found]).unique()) == 8
-    for x_nat, labels, _ in found:  # red tells the number
-        assert torch.equal((x_nat[:, 0].amax((1, 2)) * 255).round().long() - 1, labels)
 
 
 @given(draw.seeds, st.integers(0, 5))
@@ -276,25 +242,8 @@ def test_batches_from_a_step_on_are_the_tail_of_the_whole(seed, first):
     assert same(epoch(key, n=20, first_step=first), epoch(key, n=20)[first:])
 
 
-@given(draw.seeds)
-def test_batches_come_from_their_key_alone(seed):
-    state = torch.get_rng_state()
-    first = epoch((seed, "student", 1))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert same(first, epoch((seed, "student", 1)))
-    for other in ((seed, "student", 2), (seed, "teacher", 1), (seed + 1, "student", 1)):
-        assert not same(first, epoch(other))
-
-
-def test_batches_are_those_of_the_single_file():
-    config = absld_min.Config(device="cpu", batch_size=4)  # padding 4, flips
-    images, labels = numbered(11), torch.arange(11)
-    theirs = list(absld_min.batches(config, images, labels, 0, "student", 1))
-    assert same(epoch(padding=4), theirs)
-
-
 def test_noise_is_normal_and_of_the_deviation_that_was_asked_for():
-    ((x_nat, _, noise),) = epoch(n=400, side=16, batch_size=400, steps=1, radius=0.01)
+    ((x_nat, _, noise, _),) = epoch(n=400, side=16, batch_size=400, steps=1, radius=0.01)
     assert noise.shape == x_nat.shape and noise.dtype == x_nat.dtype
     assert 0.0099 < noise.std() < 0.0101 and noise.mean().abs() < 1e-4
     assert not epoch(radius=0.0)[0].noise.any()
@@ -303,7 +252,7 @@ def test_noise_is_normal_and_of_the_deviation_that_was_asked_for():
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_flips_never_and_always(flip):
     """Blue tells the column: it rises to the right, unless mirrored."""
-    for x_nat, _, _ in epoch(flip=flip, padding=0):
+    for x_nat, *_ in epoch(flip=flip, padding=0):
         slope = x_nat[:, 2].diff(dim=2)
         assert ((slope < 0) if flip else (slope > 0)).all()
 
@@ -314,13 +263,6 @@ def test_flips_never_and_always(flip):
 )
 def test_steps_of_an_epoch(images, size, most, steps):
     assert steps_per_epoch(images, size, most) == steps
-
-
-def test_a_generator_knows_its_whole_key():
-    keys = [(0, "student", 1), (0, "student", 2), (1, "student", 1), (0, "teacher", 1), (0,)]
-    keys += [("0",)]
-    drawn = {torch.rand(1, generator=generator(*key)).item() for key in keys}
-    assert len(drawn) == len(keys)
 
 
 def test_a_data_set_that_there_is_not():

@@ -15,17 +15,18 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from image_files import make_folder
-from test_cli import main, refused
+from helpers.image_files import make_folder
+from helpers.program import main, refused
 
 import absld
 from absld.config.settings import EvaluationConfig
 from absld.data.sources import load_data
 from absld.errors import CheckpointError, UsageError
-from absld.evaluation import results as document
-from absld.evaluation import runner as assessment
-from absld.evaluation.evaluate import evaluate, paired
+from absld.evaluation import runner
+from absld.evaluation.evaluate import evaluate, paired_differences
+from absld.evaluation.results import difference_results, read_results
 from absld.models.architectures import build_model
+from absld.progress import Observer
 from absld.storage.checkpoint import load, save
 from absld.storage.run_directory import RunDirectory
 
@@ -92,7 +93,7 @@ def in_an_empty_folder(tmp_path, monkeypatch, runs):
 
 
 def evaluated(capfd, *flags):
-    """The document of --json, which fits the schema."""
+    """The results that --json prints, which fit the schema."""
     assert main("evaluate", *flags, "--json") == 0, capfd.readouterr().err
     made = json.loads(capfd.readouterr().out)
     jsonschema.Draft202012Validator(SCHEMA).validate(made)
@@ -100,23 +101,17 @@ def evaluated(capfd, *flags):
 
 
 def figures(made):
-    """All of a document but when and how fast it was made."""
+    """All results but when and how fast they were computed."""
     return {k: v for k, v in made.items() if k not in ("environment", "seconds")}
 
 
-class Quiet:
+class Quiet(Observer):
     """An observer that ends the evaluation as a signal does, after so many batches."""
 
     def __init__(self, batches=None):
         self.left = batches
 
-    def note(self, text):
-        pass
-
-    def check(self, check):
-        pass
-
-    def batch(self, progress):
+    def attack_batch(self, progress):
         if self.left is not None:
             self.left -= 1
             if self.left == 0:
@@ -133,7 +128,10 @@ def test_a_run_is_evaluated_on_its_own_images_and_budget(runs, capfd):
     own = evaluate(model, data, epsilon=0.1, attacks="fgsm,pgd2,cw2")
     assert made["settings"]["epsilon"] == 0.1 and made["data"]["dataset"] == "digits"
     assert made["data"]["classes"] == list(data.classes)
-    for shown, accuracy in ((made["attacks"][0], own.clean), (made["robust"], own.robust)):
+    for shown, accuracy in (
+        (made["attacks"][0], own.clean_accuracy),
+        (made["robust"], own.robust_accuracy),
+    ):
         assert [c["value"] for c in shown["classes"]] == pytest.approx(accuracy.tolist())
         fair = absld.fairness(accuracy)
         assert shown["metrics"]["average"]["value"] == pytest.approx(fair.average)
@@ -168,15 +166,18 @@ def test_nothing_is_computed_twice(runs, capfd, monkeypatch):
     flags = [runs["absld"], *FAST, "--out", "out"]
     bare = evaluated(capfd, *flags, "--no-checks")
     assert bare["checks"] is None
-    monkeypatch.setattr("absld.evaluation.evaluate.said_of", None)  # no attack may run again
+    monkeypatch.setattr(
+        "absld.evaluation.evaluate.predict_under_attack", None
+    )  # no attack may run again
     with monkeypatch.context() as patch:
-        patch.setattr(assessment, "checks", lambda *_: iter(()))
+        patch.setattr(runner, "run_checks", lambda *_: iter(()))
         assert evaluated(capfd, *flags)["checks"] == []
     patched = evaluated(capfd, *flags)  # checked before
     assert figures(patched) == figures(bare) | {"checks": []}
     assert len(list(Path("out").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_what_decides_the_result_decides_its_place(runs, capfd):
     flags = [runs["absld"], "--attacks", "fgsm", "--no-checks", "--out", "out", "--device", "cpu"]
     variants = [
@@ -211,6 +212,7 @@ def test_epsilon_0_is_clean_accuracy(runs, capfd):
     assert made["robust"] == {k: made["attacks"][0][k] for k in ("classes", "metrics")}
 
 
+@pytest.mark.slow
 def test_autoattack_for_real(runs, capfd):
     pytest.importorskip("pyautoattack")
     flags = ["--attacks", "cw5,autoattack", "--examples", "12", "--no-checks", "--device", "cpu"]
@@ -281,7 +283,7 @@ def test_networks_with_habits_of_their_own(net, capfd):
     name: evaluated as the network they are."""
     flags = ["--dataset", "digits", *FAST]
     made = evaluated(capfd, f"nets:{net}", *flags)
-    assert made["robust"] == evaluated(capfd, "nets:honest", *flags)["robust"]
+    assert made["robust"] == evaluated(capfd, "nets:honest", *flags, "--no-checks")["robust"]
 
 
 def test_a_folder_of_images(tmp_path, capfd):
@@ -293,20 +295,20 @@ def test_a_folder_of_images(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("code", "cause", "way_out", "flags"),
+    ("code", "cause", "hint", "flags"),
     [
-        (2, "which images?", "--dataset", ["n.pt"]),
+        (2, "no data set given", "--dataset", ["n.pt"]),
         (4, "'nowhere': no such run or file", "path", ["nowhere"]),
         (2, "resnet18 is a network without weights", "a file or a run", ["resnet18"]),
         (4, "an HTML page", "download", ["page.pt", "--dataset", "digits"]),
         (2, "no attack 'pdg20'", "pgd20", ["n.pt", "--dataset", "digits", "--attacks", "pdg20"]),
         (2, "named twice", "once", ["n.pt", "--dataset", "digits", "--attacks", "fgsm,fgsm"]),
-        (2, "epsilon must be in [0, 1], not 2", "--help", ["n.pt", "--eps", "2"]),
+        (2, "epsilon must be in [0, 1], not 2", "did you mean 2/255?", ["n.pt", "--eps", "2"]),
         (2, "epsilon must be in [0, 1], not nan", "--help", ["n.pt", "--eps", "nan"]),
         (2, "epsilon must be in [0, 1], not -1", "--help", ["n.pt", "--eps", "-1"]),
         (2, "dataset takes one of", "cifar10", ["n.pt", "--dataset", "cifar"]),
         (2, "examples must be 1 or more", "--help", ["n.pt", "--examples", "0"]),
-        (2, "--strict has nothing", "one of them", ["n.pt", "--strict", "--no-checks"]),
+        (2, "--strict needs the checks", "one of them", ["n.pt", "--strict", "--no-checks"]),
         (2, "--device cuda", "--device cpu", ["n.pt", "--dataset", "digits", "--device", "cuda"]),
         (2, "No such option: --stric", "--help", ["n.pt", "--stric"]),
         (3, "train", "needed in data", ["n.pt", "--dataset", "folder"]),
@@ -323,13 +325,13 @@ def test_a_folder_of_images(tmp_path, capfd):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
-def test_faults(capfd, code, cause, way_out, flags):
+def test_faults(capfd, code, cause, hint, flags):
     if code == 2 and "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     torch.save(build_model("convnet", 10, "mine").state_dict(), "n.pt")
     torch.save({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "f8.pt")
     Path("page.pt").write_text("<!DOCTYPE html><title>Sign in</title>")
-    refused(capfd, code, cause, way_out, "evaluate", *flags)
+    refused(capfd, code, cause, hint, "evaluate", *flags)
     assert not list(Path().glob("evaluations/*/evaluation.json"))
 
 
@@ -340,10 +342,10 @@ def test_faults(capfd, code, cause, way_out, flags):
     ("net", "check"),
     [
         ("killed", "no input gradient is zero"),
-        ("quantised", "no input gradient is zero"),
-        ("random_input", "repeated forwards agree"),
+        pytest.param("quantised", "no input gradient is zero", marks=pytest.mark.slow),
+        pytest.param("random_input", "repeated forwards agree", marks=pytest.mark.slow),
         ("softmax", "the outputs are logits"),
-        ("normalised", "it takes pixels in [0,1]"),
+        pytest.param("normalised", "it takes pixels in [0,1]", marks=pytest.mark.slow),
     ],
 )
 def test_strict_ends_with_6_where_the_figure_is_not_to_be_trusted(net, check, capfd):
@@ -352,8 +354,8 @@ def test_strict_ends_with_6_where_the_figure_is_not_to_be_trusted(net, check, ca
     assert f"WARN  {check}" in capfd.readouterr().out
     assert main(*flags, "--strict") == 6  # judged again from the finished result
     printed = capfd.readouterr()
-    error, way_out = printed.err.splitlines()[-2:]
-    assert error.startswith("error: ") and check in error and "docs/evaluation.md" in way_out
+    error, hint = printed.err.splitlines()[-2:]
+    assert error.startswith("error: ") and check in error and "docs/evaluation.md" in hint
     assert "average" in printed.out  # the result is shown all the same
 
 
@@ -370,9 +372,10 @@ def test_against_another_network(runs, capfd):
         evaluations.append(evaluate(model, data, epsilon=0.1, attacks="fgsm,pgd2,cw2"))
     assert made["against"]["network"]["target"] == runs["teacher"]
     assert (
-        figures(made["against"])["robust"] == document.differences(paired(*evaluations))["robust"]
+        figures(made["against"])["robust"]
+        == difference_results(paired_differences(*evaluations))["robust"]
     )
-    ours, theirs = (absld.fairness(each.robust) for each in evaluations)
+    ours, theirs = (absld.fairness(each.robust_accuracy) for each in evaluations)
     difference = made["against"]["robust"]["worst"]["value"]
     assert difference == pytest.approx(ours.worst - theirs.worst)
     (path,) = Path("out").glob("*/against-*.json")
@@ -419,22 +422,23 @@ def test_a_network_is_no_better_than_itself(runs, capfd):
 @pytest.mark.parametrize("batches", [1, 3, 6, 8])
 def test_an_evaluation_goes_on_where_it_was_stopped(runs, batches, capfd):
     config = EvaluationConfig(attacks="fgsm,pgd2,cw2", batch_size=150, checks=False, out="whole")
-    whole = assessment.assess(runs["absld"], config, Quiet())
+    whole = runner.run_evaluation(runs["absld"], config, Quiet())
     config = EvaluationConfig(**vars(config) | {"out": "here"})
     with pytest.raises(SystemExit):
-        assessment.assess(runs["absld"], config, Quiet(batches))
+        runner.run_evaluation(runs["absld"], config, Quiet(batches))
     (path,) = Path("here").iterdir()
     assert RunDirectory(path).status() == "interrupted"
     assert not (path / "evaluation.json").exists()
     seen = []
     observer = Quiet()
-    observer.batch = lambda progress: seen.append(progress)
-    again = assessment.assess(runs["absld"], config, observer)
-    assert figures(again.document) == figures(whole.document)
+    observer.attack_batch = lambda progress: seen.append(progress)
+    again = runner.run_evaluation(runs["absld"], config, observer)
+    assert figures(again.results) == figures(whole.results)
     total = 4 + 3 * 4  # at most; what was done is not done again
     assert len(seen) <= total - batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_an_evaluation_at_once_and_loses_little(runs, number, single_thread):
     command = [sys.executable, "-m", "absld", "evaluate", runs["absld"], "--out", "out"]
@@ -452,7 +456,7 @@ def test_a_signal_ends_an_evaluation_at_once_and_loses_little(runs, number, sing
     assert child.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in error
     if number != signal.SIGKILL:
-        assert error == "stopped; the same command goes on from here\n"
+        assert error == "Interrupted. Continue with the same command.\n"
         (kept,) = Path("out").glob("*/predictions.pt")
         rows = load(kept)["predictions"]
         assert (rows[:2] >= 0).all() and (rows[2] == -1).any()
@@ -461,19 +465,19 @@ def test_a_signal_ends_an_evaluation_at_once_and_loses_little(runs, number, sing
     )
     seen = []
     observer = Quiet()
-    observer.batch = seen.append
-    assessment.assess(runs["absld"], config, observer)
+    observer.attack_batch = seen.append
+    runner.run_evaluation(runs["absld"], config, observer)
     if number != signal.SIGKILL:  # what had been done is not done again
         assert seen[0].attack == "pgd500-sat"
 
 
 def test_progress_is_saved_every_few_seconds(runs, monkeypatch):
-    monkeypatch.setattr(assessment, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(runner, "SAVE_EVERY", 0.0)
     saved = []
     real = save
-    monkeypatch.setattr(assessment, "save", lambda *given: (saved.append(1), real(*given)))
+    monkeypatch.setattr(runner, "save", lambda *given: (saved.append(1), real(*given)))
     config = EvaluationConfig(attacks="fgsm", batch_size=200, checks=False, out="out")
-    assessment.assess(runs["absld"], config, Quiet())
+    runner.run_evaluation(runs["absld"], config, Quiet())
     assert len(saved) >= 6
 
 
@@ -503,10 +507,10 @@ NOT_ONE = ["", "[]", "{}", "nonsense", '"text"', '{"schema": "absld-evaluation-1
 
 
 @pytest.mark.parametrize("text", NOT_ONE)
-def test_a_file_that_is_no_document(text, tmp_path):
+def test_a_file_without_results_is_refused(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"x\.json"):
-        document.read(tmp_path / "x.json")
+        read_results(tmp_path / "x.json")
 
 
 def test_networks_on_other_images_are_not_paired(runs):
@@ -517,7 +521,7 @@ def test_networks_on_other_images_are_not_paired(runs):
         for seed in (0, 1)
     )
     with pytest.raises(UsageError, match="same images"):
-        paired(some, others)
+        paired_differences(some, others)
 
 
 # --- Where it is shown ---
@@ -539,6 +543,7 @@ def test_a_report_of_a_run(runs, capfd):
     refused(capfd, 2, "card.doc", "--out report.html", "report", "run", "--out", "card.doc")
 
 
+@pytest.mark.slow
 def test_into_a_pipe_that_closes(runs, single_thread):
     command = f"{sys.executable} -m absld evaluate {runs['absld']} --attacks fgsm | head -1"
     child = subprocess.run(
@@ -547,6 +552,7 @@ def test_into_a_pipe_that_closes(runs, single_thread):
     assert child.stderr == "" and child.stdout.startswith("clean 599/599")
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_bar_moves_and_leaves_nothing_behind(runs, single_thread):
     primary, secondary = pty.openpty()
     command = [sys.executable, "-m", "absld", "evaluate", runs["absld"], "--no-checks"]
@@ -560,7 +566,7 @@ def test_on_a_terminal_a_bar_moves_and_leaves_nothing_behind(runs, single_thread
         assert child.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
     assert (
-        re.search(r"pgd50 \d+/\d+ \S+ \d:\d\d left", text)
+        re.search(r"pgd50 \d+/\d+ +\S+ \d:\d\d left", text)
         and " left" in text
         and "worst 10 %" in text
     )

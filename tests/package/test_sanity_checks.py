@@ -1,35 +1,38 @@
 """The checks one by one, on a linear network that passes all of them, and on it with one fault.
 
-On a trained network, and as a whole, they are tried in test_checks.
+Some are tried on a trained network, too.
 """
 
+import copy
 import re
 from dataclasses import replace
 
 import pytest
 import torch
-from test_checks import (
-    COMPANY,
-    FALLS,
-    GRADIENT,
-    LOGITS,
-    MARGIN,
-    MORE,
-    NAMES,
-    PIXELS,
-    REPEAT,
-    SEARCH,
-    STRENGTH,
-    ZERO,
-)
 from torch import nn
 
 import absld
+from absld.config.resolve import resolve
 from absld.data.dataset import stratified
+from absld.data.sources import load_data
 from absld.evaluation.attacks import parse_attack
 from absld.evaluation.evaluate import evaluate
-from absld.evaluation.sanity_checks import SAMPLE, allowed, checks, margin_attack
+from absld.evaluation.sanity_checks import SAMPLE, allowed_changes, check_margin_attack, run_checks
 
+NAMES = [
+    "the outputs are logits",
+    "repeated forwards agree",
+    "an image's output is its own",
+    "it takes pixels in [0,1]",
+    "no input gradient is zero",
+    "epsilon 0 changes nothing",
+    "PGD is no weaker than FGSM and noise",
+    "more steps and restarts change little",
+    "a search without gradients finds nothing more",
+    "accuracy falls with epsilon, to about zero",
+    "a margin attack is among the attacks",
+]
+LOGITS, REPEAT, COMPANY, PIXELS, GRADIENT, ZERO, STRENGTH, MORE, SEARCH, FALLS, MARGIN = NAMES
 C, SIDE, EPSILON = 4, 4, 0.1
 
 
@@ -67,7 +70,7 @@ def checked(data, change=lambda net, x: net(x), attacks="pgd20,cw30", epsilon=EP
     with torch.random.fork_rng():
         torch.manual_seed(0)
         evaluation = evaluate(model, data, epsilon=epsilon, attacks=attacks, **settings)
-        found = {check.name: check for check in checks(model, data, evaluation)}
+        found = {check.name: check for check in run_checks(model, data, evaluation)}
     assert list(found) == NAMES
     return found
 
@@ -83,7 +86,7 @@ def test_a_linear_network_passes_all(data):
     found = checked(data)
     assert {name: check.numbers for name, check in found.items() if not check.passed} == {}
     evaluation = evaluate(Nearest(), data, epsilon=EPSILON, attacks="cw30")
-    assert 0.2 < evaluation.robust.mean() < 0.8 and evaluation.clean.mean() > 0.95
+    assert 0.2 < evaluation.robust_accuracy.mean() < 0.8 and evaluation.clean_accuracy.mean() > 0.95
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,7 @@ def test_a_linear_network_passes_all(data):
         "0 to 255",
     ],
 )
-def test_each_fault_has_its_check(change, expected, data):
+def test_every_fault_is_found_by_its_check(change, expected, data):
     assert warned(data, change) == expected
 
 
@@ -141,11 +144,11 @@ def test_each_fault_has_its_check(change, expected, data):
         "a shift of its own",
     ],
 )
-def test_what_is_no_fault_is_not_called_one(change, data):
+def test_harmless_changes_pass_all_checks(change, data):
     assert warned(data, change) == set()
 
 
-def test_noise_in_the_input(data):
+def test_noise_in_the_input_is_found(data):
     """Which attacks find more than which others is then a matter of chance."""
     found = warned(data, lambda net, x: net(x + 0.2 * torch.randn_like(x)))
     assert {REPEAT, COMPANY, ZERO} <= found <= {REPEAT, COMPANY, ZERO, STRENGTH, MORE, SEARCH}
@@ -156,7 +159,7 @@ def distance(x, images):
     return (x[:, None] - images).abs().flatten(2).amax(2).amin(1).view(-1, 1, 1, 1)
 
 
-def test_gradients_at_the_images_alone(data):
+def test_gradients_only_at_the_images_are_found(data):
     """PGD starts elsewhere and does not move; FGSM starts there, as CW does for a step."""
     sample = data.subset(torch.arange(60))
 
@@ -170,7 +173,7 @@ def test_gradients_at_the_images_alone(data):
     assert pgd >= 58 and fgsm < 30
 
 
-def test_gradients_that_end_beyond_the_budget(data):
+def test_gradients_that_vanish_beyond_the_budget_are_found(data):
     """Accuracy falls, rises at twice the budget, and is zero in the whole box."""
     sample = data.subset(torch.arange(60))
 
@@ -192,7 +195,7 @@ def test_a_buffer_that_counts_calls_is_a_network_that_changes(data):
             return super().forward(x)
 
     evaluation = evaluate(Counts(), data, epsilon=EPSILON, attacks="pgd20,cw30")
-    found = {check.name: check for check in checks(Counts(), data, evaluation)}
+    found = {check.name: check for check in run_checks(Counts(), data, evaluation)}
     assert {name for name, check in found.items() if not check.passed} == {REPEAT}
     assert found[REPEAT].numbers.endswith("0 classes and 1 buffers changed")
 
@@ -222,14 +225,14 @@ def test_numbers_are_those_of_attacks_on_the_sample(data):
 
     def right(name, epsilon):
         attacked = evaluate(Nearest(), sample, epsilon=epsilon, attacks=name, each=True)
-        return int(attacked.right[-1].sum())
+        return int(attacked.correct[-1].sum())
 
     clean, fgsm, pgd = right("", 0.1), right("fgsm", 0.1), right("pgd20", 0.1)
     numbers = found[STRENGTH].numbers
-    assert numbers.startswith(f"of 80 images, {clean} are right when clean, ")
+    assert numbers.startswith(f"of 80 images, {clean} are correct when clean, ")
     assert numbers.endswith(f" under noise, {fgsm} under fgsm, {pgd} under pgd20")
     curve = [f"{right('pgd20', size)} at {size:.3g}" for size in (0.05, 0.1, 0.2, 1.0)]
-    assert found[FALLS].numbers == f"of 80 images right: {clean} clean, " + ", ".join(curve)
+    assert found[FALLS].numbers == f"of 80 images correct: {clean} clean, " + ", ".join(curve)
     assert found[PIXELS].numbers.startswith(f"clean accuracy {clean / 80:.1%}; ")
 
 
@@ -239,7 +242,7 @@ def test_weak_attacks_leave_what_stronger_ones_break(name, steps, data):
     found = checked(data, attacks=[weak])
     assert {key for key, check in found.items() if not check.passed} == {MORE, SEARCH, MARGIN}
     for key in (MORE, SEARCH):
-        assert found[key].numbers.endswith(" images that withstood all attacks")
+        assert found[key].numbers.endswith(" images that are robust to all attacks")
 
 
 @pytest.mark.parametrize(
@@ -258,11 +261,11 @@ def test_the_margin_attacks_are_named(attacks, passed, data):
 )
 def test_a_part_of_autoattack_is_a_margin_attack(attacks, passed, data):
     evaluation = evaluate(Nearest(), data, epsilon=EPSILON, attacks=())
-    check = margin_attack(replace(evaluation, attacks=("clean", *attacks)))
+    check = check_margin_attack(replace(evaluation, attacks=("clean", *attacks)))
     assert check.passed == passed and (check.numbers == "apgd-t") == passed
 
 
-def test_where_all_is_broken_there_is_nothing_more_to_find(data):
+def test_where_no_image_is_robust_all_checks_pass(data):
     found = checked(data, epsilon=0.5)
     assert all(check.passed for check in found.values())
     for name in (MORE, SEARCH):
@@ -273,8 +276,8 @@ def test_where_all_is_broken_there_is_nothing_more_to_find(data):
     ("images", "share", "most"),
     [(10, 0.01, 0), (20, 0.01, 1), (40, 0.01, 2), (100, 0.01, 2), (100, 0.03, 3), (100, 0.05, 5)],
 )
-def test_how_many_images_may_differ(images, share, most):
-    assert allowed(images, share) == most
+def test_allowed_changes_grow_with_the_sample(images, share, most):
+    assert allowed_changes(images, share) == most
 
 
 # --- The sample ---
@@ -286,27 +289,28 @@ def test_the_sample_is_of_the_evaluated_images_in_proportion(examples, data):
     settings = {"epsilon": EPSILON, "attacks": "cw30", "examples": examples, "seed": 3}
     evaluation = evaluate(model, data, **settings)
     model.asked.clear()
-    found = {check.name: check for check in checks(model, data, evaluation)}
+    found = {check.name: check for check in run_checks(model, data, evaluation)}
     n = min(SAMPLE, examples or len(data))
     chosen = stratified(evaluation.labels, C, n, "checks", 3)
     assert torch.equal(model.asked[0], data.images[evaluation.index[chosen]])
     assert evaluation.labels[chosen].bincount().tolist() == [n // C] * C
     assert found[ZERO].numbers == f"0 of {n} classes changed"
-    left = int(evaluation.withstood[chosen].sum())
-    assert found[MORE].numbers.endswith(f" of the {left} images that withstood all attacks")
+    left = int(evaluation.robust[chosen].sum())
+    assert found[MORE].numbers.endswith(f" of the {left} images that are robust to all attacks")
 
 
 def test_a_smaller_sample_may_be_asked_for(data):
     evaluation = evaluate(Nearest(), data, epsilon=EPSILON, attacks="cw30")
     found = [
-        list(checks(Nearest(), data, evaluation, examples=examples)) for examples in (24, 24, 500)
+        list(run_checks(Nearest(), data, evaluation, examples=examples))
+        for examples in (24, 24, 500)
     ]
     assert found[0] == found[1] and found[0] != found[2]
     numbers = [next(c.numbers for c in each if c.name == GRADIENT) for each in found]
     assert [each.split(" images")[0] for each in numbers] == ["0 of 24", "0 of 24", "0 of 240"]
 
 
-def test_one_image_and_classes_without_images(data):
+def test_one_image_and_classes_without_images_are_checked(data):
     for few in (data.subset(torch.tensor([0])), data.subset((data.labels != 2).nonzero()[:, 0])):
         assert warned(few) <= {PIXELS}  # one image is right by chance, too
 
@@ -314,3 +318,71 @@ def test_one_image_and_classes_without_images(data):
 def test_bytes_are_images_too(data):
     whole = replace(data, images=(data.images * 255).round().to(torch.uint8))
     assert warned(whole) == set()
+
+
+# --- A trained network ---
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", "")
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """A convnet trained adversarially for a few epochs."""
+    config = resolve({"method": "trades", "epochs": 6}).training()
+    model = absld.build_model("convnet", 10, "checks")
+    for _ in absld.fit(model, None, digits.train, digits.validation, config):
+        pass
+    return model.eval()
+
+
+def failed_checks(model, data, attacks="pgd20,cw30", **settings):
+    evaluation = evaluate(model, data, **{"epsilon": 0.1, "attacks": attacks} | settings)
+    return {check.name for check in run_checks(model, data, evaluation) if not check.passed}
+
+
+def test_a_trained_network_passes_all_and_is_left_unchanged(trained, digits):
+    """Also the random state of torch."""
+    trained.train()
+    state = {k: v.clone() for k, v in trained.state_dict().items()}
+    random = torch.get_rng_state()
+    assert failed_checks(trained, digits.test) == set()
+    assert trained.training and torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, state[k]) for k, v in trained.state_dict().items())
+    trained.eval()
+
+
+class TrainMode(nn.Module):
+    """Goes to train mode in each forward."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = copy.deepcopy(net)
+
+    def forward(self, x):
+        return self.net.train()(x)
+
+
+def test_a_network_in_train_mode_is_found(trained, digits):
+    failed = failed_checks(TrainMode(trained), digits.test)
+    assert {COMPANY, REPEAT} <= failed <= {COMPANY, REPEAT, PIXELS, ZERO, MORE, SEARCH, FALLS}
+
+
+def test_a_constant_network_is_found(digits):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.eye(10)[0] + 0 * x.flatten(1)[:, :10]
+
+    assert {PIXELS, GRADIENT, FALLS} <= failed_checks(Constant(), digits.test)
+
+
+def test_stronger_attacks_clear_the_warnings_about_weak_ones(trained, digits):
+    """The images judged are those that the attacks of the evaluation leave robust."""
+    settings = {"epsilon": 0.2, "restarts": 3}
+    data = digits.test.subset(torch.arange(200))
+    assert (
+        {MORE, MARGIN} <= failed_checks(trained, data, "fgsm", **settings) <= {MORE, MARGIN, SEARCH}
+    )
+    assert failed_checks(trained, data, "pgd100,cw100,pgd100-sat", **settings) == set()

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from image_files import make_folder
+from helpers.image_files import make_folder
 from PIL import Image
 
 from absld.data.sources import load_data
@@ -16,7 +16,7 @@ def refused(*patterns, dataset, root, **settings):
     with pytest.raises(DataError) as caught:
         load_data(dataset, str(root), **settings)
     for pattern in patterns:
-        assert pattern in f"{caught.value}\n{caught.value.way_out}"
+        assert pattern in f"{caught.value}\n{caught.value.hint}"
 
 
 # --- SVHN: images (32,32,3,N) and labels 1..10, of which 10 means 0, in MATLAB's format ---
@@ -111,7 +111,7 @@ def test_tiny_imagenet_that_is_not_whole(tmp_path):
     table = root / "val" / "val_annotations.txt"
     whole = table.read_text()
     table.write_text(whole.replace(IDS[0], "n00000000"))
-    refused("n00000000 is no class of wnids.txt", dataset="tiny-imagenet", root=tmp_path)
+    refused("n00000000 is not a class of wnids.txt", dataset="tiny-imagenet", root=tmp_path)
     table.write_text("")
     refused("no images", str(root / "val"), dataset="tiny-imagenet", root=tmp_path)
     table.write_text(whole)
@@ -121,7 +121,7 @@ def test_tiny_imagenet_that_is_not_whole(tmp_path):
     broken.unlink()
     assert len(load_data("tiny-imagenet", str(tmp_path)).train) == 18
     (root / "wnids.txt").write_text("n01443537\nn01641577\n")
-    refused("n01629819 is no class", dataset="tiny-imagenet", root=tmp_path)
+    refused("n01629819 is not a class", dataset="tiny-imagenet", root=tmp_path)
 
 
 def test_a_folder_in_another_size(tmp_path):

@@ -1,6 +1,10 @@
-"""The package as a house: who may import whom, and that importing it costs and changes nothing."""
+"""The package as a whole: imports, public names, size of modules, who reads files of objects.
+
+Which folder may import which is held by import-linter's contracts in pyproject.toml.
+"""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +14,11 @@ import pytest
 import absld
 
 FOLDER = Path(absld.__file__).parent
+TREES = {
+    path.relative_to(FOLDER).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(FOLDER.rglob("*.py"))
+}
+DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def test_the_single_file_does_not_import_the_package():
@@ -27,17 +36,17 @@ def test_public_names_exist_and_are_documented():
 def test_type_checkers_see_every_public_name():
     """The names are loaded lazily; the stub beside them is what an editor knows."""
     tree = ast.parse((FOLDER / "__init__.pyi").read_text(encoding="utf-8"))
-    seen = {
+    stub = {
         alias.asname
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert seen == set(absld.__all__)
+    assert stub == set(absld.__all__)
     assert (FOLDER / "py.typed").exists()
 
 
-def test_importing_has_no_side_effect(tmp_path, single_thread):
+def test_importing_has_no_side_effect_and_imports_no_torch(tmp_path, single_thread):
     code = """
 import random, signal, sys
 import absld, absld.cli.app
@@ -49,10 +58,89 @@ import absld.runs.training_run, absld.cli.training_view
 assert torch.equal(torch.get_rng_state(), state)
 assert signal.getsignal(signal.SIGTERM) == handler
 assert (torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision) == (threads, matmul)
-assert not {"torchvision", "sklearn"} & set(sys.modules)
+assert not {"torchvision", "sklearn", "matplotlib", "jinja2"} & set(sys.modules)
 """
     child = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=single_thread, capture_output=True
     )
     assert (child.returncode, child.stdout, child.stderr) == (0, b"", b"")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- Size and language ---
+
+
+def test_no_module_is_longer_than_350_lines():
+    lines = {
+        path.relative_to(FOLDER).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in FOLDER.rglob("*.py")
+    }
+    assert not {name: count for name, count in lines.items() if count > 350}
+
+
+def test_no_function_is_longer_than_60_lines():
+    lengths = {
+        f"{module}: {node.name}": node.end_lineno - node.lineno + 1
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not {name: count for name, count in lengths.items() if count > 60}
+
+
+def docstrings():
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, DEFINITIONS | ast.Module) and (text := ast.get_docstring(node)):
+                yield f"{module}: {getattr(node, 'name', 'module')}", text
+
+
+def test_docstrings_name_sources_that_users_have():
+    private = re.compile(r"\bpeers\b|\b[Ss]ource: spec|\bspec[,.]")
+    assert not {name for name, text in docstrings() if private.search(text)}
+
+
+def test_docstrings_begin_with_a_name_or_a_verb():
+    clauses = re.compile(r"(What|Those|How|Is|Are|Does|Do|Has|Whose|Who|That) ")
+    assert not {name for name, text in docstrings() if clauses.match(text)}
+
+
+# --- Files that could run code ---
+
+
+def dotted(node):
+    """`a.b.c` as text, or None."""
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return base and f"{base}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else None
+
+
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+READERS = re.compile(
+    r"torch\.(load|jit\.load|hub\.load\w*|export\.load|package\..+|serialization\..+)"
+    r"|(np|numpy)\.(load|loadtxt|genfromtxt|fromregex)|pd\..+|yaml\..*load\w*|eval|exec|compile"
+)
+
+
+def test_only_the_loading_function_reads_files_of_objects():
+    """`torch.load` is called once, with weights_only; nothing else in the package unpickles."""
+    calls, imported = [], set()
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and READERS.fullmatch(dotted(node.func) or ""):
+                arguments = {key.arg: ast.unparse(key.value) for key in node.keywords}
+                calls.append((module, dotted(node.func), arguments.get("weights_only")))
+            elif isinstance(node, ast.Import):
+                imported |= {(module, alias.name.split(".")[0]) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((module, (node.module or "").split(".")[0]))
+                assert not (
+                    node.module == "torch"
+                    and {alias.name for alias in node.names} & {"load", "jit"}
+                ), module
+    assert calls == [("storage/checkpoint.py", "torch.load", "True")]
+    assert not {pair for pair in imported if pair[1] in UNPICKLERS}
+    assert {module for module, name in imported if name == "safetensors"} == {
+        "storage/checkpoint.py"
+    }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import few_digits, main, refused
+from helpers.program import few_digits, main, refused
 
 import absld
 from absld.cli.teacher_view import teacher_lines
@@ -43,34 +43,34 @@ def checked(capfd, *flags, code=0):
 
 def test_what_is_said_of_a_teacher(teacher, capfd):
     """Counted again: accuracies, soft labels, calibration, on the validation images."""
-    document, _ = checked(capfd, teacher, *CPU)
+    results, _ = checked(capfd, teacher, *CPU)
     model = absld.load_network(teacher, 10, ("x",)).model.eval()
     data = load_data("digits", "").validation
     with torch.no_grad():
         logits = model(data.images / 255)
     right = logits.argmax(1) == data.labels
     soft = logits.softmax(1)
-    network = document["network"]
+    network = results["network"]
     assert network["architecture"] == "convnet"
     assert network["parameters"] == sum(p.numel() for p in model.parameters())
     assert network["weights_sha256"] == digest(model.state_dict())
-    assert document["data"]["split"] == "validation" and document["data"]["images"] == 180
+    assert results["data"]["split"] == "validation" and results["data"]["images"] == 180
     for k in range(10):
         own = data.labels == k
-        clean, labels = document["clean"]["classes"][k], document["soft_labels"][k]
+        clean, labels = results["clean"]["classes"][k], results["soft_labels"][k]
         assert (clean["right"], clean["images"]) == (int(right[own].sum()), int(own.sum()))
-        robust = document["robust"]["classes"][k]
+        robust = results["robust"]["classes"][k]
         assert robust["right"] <= clean["right"] and robust["low"] <= robust["value"]
         assert labels["true_probability"] == pytest.approx(soft[own, k].mean().item(), rel=1e-5)
         entropy = -(soft * soft.log()).sum(1)[own].mean().item()
         assert labels["entropy"] == pytest.approx(entropy, rel=1e-5)
-    calibration = document["calibration"]
+    calibration = results["calibration"]
     assert calibration["accuracy"] == pytest.approx(right.double().mean().item())
     assert calibration["confidence"] == pytest.approx(soft.amax(1).mean().item(), rel=1e-5)
-    assert document["verdict"] == "fit" and document["reasons"] == []
+    assert results["verdict"] == "fit" and results["reasons"] == []
     # PGD-20 of validation, which selects epochs, is near: another start, the same attack.
     accuracies = absld.validate(model, data, epsilon=0.1)
-    average = document["robust"]["metrics"]["average"]["value"]
+    average = results["robust"]["metrics"]["average"]["value"]
     assert average == pytest.approx(accuracies.robust.mean().item(), abs=0.03)
 
 
@@ -89,18 +89,18 @@ def test_it_is_shown_in_80_columns(teacher, capfd):
 
 
 def test_a_class_without_images_has_no_figures(teacher, capfd):
-    document, _ = checked(capfd, teacher, *CPU, "--examples", "4")
-    absent = [c["class"] for c in document["clean"]["classes"] if not c["images"]]
+    results, _ = checked(capfd, teacher, *CPU, "--examples", "4")
+    absent = [c["class"] for c in results["clean"]["classes"] if not c["images"]]
     assert len(absent) == 6
-    for labels in document["soft_labels"]:
+    for labels in results["soft_labels"]:
         assert (labels["entropy"] is None) == (labels["class"] in absent)
-    assert max(map(len, teacher_lines(document)[:-1])) <= 80
+    assert max(map(len, teacher_lines(results)[:-1])) <= 80
 
 
 def test_a_network_near_chance_is_unfit(capfd):
     save({"model": build_model("convnet", 10, "untrained").state_dict()}, Path("new.pt"))
-    document, errors = checked(capfd, "new.pt", *DIGITS, code=4)
-    assert document["verdict"] == "unfit"
+    results, errors = checked(capfd, "new.pt", *DIGITS, code=4)
+    assert results["verdict"] == "unfit"
     assert "error: new.pt: near chance on clean images" in errors
 
 
@@ -132,16 +132,16 @@ def nets(teacher):
 
 
 def test_doubts_have_reasons(nets, capfd):
-    document, _ = checked(capfd, "nets:sharp", *DIGITS)
-    assert document["verdict"] == "doubtful" and document["calibration"]["temperature"] == (
+    results, _ = checked(capfd, "nets:sharp", *DIGITS)
+    assert results["verdict"] == "doubtful" and results["calibration"]["temperature"] == (
         pytest.approx(20, rel=0.01)
     )
-    assert ["nearly hard" in reason for reason in document["reasons"]][-1]
-    document, _ = checked(capfd, "nets:blind", *DIGITS)
-    assert any("class 9 is hardly robust, 0.0%" in reason for reason in document["reasons"])
+    assert ["nearly hard" in reason for reason in results["reasons"]][-1]
+    results, _ = checked(capfd, "nets:blind", *DIGITS)
+    assert any("class 9 is hardly robust, 0.0%" in reason for reason in results["reasons"])
     # The whole box for a budget: nothing withstands it.
-    document, _ = checked(capfd, "nets:honest", *DIGITS, "--eps", "1")
-    assert document["reasons"][0].startswith("not robust, ")
+    results, _ = checked(capfd, "nets:honest", *DIGITS, "--eps", "1")
+    assert results["reasons"][0].startswith("not robust, ")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_bad_files(capfd):
     Path("page.pt").write_text("<!DOCTYPE html><html>sign in</html>")
     refused(capfd, 4, "HTML page", "download", "teacher", "check", "page.pt", *DIGITS)
     refused(capfd, 4, "no such run or file", "check the path", "teacher", "check", "no.pt", *DIGITS)
-    refused(capfd, 2, "which images?", "--dataset", "teacher", "check", "page.pt")
+    refused(capfd, 2, "no data set given", "--dataset", "teacher", "check", "page.pt")
     save({"model": build_model("convnet", 7, "x").state_dict()}, Path("seven.pt"))
     refused(capfd, 4, "needed is (10, 64)", "number of classes", "teacher", "check", "seven.pt", *DIGITS)  # fmt: skip
 
@@ -165,6 +165,6 @@ def test_bad_files(capfd):
 def test_what_was_stripped_is_said(teacher, capfd):
     state = {f"module.{k}": v for k, v in load(f"{teacher}/best.pt")["model"].items()}
     torch.save({"state_dict": state}, "wrapped.pt")
-    document, errors = checked(capfd, "wrapped.pt", *DIGITS, "--examples", "20")
-    assert "without their prefix" in errors and len(document["network"]["notes"]) == 1
-    assert few_digits().train.classes == tuple(document["data"]["classes"])
+    results, errors = checked(capfd, "wrapped.pt", *DIGITS, "--examples", "20")
+    assert "without their prefix" in errors and len(results["network"]["notes"]) == 1
+    assert few_digits().train.classes == tuple(results["data"]["classes"])

@@ -1,4 +1,4 @@
-"""fit: what it reports, what it leaves alone, and that a run goes on as if never interrupted."""
+"""`fit`: its reports, what it leaves unchanged, and that a resumed run ends as an uninterrupted one."""
 
 import json
 import os
@@ -9,70 +9,28 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import strategies as draw
 import torch
-from test_checkpoint import processes, same
+from helpers.processes import processes
+from helpers.small_training import CONFIG, TRAIN, VALIDATION, C, bytes_of, image_set, network, train
+from helpers.weight_files import same
 from torch import nn
 
 import absld
 from absld import trainer
 from absld.attack import TrainingAttack
-from absld.config.settings import TrainConfig
 from absld.data.augmentation import Views, batches
 from absld.data.dataset import ImageSet
-from absld.engine.precision import arithmetic, in_precision
+from absld.engine.precision import float32_precision, with_precision
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
 from absld.methods import build_method
 from absld.metrics import ClassAccuracies
 from absld.progress import StepReport
-from absld.seeding import global_generator
 from absld.storage.checkpoint import load
 from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
 from absld.trainer import fit
 
-C = 3
-CONFIG = TrainConfig(
-    epochs=3, batch_size=4, attack_steps=2, padding=1, epsilon=0.1, milestones=(0.34, 0.67)
-)
-
-
-def network(*key, channels=3, classes=C, side=4):
-    """With batch norm, whose buffers are part of what a run has to carry on."""
-    with global_generator("test", *key):
-        return nn.Sequential(
-            nn.Conv2d(channels, 4, 3, padding=1),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(4 * side * side, classes),
-        )
-
-
-def image_set(n=12, classes=C, seed=0, channels=3, dtype=torch.float32):
-    """Images whose class tells in their brightness, so that something can be learned."""
-    labels = torch.arange(n) % classes
-    images = draw.images(seed, n, side=4, dtype=dtype)[:, :channels]
-    images = (images + labels.view(-1, 1, 1, 1) / classes) / 2
-    return ImageSet(images, labels, tuple(map(str, range(classes))))
-
-
-def bytes_of(data):
-    return ImageSet((data.images * 255).to(torch.uint8), data.labels, data.classes)
-
-
-TRAIN, VALIDATION = bytes_of(image_set()), bytes_of(image_set(9, seed=1))
-
-
-def train(config=CONFIG, student=None, teacher=None, data=(TRAIN, VALIDATION), **settings):
-    """A whole training: the student, and the reports."""
-    student = network("student") if student is None else student
-    if teacher is None and config.method != "trades":
-        teacher = network("teacher")
-    return student, list(fit(student, teacher, *data, config, **settings))
-
-
-# --- What it reports ---
+# --- Reports ---
 
 
 @pytest.mark.parametrize("method", ["absld", "rslad", "trades"])
@@ -134,7 +92,7 @@ def test_a_record_is_json_with_a_name_for_each_number(tmp_path):
     assert record["temperature_adv"] == report.per_class["temperature_adv"].tolist()
 
 
-def test_progress_is_heard_of_batch_by_batch():
+def test_every_batch_is_reported():
     heard = []
     train(replace(CONFIG, epochs=2), on_step=heard.append)
     assert heard == [
@@ -146,12 +104,11 @@ def test_progress_is_heard_of_batch_by_batch():
 
 
 def test_the_loss_falls():
-    reports = train(replace(CONFIG, epochs=15), teacher=taught())[1]
+    reports = train(replace(CONFIG, epochs=15), teacher=trained_teacher())[1]
     assert reports[-1].loss < 0.5 * reports[0].loss
 
 
-def taught():
-    """A teacher that knows something."""
+def trained_teacher():
     return train(replace(CONFIG, method="trades", epochs=15), network("teacher"))[0]
 
 
@@ -210,7 +167,7 @@ def test_the_schedule_is_lr_after_and_rate_before_the_milestone(tmp_path):
     assert rates == [0.1] * 2 + [0.01] * 3 + [0.001] * 5
 
 
-# --- Whose networks and images ---
+# --- Networks and images of other people ---
 
 
 class Odd(nn.Module):
@@ -224,10 +181,16 @@ class Odd(nn.Module):
         return x.flatten(1) @ self.matrix
 
 
-@pytest.mark.parametrize("method", ["absld", "rslad", "trades"])
-@pytest.mark.parametrize("data", [image_set, lambda n, **kw: bytes_of(image_set(n, **kw))])
-@pytest.mark.parametrize("classes", [2, 100])
-def test_foreign_networks_on_grey_images(method, data, classes):
+def image_bytes(n, **settings):
+    return bytes_of(image_set(n, **settings))
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "classes"),
+    [("absld", image_set, 2), ("absld", image_bytes, 100), ("rslad", image_bytes, 2),
+     ("trades", image_set, 100)],
+)  # fmt: skip
+def test_foreign_networks_train_on_grey_images(method, data, classes):
     student = nn.Sequential(nn.Flatten(), nn.Linear(16, classes))
     before = deepcopy(student.state_dict())
     sets = data(104, classes=classes, channels=1), data(100, classes=classes, channels=1, seed=1)
@@ -238,17 +201,17 @@ def test_foreign_networks_on_grey_images(method, data, classes):
     assert all(p.isfinite().all() for p in student.parameters())
 
 
-def test_a_student_of_one_parameter_and_a_batch_of_one():
+def test_a_student_of_one_parameter_trains_in_batches_of_one():
     _, reports = train(replace(CONFIG, batch_size=1, epochs=1), Odd(48, C))
     assert np.isfinite(reports[0].loss)
 
 
-def test_a_batch_of_one_with_batch_norm():
+def test_a_batch_of_one_with_batch_norm_trains():
     _, reports = train(replace(CONFIG, batch_size=1, epochs=1))
     assert np.isfinite(reports[0].loss)
 
 
-def test_networks_and_images_in_double_precision():
+def test_networks_and_images_in_double_precision_train():
     sets = image_set(dtype=torch.float64), image_set(9, seed=1, dtype=torch.float64)
     student, reports = train(CONFIG, network("student").double(), network("teacher").double(), sets)
     assert all(p.dtype == torch.float64 for p in student.parameters())
@@ -267,7 +230,7 @@ def test_a_class_without_images_stays_as_it_is(tmp_path):
         assert record["score"] == report.score == report.score
 
 
-def test_the_student_may_be_frozen_in_part():
+def test_a_partly_frozen_student_trains():
     student = network("student")
     student[0].requires_grad_(False)
     before = digest(student[0].state_dict())
@@ -304,7 +267,7 @@ def test_a_method_that_needs_a_teacher_says_so():
         list(fit(network("student"), None, TRAIN, VALIDATION, CONFIG))
 
 
-# --- What it leaves alone ---
+# --- What it leaves unchanged ---
 
 
 def test_the_teacher_is_frozen_even_if_handed_over_otherwise():
@@ -318,7 +281,7 @@ def test_the_teacher_is_frozen_even_if_handed_over_otherwise():
 
 
 def all_random_states():
-    """But for Python's own: the checks of types in these tests draw from it."""
+    """All but Python's own, which the type checks of these tests draw from."""
     return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
 
 
@@ -333,14 +296,14 @@ def test_it_neither_draws_from_nor_changes_global_random_state():
 
 
 @pytest.mark.parametrize("settings", [{"seed": 1}, {"start_noise": 0.1}, {"flip": 1.0}])
-def test_what_it_draws_comes_from_the_seed(settings):
+def test_the_seed_decides_all_random_numbers(settings):
     other = train(replace(CONFIG, **settings))[0]
     assert digest(other.state_dict()) != digest(train()[0].state_dict())
     again = train(replace(CONFIG, **settings))[0]
     assert digest(other.state_dict()) == digest(again.state_dict())
 
 
-def test_teachers_and_students_draw_other_numbers():
+def test_teacher_and_student_have_different_random_numbers():
     first, second = (train(role=role)[0] for role in ("student", "teacher"))
     assert digest(first.state_dict()) != digest(second.state_dict())
 
@@ -367,15 +330,15 @@ def found_settings():
 @pytest.mark.parametrize(
     ("precision", "inside"), [("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")]
 )
-def test_arithmetic_is_set_inside_and_as_before_outside(precision, inside, own_settings):
+def test_float32_precision_is_set_inside_and_restored_outside(precision, inside, own_settings):
     before = found_settings()
-    with pytest.raises(KeyError), arithmetic(precision):
+    with pytest.raises(KeyError), float32_precision(precision):
         assert found_settings() == [inside, inside, True]
         raise KeyError
     assert found_settings() == before
 
 
-def test_between_two_epochs_torch_is_as_the_user_set_it(own_settings):
+def test_between_two_epochs_torch_has_the_settings_of_the_user(own_settings):
     before, inside = found_settings(), []
     for _ in fit(
         network("student"),
@@ -395,11 +358,11 @@ def test_bf16_runs_and_gives_finite_float32_logits():
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in student.parameters())
     seen = []
     student[4].register_forward_hook(lambda module, x, logits: seen.append(logits.dtype))
-    logits = in_precision(student, "bf16")(TRAIN.images / 255)
+    logits = with_precision(student, "bf16")(TRAIN.images / 255)
     assert logits.dtype == torch.float32 and logits.isfinite().all() and seen == [torch.bfloat16]
     assert digest(student.state_dict()) != digest(train()[0].state_dict())
-    assert in_precision(student, "fp32") is in_precision(student, "tf32") is student
-    assert in_precision(student, "tf32", around="fp32") is not student
+    assert with_precision(student, "fp32") is with_precision(student, "tf32") is student
+    assert with_precision(student, "tf32", caller_precision="fp32") is not student
 
 
 # --- A loss that is not finite ---
@@ -428,17 +391,15 @@ def test_nan_stops_before_the_optimisers_step(tmp_path):
         )
     said = str(caught.value)
     assert said.startswith("epoch 2, step 2: ") and "\n" not in said
-    assert "'loss': nan" in said and "'adv_kl': " in said and "'nat_kl': nan" in said
-    temperatures = run.records()[0]["temperature_adv"]
-    assert f"'adv': {temperatures}" in said and "'nat': [" in said
-    assert caught.value.exit_code == 5 and caught.value.way_out
+    assert "loss nan" in said and "adv_kl 0." in said and "nat_kl nan" in said
+    assert caught.value.exit_code == 5 and caught.value.hint
     assert len(seen) == 3 + 3 + 1 and all(p.isfinite().all() for p in student.parameters())
     good = load(run.last)
     assert good["progress"]["epoch"] == 2 and good["progress"]["step"] == 0
     assert digest(good["model"]) == seen[3]
 
 
-def test_a_student_that_its_last_step_broke_is_no_result(tmp_path):
+def test_a_student_that_its_last_step_broke_is_not_saved(tmp_path):
     """The loss of the step was finite; the logits of the student that it made are not."""
     run = RunDirectory(tmp_path)
     with pytest.raises(NonFiniteError):
@@ -455,7 +416,7 @@ def without_times(records):
 
 
 def outcome(student, run):
-    """All that a run leaves, but for times."""
+    """Everything that a run leaves except times."""
     best = load(run.best)
     best["record"] = without_times([best["record"]])
     return {
@@ -468,7 +429,7 @@ def outcome(student, run):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What a training leaves that nothing interrupts."""
+    """The outcome of a training that nothing interrupts."""
     run = RunDirectory(tmp_path_factory.mktemp("whole"))
     student, reports = train(run=run, about=ABOUT)
     assert len(reports) == CONFIG.epochs
@@ -481,7 +442,7 @@ STEPS = CONFIG.epochs * AN_EPOCH
 
 
 def stopping(at):
-    """An on_step that asks to stop at its nth call."""
+    """Return an on_step that asks to stop at its nth call."""
     left = iter(range(at - 1, -1, -1))
 
     def on_step(report):
@@ -504,7 +465,7 @@ def test_a_training_interrupted_at_any_step_ends_as_if_it_were_not(at, whole, tm
     assert [report.epoch for report in reports] == list(range(done + 1, 4))
 
 
-def test_a_training_interrupted_after_each_of_its_steps(whole, tmp_path):
+def test_a_training_interrupted_after_each_of_its_steps_ends_as_if_it_were_not(whole, tmp_path):
     run, sessions = RunDirectory(tmp_path), 0
 
     def on_step(report):
@@ -521,7 +482,7 @@ def test_a_training_interrupted_after_each_of_its_steps(whole, tmp_path):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
-def test_a_training_abandoned_after_an_epoch(epochs, whole, tmp_path):
+def test_a_training_abandoned_after_an_epoch_resumes_to_the_same_result(epochs, whole, tmp_path):
     run = RunDirectory(tmp_path)
     reports = fit(
         network("student"), network("teacher"), TRAIN, VALIDATION, CONFIG, run=run, about=ABOUT
@@ -545,7 +506,10 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_crash_at_any_write_is_made_good(name, whole, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_run_that_crashed_at_any_write_resumes_to_the_same_result(
+    name, whole, tmp_path, monkeypatch
+):
     """Before each of the operations that put a file on the disk, best, metrics and last."""
     write, crashes = getattr(os, name), 0
     for at in range(1, 100):
@@ -572,7 +536,7 @@ def test_a_crash_at_any_write_is_made_good(name, whole, tmp_path, monkeypatch):
 
 
 def train_in(path, begun):
-    """A training in a process of its own, which says when it has begun."""
+    """Train in this child process; set `begun` after the first batch."""
     torch.set_num_threads(1)
     train(LONG, run=RunDirectory(path), about=ABOUT, on_step=lambda step: begun.set())
 
@@ -580,7 +544,8 @@ def train_in(path, begun):
 LONG = replace(CONFIG, epochs=12)
 
 
-def test_a_training_killed_at_random_moments(tmp_path):
+@pytest.mark.slow
+def test_a_training_killed_at_random_moments_resumes_to_the_same_result(tmp_path):
     delays, kills = random.Random(7), 0
     run, other = RunDirectory(tmp_path / "killed"), RunDirectory(tmp_path / "whole")
     for path in (run.path, other.path):
@@ -630,12 +595,14 @@ def changed_pixel():
 
 
 OTHERS = {
-    "epsilon is 0.1 there, 0.2 here": {"config": replace(CONFIG, epsilon=0.2)},
-    "seed is 0 there, 1 here": {"config": replace(CONFIG, seed=1)},
-    "fidelity is 'paper' there, 'released' here": {"config": replace(CONFIG, fidelity="released")},
-    "method is 'absld' there, 'rslad' here": {"config": replace(CONFIG, method="rslad")},
-    "epochs is 3 there, 4 here": {"config": replace(CONFIG, epochs=4)},
-    "role is 'student' there, 'teacher' here": {"role": "teacher"},
+    "epsilon is 0.1 in the run, 0.2 now": {"config": replace(CONFIG, epsilon=0.2)},
+    "seed is 0 in the run, 1 now": {"config": replace(CONFIG, seed=1)},
+    "fidelity is 'paper' in the run, 'released' now": {
+        "config": replace(CONFIG, fidelity="released")
+    },
+    "method is 'absld' in the run, 'rslad' now": {"config": replace(CONFIG, method="rslad")},
+    "epochs is 3 in the run, 4 now": {"config": replace(CONFIG, epochs=4)},
+    "role is 'student' in the run, 'teacher' now": {"role": "teacher"},
     "training_images is": {"data": (changed_pixel(), VALIDATION)},
     "validation_images is": {"data": (TRAIN, TRAIN)},
     "teacher is": {"teacher": network("another teacher")},
@@ -646,7 +613,7 @@ OTHERS["training_images is '"] = {"data": RENAMED}
 
 
 @pytest.mark.parametrize("difference", OTHERS)
-def test_another_training_in_the_same_run_is_refused(difference, tmp_path):
+def test_resuming_with_other_settings_data_or_networks_is_refused(difference, tmp_path):
     run = RunDirectory(tmp_path)
     with pytest.raises(Interrupted):
         train(run=run, on_step=stopping(6))
@@ -654,7 +621,7 @@ def test_another_training_in_the_same_run_is_refused(difference, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         train(**{"run": run, **OTHERS[difference]})
     assert difference in str(caught.value) and str(tmp_path) in str(caught.value)
-    assert "another --out" in caught.value.way_out
+    assert "another --out" in caught.value.hint
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -696,3 +663,16 @@ def test_a_disk_that_is_full_surfaces_at_once_and_keeps_the_last_checkpoint(tmp_
     student, rest = train(run=run)
     assert len(rest) == 2
     assert digest(student.state_dict()) == digest(train()[0].state_dict())
+
+
+def test_a_state_of_another_version_is_refused(tmp_path):
+    """Its method carries tensors of other names."""
+    run = RunDirectory(tmp_path)
+    with run:
+        train(replace(CONFIG, epochs=1), run=run)
+    state = load(run.last)
+    state["method"] = {"adv": torch.ones(C)}
+    run.write_checkpoint(state, run.last)
+    with pytest.raises(CheckpointError, match="not one of this training") as caught, run:
+        train(replace(CONFIG, epochs=1), run=run)
+    assert "--out" in caught.value.hint

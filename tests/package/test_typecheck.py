@@ -2,10 +2,10 @@
 
 import inspect
 
-import implementations
 import jaxtyping
 import pytest
 import torch
+from helpers import implementations
 from torch import nn
 
 import absld

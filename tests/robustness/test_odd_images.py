@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.image_files import make_folder
+from helpers.processes import processes
+from helpers.program import QUICK, main
+from helpers.program import refused as refused_by_the_program
 from PIL import Image
-from test_checkpoint import processes
-from test_cli import QUICK, main
-from test_cli import refused as refused_by_the_program
-from test_package_data import make_folder
 
 from absld.data.sources import load_data
 from absld.errors import DataError
@@ -29,7 +29,7 @@ def count(root):
 def refused(root, cause):
     with pytest.raises(DataError) as caught:
         load_data("folder", str(root))
-    assert cause in str(caught.value) and caught.value.way_out
+    assert cause in str(caught.value) and caught.value.hint
 
 
 # --- Where files lie ---

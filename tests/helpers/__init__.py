@@ -1,0 +1,1 @@
+"""Shared by several test modules, none of which imports another."""

@@ -1,0 +1,62 @@
+"""The command line in this process, on few images."""
+
+import functools
+import re
+import signal
+import sys
+from pathlib import Path
+
+from absld.cli import app as cli
+from absld.data.dataset import ImageSet, Splits
+from absld.data.sources import load_data
+
+QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--allow-weak-teacher"]
+QUICK += ["--device", "cpu", "--batch-size", "32"]
+
+
+@functools.cache
+def few_digits():
+    return Splits(
+        *(
+            ImageSet(part.images[:n], part.labels[:n], part.classes)
+            for part, n in zip(load_data("digits", ""), (64, 40, 40), strict=True)
+        )
+    )
+
+
+def load_few(dataset, folder, image_size):
+    """The data, but of the digits only a few: what is tested here is not how well they learn."""
+    return few_digits() if dataset == "digits" else load_data(dataset, folder, image_size)
+
+
+def main(*flags):
+    """The program in this process: its exit code."""
+    argv, pipe = sys.argv, signal.getsignal(signal.SIGPIPE)
+    sys.argv = ["absld", *map(str, flags)]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGPIPE, pipe)
+
+
+def refused(capfd, code, cause, hint, *flags):
+    """Two lines on stderr and nothing else there, and no result."""
+    assert main(*flags) == code, capfd.readouterr().err
+    printed = capfd.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1], printed.err
+    assert cause in lines[0] and hint in lines[1], printed.err
+    assert not digests(printed.out)
+    return printed.out
+
+
+def digests(text):
+    return dict(re.findall(r"^(teacher|student) sha256: ([0-9a-f]{64})\r?$", text, re.MULTILINE))
+
+
+def the_run(kind="absld", out="runs"):
+    (path,) = Path(out).glob(f"digits-{kind}-*")
+    return path
