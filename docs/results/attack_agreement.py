@@ -1,4 +1,4 @@
-"""Do other libraries' attacks find the same robust accuracy as `absld evaluate`?
+"""Compare robust accuracy under `absld evaluate` and under other libraries' attacks.
 
     pip install foolbox torchattacks adversarial-robustness-toolbox 'absld[autoattack]'
     absld train && python docs/results/attack_agreement.py runs/digits-absld-*
@@ -27,7 +27,7 @@ PGD, SAT, CW = (parse_attack(name) for name in ("pgd20", "pgd20-sat", "cw30"))
 
 
 class FoolboxMargin(foolbox.attacks.LinfPGD):
-    """foolbox's loop on the objective of CW-inf."""
+    """foolbox's PGD on the objective of CW-inf."""
 
     def get_loss_fn(self, model, labels):
         def loss(x):
@@ -37,7 +37,7 @@ class FoolboxMargin(foolbox.attacks.LinfPGD):
 
 
 class MarginLoss(nn.Module):
-    """The same for ART, which hands over one-hot labels."""
+    """The objective of CW-inf for ART, which passes one-hot labels."""
 
     reduction = "sum"
 
@@ -55,7 +55,7 @@ def by_art(attack, x, labels):
 
 
 def attacks(model, x, labels):
-    """(what, by whom, adversarial images), each of all images."""
+    """Yield attack, library and adversarial images of all images."""
     by_foolbox = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     for ours, foolbox_attack, art_loss in (
         (PGD, foolbox.attacks.LinfPGD, nn.CrossEntropyLoss()),
@@ -63,12 +63,12 @@ def attacks(model, x, labels):
         (CW, FoolboxMargin, MarginLoss()),
     ):
         step, start = ours.step_size * EPSILON, ours.uniform_start
-        theirs = foolbox_attack(abs_stepsize=step, steps=ours.steps, random_start=start)
-        yield ours.name, "foolbox", theirs(by_foolbox, x, labels, epsilons=EPSILON)[1]
+        foolbox_pgd = foolbox_attack(abs_stepsize=step, steps=ours.steps, random_start=start)
+        yield ours.name, "foolbox", foolbox_pgd(by_foolbox, x, labels, epsilons=EPSILON)[1]
         if ours.objective == "cross-entropy":
-            theirs = torchattacks.PGD(model, EPSILON, step, ours.steps, start)
-            yield ours.name, "torchattacks", theirs(x, labels)
-        theirs = ProjectedGradientDescentPyTorch(
+            torchattacks_pgd = torchattacks.PGD(model, EPSILON, step, ours.steps, start)
+            yield ours.name, "torchattacks", torchattacks_pgd(x, labels)
+        art_pgd = ProjectedGradientDescentPyTorch(
             art_classifier(model, art_loss),
             eps=EPSILON,
             eps_step=step,
@@ -77,16 +77,13 @@ def attacks(model, x, labels):
             batch_size=len(x),
             verbose=False,
         )
-        yield ours.name, "ART", by_art(theirs, x, labels)
-    theirs = CarliniLInfMethod(
+        yield ours.name, "ART", by_art(art_pgd, x, labels)
+    art_cw = CarliniLInfMethod(
         art_classifier(model, nn.CrossEntropyLoss()), batch_size=len(x), verbose=False
     )
-    found = by_art(theirs, x, labels)  # a small perturbation, in a ball of no fixed size
-    yield (
-        "ART's CW-inf",
-        "ART",
-        torch.where(((found - x).abs().amax((1, 2, 3)) <= EPSILON).view(-1, 1, 1, 1), found, x),
-    )
+    x_adv = by_art(art_cw, x, labels)  # a small perturbation, in a ball of no fixed size
+    in_ball = (x_adv - x).abs().amax((1, 2, 3)) <= EPSILON
+    yield "ART's CW-inf", "ART", torch.where(in_ball.view(-1, 1, 1, 1), x_adv, x)
 
 
 def main(run):
@@ -98,19 +95,19 @@ def main(run):
     clean = model(x).argmax(1) == labels
     print("| attack | by | robust accuracy | 95 % interval |\n|---|---|---|---|")
 
-    def row(attack, by, right):
-        figure = wilson(int(right.sum()), len(right))
+    def row(attack, by, correct):
+        figure = wilson(int(correct.sum()), len(correct))
         print(f"| {attack} | {by} | {figure.value:.1%} | {figure.low:.1%} to {figure.high:.1%} |")
 
     ours = absld.evaluate(model, data, epsilon=EPSILON, attacks=[PGD, SAT, CW], each=True)
     for k, name in enumerate(ours.attacks):
-        row(name, "absld", ours.right[k])
+        row(name, "absld", ours.correct[k])
     for attack, by, x_adv in attacks(model, x, labels):
         assert (x_adv - x).abs().max() <= EPSILON + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
         row(attack, by, clean & (margins(model(x_adv), labels) < 0))
-    row("all three", "absld", ours.withstood)
+    row("all three", "absld", ours.robust)
     strongest = absld.evaluate(model, data, epsilon=EPSILON, attacks="autoattack")
-    row("AutoAttack", "pyautoattack, by absld", strongest.withstood)
+    row("AutoAttack", "pyautoattack, by absld", strongest.robust)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compare RSLAD and both readings of ABSLD on the digits, as Markdown: python docs/results/digits.py"""
+"""Compare RSLAD and both variants of ABSLD on the digits, as Markdown: python docs/results/digits.py"""
 
 import re
 import statistics
@@ -24,14 +24,14 @@ COLUMNS = [
 SCRIPT = Path(__file__).parents[2] / "absld_min.py"
 
 
-def out(seed: int) -> str:
+def run_folder(seed: int) -> str:
     return f"runs/seed-{seed}"
 
 
 def run(flags: list[str], seed: int) -> list[float]:
     """Run absld_min.py in ./runs/seed-N; return the figures of COLUMNS."""
     start = time.perf_counter()
-    command = [sys.executable, str(SCRIPT), *flags, "--seed", str(seed), "--out", out(seed)]
+    command = [sys.executable, str(SCRIPT), *flags, "--seed", str(seed), "--out", run_folder(seed)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds = time.perf_counter() - start
     print(seed, flags, printed[printed.index("class ") :], file=sys.stderr, flush=True)
@@ -47,7 +47,9 @@ def main() -> None:
     for seed in SEEDS:  # the first run of a seed trains the teacher of all others: not timed
         run(METHODS["RSLAD"], seed)
     figures = {
-        method: [run([*flags, "--teacher", f"{out(seed)}/teacher.pt"], seed) for seed in SEEDS]
+        method: [
+            run([*flags, "--teacher", f"{run_folder(seed)}/teacher.pt"], seed) for seed in SEEDS
+        ]
         for method, flags in METHODS.items()
     }
     print("| method |", " | ".join(COLUMNS), "|")

@@ -1,7 +1,7 @@
-"""Time an epoch of absld_min.py, of absld train, and of that with its engine on, on the digits.
+"""Time an epoch of absld_min.py and of absld train on the digits, without and with engine flags.
 
 Each command prints a line an epoch; the time between two lines is a whole epoch: its steps, its
-validation, its saving and its printing. The commands take turns within one run.
+validation, its saving and its printing. The commands alternate within one run.
 Usage: python docs/results/epoch_cost.py [ROUNDS]
 """
 
@@ -21,7 +21,7 @@ EPOCH = re.compile(r" *\d+ +\d+\.\d{4} ")  # its number, and its learning rate o
 
 
 def seconds_per_epoch(command: list[str]) -> list[float]:
-    """The times between the lines of the student's epochs."""
+    """Return the times between the lines of the student's epochs."""
     with tempfile.TemporaryDirectory() as out:
         process = subprocess.Popen(
             [sys.executable, *command, *FLAGS, "--out", out],
@@ -44,15 +44,15 @@ def main() -> None:
     commands = {
         "single file": ["absld_min.py"],
         "package": package,
-        "engine on": [*package, "--fold-batch-norm", "--channels-last"],
+        "both flags": [*package, "--fold-batch-norm", "--channels-last"],
     }
-    ratios: dict[str, list[float]] = {"package / single file": [], "engine on / package": []}
+    ratios: dict[str, list[float]] = {"package / single file": [], "both flags / package": []}
     for number in range(rounds):
         order = list(commands)[number % 3 :] + list(commands)[: number % 3]
         cost = {name: statistics.median(seconds_per_epoch(commands[name])) for name in order}
         for pair, values in ratios.items():
-            above, below = pair.split(" / ")
-            values.append(cost[above] / cost[below])
+            numerator, denominator = pair.split(" / ")
+            values.append(cost[numerator] / cost[denominator])
         print(
             ", ".join(f"{name} {cost[name]:.4f} s" for name in commands)
             + "".join(f", {pair} {values[-1]:.3f}" for pair, values in ratios.items()),

@@ -1,14 +1,14 @@
-"""How often do the 95 % intervals of an evaluation hold the truth?
+"""Measure the coverage of the 95 % intervals of an evaluation.
 
     python docs/results/intervals.py
 
 Draws evaluations of networks whose class accuracies are known, and counts. Prints the table of
-intervals.md: the intervals of `absld.evaluation.intervals.bootstrap`, and plain percentiles beside them.
+intervals.md: the intervals of `absld.evaluation.intervals.bootstrap`, and plain percentile intervals.
 """
 
 import torch
 
-from absld.evaluation.intervals import bootstrap, resampled
+from absld.evaluation.intervals import bootstrap, resample
 from absld.metrics import METRICS
 
 TRIALS, REPLICATES = 400, 1000
@@ -24,30 +24,29 @@ CASES = {
 
 
 def coverage(accuracy, images, random):
-    """Per metric, the shares of evaluations whose intervals hold the true value: ours, and of
-    percentiles."""
+    """Return per metric the coverage of our intervals, and of percentile intervals."""
     truth = torch.tensor(accuracy, dtype=torch.double)
     labels = torch.arange(len(truth)).repeat_interleave(images)
-    held = {name: [0, 0] for name in METRICS}
+    covered = {name: [0, 0] for name in METRICS}
     for _ in range(TRIALS):
-        right = torch.rand(len(labels), generator=random) < truth[labels]
-        seen = right.view(len(truth), images).double().mean(1)
-        replicates = resampled(right[None], labels, random, REPLICATES)[:, 0]
+        correct = torch.rand(len(labels), generator=random) < truth[labels]
+        observed = correct.view(len(truth), images).double().mean(1)
+        replicates = resample(correct[None], labels, random, REPLICATES)[:, 0]
         for name, metric in METRICS.items():
             true, values = metric(truth).item(), metric(replicates)
-            ours = bootstrap(metric(seen).item(), values)
+            ours = bootstrap(metric(observed).item(), values)
             low, high = torch.quantile(values, torch.tensor([0.025, 0.975]).double()).tolist()
-            held[name][0] += ours.low - 1e-9 <= true <= ours.high + 1e-9
-            held[name][1] += low - 1e-9 <= true <= high + 1e-9
-    return {name: [count / TRIALS for count in counts] for name, counts in held.items()}
+            covered[name][0] += ours.low - 1e-9 <= true <= ours.high + 1e-9
+            covered[name][1] += low - 1e-9 <= true <= high + 1e-9
+    return {name: [count / TRIALS for count in counts] for name, counts in covered.items()}
 
 
 def main():
     random = torch.Generator().manual_seed(0)
     print(f"| |{'|'.join(METRICS)}|\n|---|{'---|' * len(METRICS)}")
     for case, (accuracy, images) in CASES.items():
-        found = coverage(accuracy, images, random)
-        cells = (f"{ours:.0%} ({percentiles:.0%})" for ours, percentiles in found.values())
+        shares = coverage(accuracy, images, random)
+        cells = (f"{ours:.0%} ({percentiles:.0%})" for ours, percentiles in shares.values())
         print(f"| {case} | {' | '.join(cells)} |", flush=True)
 
 

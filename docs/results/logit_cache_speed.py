@@ -1,6 +1,6 @@
-"""A step of ABSLD with a WideResNet-34-10 teacher, asked in every step and remembered, in turn.
+"""Time a step of ABSLD with a WideResNet-34-10 teacher, evaluated in every step or cached.
 
-    python docs/results/bank_speed.py [STUDENT ...]
+    python docs/results/logit_cache_speed.py [STUDENT ...]
 
 Prints the table of docs/performance.md: seconds a step, and the ratios of neighbouring steps. The
 networks are untrained and the images noise: neither changes the arithmetic.
@@ -17,9 +17,9 @@ import torch
 import absld
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Views, draws
-from absld.engine.logit_cache import RememberingTeacher, open_bank
+from absld.engine.logit_cache import CachedTeacher, open_logit_cache
 from absld.methods import build_method
-from absld.trainer import train_step
+from absld.stepper import train_step
 
 BATCH, ROUNDS, CLASSES = 16, 7, 10
 
@@ -30,7 +30,7 @@ def main() -> None:
     data = absld.ImageSet(images, torch.arange(BATCH) % CLASSES, tuple("0123456789"))
     views = Views(data, 4)
     teacher = absld.build_model("wrn-34-10", CLASSES, "teacher").eval().requires_grad_(False)
-    print("| student | asked, s | remembered, s | ratio, median (range) |")
+    print("| student | teacher evaluated, s | logits cached, s | ratio, median (range) |")
     print("|---|---|---|---|")
     for name in sys.argv[1:] or ["resnet18", "mobilenetv2"]:
         student = absld.build_model(name, CLASSES, "student")
@@ -38,23 +38,25 @@ def main() -> None:
         optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
         attack = absld.TrainingAttack(8 / 255, 2 / 255, 10)
         with tempfile.TemporaryDirectory() as folder:
-            bank = open_bank(Path(folder), teacher, views, flip=0.5, precision="fp32")
-            remembering = RememberingTeacher(teacher, bank)
-            taken: dict[str, list[float]] = {"asked": [], "remembered": []}
+            cache = open_logit_cache(Path(folder), teacher, views, flip=0.5, precision="fp32")
+            cached = CachedTeacher(teacher, cache)
+            seconds: dict[str, list[float]] = {"evaluated": [], "cached": []}
             for number in range(-1, ROUNDS):
                 (draw,) = draws(views, number, batch_size=BATCH, flip=0.5, radius=0.001, steps=1)
-                batch = views.batch(draw)
-                remembering.about_to_see(batch.x_nat, views.numbers(draw))
-                remembering(batch.x_nat)  # now the bank has them
-                for kind, used in (("asked", teacher), ("remembered", remembering)):
+                batch = views.batch(draw)._replace(views=views.numbers(draw))
+                cached(batch.x_nat, batch.views)  # fills the cache
+                for kind, network, given in (
+                    ("evaluated", teacher, batch._replace(views=None)),
+                    ("cached", cached, batch),
+                ):
                     start = time.perf_counter()
-                    train_step(method, student, used, batch, attack, optimizer)
+                    train_step(method, student, network, given, attack, optimizer)
                     if number >= 0:  # the first warms up
-                        taken[kind].append(time.perf_counter() - start)
-        ratios = [a / b for a, b in zip(taken["asked"], taken["remembered"], strict=True)]
-        asked, remembered = (statistics.median(times) for times in taken.values())
+                        seconds[kind].append(time.perf_counter() - start)
+        ratios = [a / b for a, b in zip(seconds["evaluated"], seconds["cached"], strict=True)]
+        evaluated, from_cache = (statistics.median(times) for times in seconds.values())
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {asked:.2f} | {remembered:.2f} | {spread} |", flush=True)
+        print(f"| {name} | {evaluated:.2f} | {from_cache:.2f} | {spread} |", flush=True)
 
 
 if __name__ == "__main__":
