@@ -1,5 +1,6 @@
 """The view of an evaluation: progress with the time left, checks, and the tables."""
 
+import textwrap
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +32,9 @@ class EvaluationView(View):
 
     def check(self, check: Check) -> None:
         self.show("checking")
-        self.line(f"{'PASS' if check.passed else 'WARN'}  {check.name}: {check.numbers}")
+        self.line(f"{'PASS' if check.passed else 'WARN'}  {check.name}")
+        for line in textwrap.wrap(check.numbers, 74):
+            self.line(f"      {line}")
 
 
 def evaluation_lines(run: EvaluationRun) -> list[str]:

@@ -39,8 +39,7 @@ def check(
     Uses validation images, held out of the training images. The exit code is 4
     if the network is unfit.
     """
-    chosen = parse_all(explicit(settings), EvaluationConfig)
-    config = EvaluationConfig(**chosen, split="validation")
+    config = EvaluationConfig(**parse_all(explicit(settings), EvaluationConfig), split="validation")
 
     from absld.cli.evaluation_view import EvaluationView
     from absld.cli.teacher_view import teacher_lines

@@ -31,12 +31,13 @@ METHOD_GROUPS = ("Method", "Attack", "Training")  # groups of settings that a re
 
 
 def build_configs(
-    methods: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]
+    methods: Sequence[str], seeds: Sequence[int], common_settings: Mapping[str, Any]
 ) -> tuple[list[Config], list[str]]:
     """Build the configurations of a comparison, all methods of the first seed first; and notes.
 
     methods: names, package.module:Class, or recipe files (.toml) that say what is different about a
-    method. A recipe's schedule is left out: all methods train alike. given: settings of all runs.
+    method. A recipe's schedule is left out: all methods train alike.
+    common_settings: settings of all runs.
     Raises UsageError.
     """
     recipes, notes = [], []
@@ -54,7 +55,7 @@ def build_configs(
             recipe = {key: value for key, value in recipe.items() if key not in schedule}
         recipes.append(recipe)
     configs = [
-        resolve({**given, **recipe, "seed": seed}, schedule_of_method=False)
+        resolve({**common_settings, **recipe, "seed": seed}, schedule_of_method=False)
         for seed in seeds
         for recipe in recipes
     ]
@@ -101,17 +102,17 @@ def resolve_baseline(labels: Sequence[str], configs: Sequence[Config], baseline:
 def compare_methods(
     methods: Sequence[str],
     seeds: Sequence[int],
-    given: Mapping[str, Any],
+    common_settings: Mapping[str, Any],
     evaluation: EvaluationConfig,
     baseline: str,
     observer: Observer,
 ) -> Comparison:
     """Train the missing runs, evaluate all, and compare with `baseline`.
 
-    methods, seeds, given: see `build_configs`. baseline: the first method where it is empty.
-    Raises AbsldError.
+    methods, seeds, common_settings: see `build_configs`. baseline: the first method where it is
+    empty. Raises AbsldError.
     """
-    configs, notes = build_configs(methods, seeds, given)
+    configs, notes = build_configs(methods, seeds, common_settings)
     labels = label_configs(configs)
     baseline = resolve_baseline(labels, configs, baseline)
     splits = load_data(configs[0].dataset, configs[0].data, configs[0].image_size)

@@ -79,7 +79,7 @@ class Plan(NamedTuple):
 def plan(
     config: Config, splits: Splits | None = None, distributed: Distributed = SINGLE_PROCESS
 ) -> Plan:
-    """Load and check everything that is given, before hours are spent on a teacher.
+    """Load and check all inputs, before hours are spent on a teacher.
 
     splits: the images, if they are loaded already. Raises AbsldError.
     """
@@ -106,18 +106,18 @@ def train(
     splits: Splits | None = None,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> TrainingResult:
-    """Train a student, and a teacher before it where none is given, and test the student.
+    """Train a student, and a teacher before it where there is none, and test the student.
 
     The run gets a directory of its own in `config.out`; so does a teacher that is trained here,
     which every run with the same images and settings uses again. splits: the images, if they are
     loaded already. distributed: the processes that train together. Raises AbsldError.
     """
     device = resolve_device(distributed.device(config.device))
-    splits, method, student, given, inputs, run = plan(config, splits, distributed)
+    splits, method, student, loaded_teacher, inputs, run = plan(config, splits, distributed)
     check_resume(run, config, inputs, resume)
     distributed.barrier()  # now all know what is there, and one may write
     observer.note(f"seed {config.seed}, device {device}, torch {torch.__version__}")
-    for note in [*student.notes, *(given.notes if given else ())]:
+    for note in [*student.notes, *(loaded_teacher.notes if loaded_teacher else ())]:
         observer.note(note)
     splits = splits.to(device)
     with run:
@@ -127,8 +127,8 @@ def train(
         teacher = teacher_sha = None
         if method.needs_teacher:
             name = config.teacher
-            if given:
-                teacher = given.model
+            if loaded_teacher:
+                teacher = loaded_teacher.model
             else:
                 teacher, name = train_teacher(config, splits, observer, distributed)
             observer.note(f"teacher: {name}")
