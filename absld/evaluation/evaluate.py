@@ -4,7 +4,6 @@ The worst case is taken for each image, then the mean over images: an image is r
 classified correctly when clean and under every attack.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -260,11 +259,13 @@ def fastest_memory_format(model: nn.Module, images: Tensor) -> torch.memory_form
 
     A network that cannot view such images as vectors gets contiguous ones.
     """
-    if images.device.type == "cpu":
-        with contextlib.suppress(RuntimeError):
-            model(images.contiguous(memory_format=torch.channels_last))
-            return torch.channels_last
-    return torch.contiguous_format
+    on_cpu = images.device.type == "cpu"
+    fastest = torch.channels_last if on_cpu else torch.contiguous_format
+    try:
+        model(images.contiguous(memory_format=fastest))
+    except RuntimeError:
+        return torch.contiguous_format
+    return fastest
 
 
 def pending_images(evaluation: Evaluation, row: int) -> Int[Tensor, " m"]:

@@ -245,7 +245,7 @@ def test_a_full_or_read_only_disk_is_an_error_and_loses_nothing(fault, tmp_path,
         assert run.start(fault, int(10 ** chance.uniform(0, 6.5))) == 1
         cause, hint = run.errors()
         text = {"no room": "No space left on device", "read-only": "Read-only file system"}[fault]
-        assert cause.startswith("error: ") and text in cause and "--out writable" in hint
+        assert cause.startswith("error: ") and text in cause and "permissions of --out" in hint
         for path in run.folder.glob("runs/digits-*/*.pt"):
             load(path)
         assert_resumes_to(whole, run)
@@ -390,8 +390,7 @@ def test_a_value_that_is_not_finite_stops_the_run_before_the_step(where, tmp_pat
     cause, hint = run.errors()
     epoch, of_epoch = (step + 1) // 2, 2 - step % 2
     assert cause.startswith(f"error: epoch {epoch}, step {of_epoch}: loss ")
-    assert ("'gradient': inf" in cause or "'gradient': nan" in cause) and "saved before" in hint
-    assert "'temperature.adv': [" in cause
+    assert ("gradient inf" in cause or "gradient nan" in cause) and "saved before" in hint
     assert RunDirectory(run.path).status().startswith(f"failed: epoch {epoch}, step {of_epoch}")
     for name in ("best.pt", "last.pt"):
         state = load(run.path / name)["model"]
