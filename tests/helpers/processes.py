@@ -10,5 +10,6 @@ processes.set_forkserver_preload(
         "torchvision.datasets",
         "sklearn.model_selection",
         "helpers.program",
+        "pydantic.type_adapter",  # which typer imports where it is installed
     ]
 )

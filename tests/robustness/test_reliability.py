@@ -219,7 +219,7 @@ def test_a_run_stopped_by_signals_resumes_to_the_same_result(tmp_path, teacher, 
         run = Run(tmp_path / str(number), teacher)
         for attempt in range(1000):
             send = (signal.SIGTERM, signal.SIGINT)[attempt % 2]
-            code = run.start(after=chance.uniform(0.1, 0.9), send=send)
+            code = run.start(after=chance.uniform(0.3, 3.0), send=send)
             if code == 0:
                 break
             if code == -send or not (run.folder / "err").exists():  # before the program began
