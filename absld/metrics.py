@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 
@@ -30,7 +30,7 @@ def class_hits(
     predictions: Int[Tensor, " n"], labels: Int[Tensor, " n"], num_classes: int
 ) -> Int[Tensor, " c"]:
     """Count the correct predictions of each class; counts of batches add up."""
-    return labels[predictions == labels].bincount(minlength=num_classes)
+    return class_sums((predictions == labels).long(), labels, num_classes)[0]
 
 
 def fairness(class_accuracy: Float[Tensor, " c"], ddof: int = 0) -> Fairness:
@@ -95,8 +95,8 @@ def rho(ours: Tensor, base: Tensor) -> Tensor:
 
 
 def class_sums(
-    values: Float[Tensor, " n"], labels: Int[Tensor, " n"], num_classes: int
-) -> tuple[Float[Tensor, " c"], Int[Tensor, " c"]]:
+    values: Num[Tensor, " n"], labels: Int[Tensor, " n"], num_classes: int
+) -> tuple[Num[Tensor, " c"], Int[Tensor, " c"]]:
     """Sum the values of each class, and count its images; both add up over batches."""
     member = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
     return torch.where(member, values.unsqueeze(1), 0).sum(0), member.sum(0)

@@ -9,8 +9,9 @@ from absld.attack import TrainingAttack
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch, Draw, Views, draws, steps_per_epoch
 from absld.data.dataset import ImageSet
+from absld.engine.cuda_graph import GraphedNetwork
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
-from absld.engine.engine import Engine, check_device_supports, training_attack
+from absld.engine.engine import Engine, training_attack
 from absld.engine.logit_cache import CachedTeacher, LogitCacheSettings
 from absld.engine.precision import (
     float32_precision,
@@ -18,6 +19,7 @@ from absld.engine.precision import (
     to_memory_format,
     with_precision,
 )
+from absld.engine.techniques import Techniques, choose_techniques
 from absld.errors import DataError, UsageError
 from absld.evaluation.validation import check_network, freeze
 from absld.methods.base import Method
@@ -56,14 +58,16 @@ def train_step(
     return metrics
 
 
-def freeze_teacher(teacher: nn.Module, config: TrainConfig) -> nn.Module:
-    """Return the frozen teacher in its precision and memory format.
+def freeze_teacher(teacher: nn.Module, techniques: Techniques) -> nn.Module:
+    """Return the frozen teacher in its precision and memory format, as a CUDA graph if that is on.
 
-    It is to be called inside `float32_precision(config.precision)`.
+    It is to be called inside `float32_precision(techniques.precision)`.
     """
-    precision = config.teacher_precision or config.precision
-    frozen = freeze(to_memory_format(teacher, config.channels_last))
-    return with_precision(frozen, precision, caller_precision=config.precision)
+    frozen = freeze(to_memory_format(teacher, techniques.channels_last))
+    frozen = with_precision(
+        frozen, techniques.teacher_precision, caller_precision=techniques.precision
+    )
+    return GraphedNetwork(frozen) if techniques.cuda_graph else frozen
 
 
 class Stepper:
@@ -82,7 +86,7 @@ class Stepper:
     ) -> None:
         self.config, self.role, self.distributed = config, role, distributed
         self.device = next(student.parameters()).device
-        check_device_supports(config, self.device)
+        self.techniques = choose_techniques(config, self.device)
         self.count = steps_per_epoch(len(train), config.batch_size, config.max_steps)
         if self.count == 0:
             raise DataError(
@@ -99,9 +103,9 @@ class Stepper:
         if config.sync_batch_norm:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
         check_network(student, self.views.data, "student")
-        self.student = to_memory_format(student, config.channels_last)
-        self.engine = Engine(student, config, distributed)
-        self.attack = training_attack(config)
+        self.student = to_memory_format(student, self.techniques.channels_last)
+        self.engine = Engine(student, self.techniques, distributed)
+        self.attack = training_attack(config, self.techniques)
         self.method = build_method(config, train.num_classes).to(self.device)
         self.teacher = self.prepare_teacher(teacher, logit_cache)
         self.optimizer = torch.optim.SGD(
@@ -121,11 +125,17 @@ class Stepper:
                 raise UsageError(f"{config.method} needs a teacher", "pass one, or method='trades'")
             return None
         check_network(teacher.to(self.device), self.views.data, "teacher")
-        frozen = freeze_teacher(teacher, config)
+        frozen = freeze_teacher(teacher, self.techniques)
         if logit_cache and self.method.caches_teacher:
-            precision = config.teacher_precision or config.precision
-            with float32_precision(config.precision):
-                return logit_cache.wrap(frozen, self.views, flip=config.flip, precision=precision)
+            precision = self.techniques.teacher_precision
+            with float32_precision(self.techniques.precision):
+                return logit_cache.wrap(
+                    frozen,
+                    self.views,
+                    flip=config.flip,
+                    precision=precision,
+                    batch_size=config.batch_size // self.distributed.world_size,
+                )
         return frozen
 
     def key(self, epoch: int) -> tuple[int | str, ...]:
@@ -150,7 +160,7 @@ class Stepper:
         """Make this process' part of a batch."""
         world_size, rank = self.distributed.world_size, self.distributed.rank
         part = Draw(*(drawn.chunk(world_size)[rank] for drawn in draw))
-        layout = memory_format(self.config.channels_last)
+        layout = memory_format(self.techniques.channels_last)
         x_nat, labels, noise, _ = self.views.batch(part)
         x_nat, noise = (x.contiguous(memory_format=layout) for x in (x_nat, noise))
         cached = isinstance(self.teacher, CachedTeacher)

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from absld.config.settings import TrainConfig
 from absld.data.dataset import ImageSet
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
-from absld.engine.logit_cache import LogitCacheSettings
-from absld.engine.precision import (
-    float32_precision,
-    with_precision,
-)
+from absld.engine.logit_cache import LogitCacheSettings, cached_epoch
+from absld.engine.precision import float32_precision, with_precision
 from absld.engine.step_metrics import StepMetrics
+from absld.engine.techniques import NEUTRAL, fill_in
 from absld.errors import CheckpointError, Interrupted, NonFiniteError
 from absld.evaluation.validation import validate
 from absld.metrics import ClassAccuracies
@@ -79,11 +77,11 @@ def fit(
         CheckpointError: if a network does not fit the images, or `run` holds another training.
         NonFiniteError: if the loss, its gradient or the student becomes NaN or infinite.
     """
+    config = fill_in(config, next(student.parameters()).device)
     stepper = Stepper(
         student, teacher, train, config, role=role, logit_cache=logit_cache, distributed=distributed
     )
-    training = Training(stepper, validation, on_step)
-    checkpoint = None
+    training, checkpoint = Training(stepper, validation, on_step), None
     if run is not None:
         identity = training_identity(student, teacher, train, validation, config, role)
         checkpoint = TrainingCheckpoint(run, about or {}, identity)
@@ -115,7 +113,7 @@ def training_identity(
 ) -> dict[str, Any]:
     """Return all that decides what a training computes: the same identity, the same numbers."""
     return {
-        **asdict(config),
+        **{name: value for name, value in asdict(config).items() if name not in NEUTRAL},
         "role": role,
         "training_images": train.digest(),
         "validation_images": validation.digest(),
@@ -140,9 +138,10 @@ class Training:
     def __init__(self, stepper: Stepper, validation: ImageSet, on_step: OnStep) -> None:
         self.stepper, self.on_step, self.config = stepper, on_step, stepper.config
         self.validation = validation.to(stepper.device)
-        self.validated_network = with_precision(stepper.student, self.config.precision)
+        self.techniques = stepper.techniques
+        self.validated_network = with_precision(stepper.student, self.techniques.precision)
         self.progress = Position()
-        self.metrics = StepMetrics(self.config.check_every, stepper.distributed)
+        self.metrics = StepMetrics(self.techniques.check_every, stepper.distributed)
         self.best: dict[str, Tensor] = {}
 
     def epoch(self) -> EpochReport:
@@ -151,8 +150,9 @@ class Training:
         method, count = self.stepper.method, self.stepper.count
         rate = self.stepper.optimizer.param_groups[0]["lr"] = learning_rate(config, number)
         try:
-            with float32_precision(config.precision):
-                self.remaining_steps()
+            with float32_precision(self.techniques.precision):
+                with cached_epoch(self.stepper.teacher):
+                    self.remaining_steps()
                 accuracies = self.validate()
         except NonFiniteError as error:
             raise NonFiniteError(f"epoch {number}, {error}", error.hint) from error
@@ -201,8 +201,7 @@ class Training:
             self.on_step(report)
         except Interrupted as request:
             signal_number = request.signal_number
-        distributed, device = self.stepper.distributed, self.stepper.device
-        if signal_number := distributed.all_reduce_max(signal_number, device):
+        if signal_number := self.stepper.distributed.all_reduce_max(signal_number):
             raise Interrupted(signal_number)
 
     def validate(self) -> ClassAccuracies:

@@ -57,14 +57,15 @@ def check(
 
 CACHE_SETTINGS = (
     *("dataset", "data", "image_size", "padding", "flip", "teacher", "teacher_model"),
-    *("logit_cache_gib", "precision", "teacher_precision", "channels_last"),
+    *("logit_cache_gib", "engine", "precision", "teacher_precision", "channels_last"),
     *("batch_size", "device", "out"),
 )
 CACHE_MEANINGS = {
     "teacher": "teacher (required): a file, a run directory or package.module:factory",
     "batch_size": "number of views per forward pass",
     "logit_cache_gib": "largest size of the cache, in GiB",
-    "precision": "numeric precision of the teacher; tf32 has an effect only on CUDA",
+    "engine": "engine of the trainings that are to use the cache",
+    "precision": "numeric precision of those trainings [default: as the engine chooses]",
 }
 
 

@@ -152,10 +152,17 @@ class TrainConfig(Settings):
         0.5, "Augmentation", "probability of a horizontal flip", RELEASE, high=1.0
     )
 
-    precision: Precision = setting(
-        "tf32",
+    engine: Literal["auto", "plain", "fast"] = setting(
+        "auto",
         "Speed",
-        "numeric precision of the networks; tf32 has an effect only on CUDA; losses use fp32",
+        "techniques that speed up a step; plain: none; auto: those that keep a GPU busy; fast: all "
+        "that the device has",
+    )
+    precision: Precision | None = setting(
+        None,
+        "Speed",
+        "numeric precision of the networks; losses use fp32 [default: fp32; auto on CUDA: tf32; "
+        "fast: bf16]",
     )
     attack_precision: Precision | None = setting(
         None, "Speed", "precision of the training attack [default: as --precision]"
@@ -163,21 +170,35 @@ class TrainConfig(Settings):
     teacher_precision: Precision | None = setting(
         None, "Speed", "precision of the teacher [default: as --precision]"
     )
-    fold_batch_norm: bool = setting(
-        False, "Speed", "attack a copy of the student with batch norm folded into convolutions"
+    fold_batch_norm: bool | None = setting(
+        None,
+        "Speed",
+        "attack a copy of the student with batch norm folded into convolutions "
+        "[default: only in fast]",
     )
-    channels_last: bool = setting(False, "Speed", "use the channels-last memory format")
-    compile: bool = setting(
-        False, "Speed", "compile the student with torch.compile (needs a C++ compiler)"
+    channels_last: bool | None = setting(
+        None, "Speed", "use the channels-last memory format [default: auto on CUDA, and fast]"
     )
-    cuda_graph: bool = setting(
-        False, "Speed", "run the training attack as one CUDA graph, if the method allows it"
+    compile: bool | None = setting(
+        None,
+        "Speed",
+        "compile the student with torch.compile [default: only in fast on CPUs with a compiler]",
+    )
+    cuda_graph: bool | None = setting(
+        None,
+        "Speed",
+        "run the teacher, and the training attack if the method allows it, as CUDA graphs "
+        "[default: on CUDA, except plain]",
+    )
+    check_every: int | None = setting(
+        None,
+        "Speed",
+        "check for NaN every N steps (each check synchronises the GPU) "
+        "[default: 1; on CUDA, except plain: 50]",
+        low=1.0,
     )
     sync_batch_norm: bool = setting(
         False, "Speed", "share batch statistics among several CUDA devices"
-    )
-    check_every: int = setting(
-        1, "Speed", "check for NaN every N steps (each check synchronises the GPU)", low=1.0
     )
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ class FoldedNetwork(nn.Module):
         except Exception as error:  # whatever a user's forward raises when it sees no tensor
             raise UsageError(
                 f"batch norm cannot be folded, torch.fx does not trace this network: {error}",
-                "leave out --fold-batch-norm",
+                "--no-fold-batch-norm",
             ) from error
         self.pairs = [self.fold(*nodes) for nodes in foldable_nodes(self.net)]
         self.net.delete_all_unused_submodules()

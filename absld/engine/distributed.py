@@ -15,6 +15,9 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from absld.engine.precision import resolve_device
+from absld.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Distributed:
@@ -31,7 +34,9 @@ class Distributed:
 
     def device(self, name: str) -> str:
         """Return the device of this process, where all were given the device `name`."""
-        return f"cuda:{self.local_rank}" if self.world_size > 1 and is_cuda(name) else name
+        if self.world_size == 1 or parse_device(name) != torch.device("cuda"):
+            return name
+        return f"cuda:{self.local_rank}"
 
     def key(self) -> tuple[str, ...]:
         """Return the part of a generator's key that differs between processes."""
@@ -54,10 +59,10 @@ class Distributed:
             for tensor, mean in zip(floating, parts, strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
-    def all_reduce_max(self, number: int, device: torch.device) -> int:
-        """Return the maximum over all processes, in each."""
+    def all_reduce_max(self, number: int) -> int:
+        """Return the maximum over all processes, in each; no process waits for its GPU."""
         if self.world_size > 1:
-            tensor = torch.tensor(number, device=device)
+            tensor = torch.tensor(number)
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
             number = int(tensor)
         return number
@@ -84,20 +89,53 @@ class Distributed:
 SINGLE_PROCESS = Distributed()
 
 
-def is_cuda(device: str) -> bool:
-    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+def parse_device(name: str) -> torch.device:
+    """Return the device `name`, without a look whether it is there; "auto" as `resolve_device`.
+
+    Raises UsageError if torch does not know it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: {error}", "--device cpu works everywhere") from error
+
+
+def check_devices(device: torch.device, processes: int) -> None:
+    """Raise UsageError if the processes of this machine cannot each have a device of their own."""
+    if processes > 1 and device.type != "cpu":
+        if device != torch.device("cuda"):
+            raise UsageError(
+                f"--device {device}: {processes} processes would share it",
+                "--device cuda: each process gets a GPU of its own",
+            )
+        gpus = torch.cuda.device_count()
+        if processes > gpus:
+            raise UsageError(
+                f"{processes} processes need a GPU each, and this machine has {gpus}",
+                "torchrun with a smaller --nproc-per-node, or --device cpu",
+            )
 
 
 @contextmanager
 def init_distributed(device: str) -> Iterator[Distributed]:
-    """Join the processes that torchrun started, on this kind of device; else a single process."""
+    """Join the processes that torchrun started, on this kind of device; else a single process.
+
+    Raises UsageError if the processes cannot each have a device of their own.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield SINGLE_PROCESS
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if is_cuda(device):
-        torch.cuda.set_device(local_rank)
-    torch.distributed.init_process_group("nccl" if is_cuda(device) else "gloo")
+    local_rank, kind = int(os.environ["LOCAL_RANK"]), parse_device(device)
+    check_devices(kind, int(os.environ["LOCAL_WORLD_SIZE"]))
+    backend = "gloo"
+    if kind.type == "cuda":
+        # Flags of the host are reduced among CPUs, so that they do not wait for the GPUs.
+        backend = "cpu:gloo,cuda:nccl"
+        index = local_rank if kind.index is None else kind.index
+        torch.cuda.set_device(resolve_device(f"cuda:{index}"))
+    torch.distributed.init_process_group(backend)
     try:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         yield Distributed(rank, world_size, local_rank)

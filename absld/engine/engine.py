@@ -1,8 +1,4 @@
-"""The engine: the same training, faster.
-
-It changes nothing that is computed except for rounding, and each technique is a setting of its own,
-off by default: docs/performance.md says what each is worth, and on which machine.
-"""
+"""The networks and the attack of a training with its techniques in use."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -14,9 +10,10 @@ from torch import Tensor, nn
 from absld.attack import Objective, TrainingAttack, frozen_eval, pgd
 from absld.config.settings import TrainConfig
 from absld.engine.batch_norm_folding import FoldedNetwork
-from absld.engine.cuda_graph import GraphedFunction, partial_tensors
+from absld.engine.cuda_graph import GraphedFunction, capture, partial_tensors
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
 from absld.engine.precision import float32_precision, with_precision
+from absld.engine.techniques import Techniques
 from absld.errors import UsageError
 
 
@@ -28,19 +25,27 @@ class Engine(nn.Module):
     """
 
     def __init__(
-        self, student: nn.Module, config: TrainConfig, distributed: Distributed = SINGLE_PROCESS
+        self,
+        student: nn.Module,
+        techniques: Techniques,
+        distributed: Distributed = SINGLE_PROCESS,
     ) -> None:
         super().__init__()
-        self.folded = FoldedNetwork(student) if config.fold_batch_norm else None
+        self.folded = FoldedNetwork(student) if techniques.fold_batch_norm else None
+        self.refresh = self.folded.refresh if self.folded else lambda: None
+        if self.folded and techniques.cuda_graph:  # it takes ten small kernels a layer
+            device = next(student.parameters()).device
+            self.refresh = capture(self.folded.refresh, device)[0].replay
         networks = student, self.folded or student
-        trained, attacked = map(Compiled, networks) if config.compile else networks
-        self.train_forward = distributed.data_parallel(with_precision(trained, config.precision))
-        self.attack_forward = with_precision(attacked, config.attack_precision or config.precision)
+        trained, attacked = map(Compiled, networks) if techniques.compile else networks
+        trained = with_precision(trained, techniques.precision)
+        self.train_forward = distributed.data_parallel(trained)
+        self.attack_forward = with_precision(attacked, techniques.attack_precision)
 
     def train(self, mode: bool = True) -> "Engine":
         super().train(mode)
-        if self.folded and not mode:
-            self.folded.refresh()  # the optimiser may have moved the weights
+        if not mode:
+            self.refresh()  # the optimiser may have moved the weights
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ class Compiled(nn.Module):
             logits: Tensor = self.compiled(x)
         except torch._dynamo.exc.TorchDynamoException as error:
             cause = next((line for line in str(error).splitlines() if line.strip()), "")
-            raise UsageError(f"--compile: {cause}", "leave out --compile") from error
+            raise UsageError(f"the student cannot be compiled: {cause}", "--no-compile") from error
         return logits
 
 
@@ -106,20 +111,12 @@ class EngineAttack(TrainingAttack):
             return self.graphs[key](*inputs)
 
 
-def training_attack(config: TrainConfig) -> EngineAttack:
+def training_attack(config: TrainConfig, techniques: Techniques) -> EngineAttack:
     """Return the training attack of these settings."""
     return EngineAttack(
         config.epsilon,
         config.epsilon * config.relative_step_size,
         config.attack_steps,
-        precision=config.attack_precision or config.precision,
-        cuda_graph=config.cuda_graph,
+        precision=techniques.attack_precision,
+        cuda_graph=techniques.cuda_graph,
     )
-
-
-def check_device_supports(config: TrainConfig, device: torch.device) -> None:
-    """Raise UsageError for a technique that does not work on this device."""
-    for name in ("cuda_graph", "sync_batch_norm"):
-        if getattr(config, name) and device.type != "cuda":
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} needs a CUDA device, not {device.type}", f"leave out {flag}")

@@ -4,11 +4,15 @@ A crop with padding p and a mirror image has 2 (2p+1)^2 views of an image. The c
 mapped file with a row for each view, filled in training or ahead of it, and shared by all runs with
 the same teacher and images. Each row has a checksum: a row that was never written, was written in
 part, or has changed since, is computed again. So nothing has to be locked.
+
+A CPU reads each batch from the file. An accelerator would wait for that: there, the cache is used
+when it is whole, and all of it is held in the memory of the device.
 """
 
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,22 +89,27 @@ class LogitCache:
 
     def read(self, index: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n c"], Bool[Tensor, " n"]]:
         """Return the logits of rows, and whether each row is valid."""
-        rows = self.rows[index.to(self.rows.device)]
+        rows = self.rows[index]
         words = rows[:, :-1].contiguous()
         valid = checksums(words) == rows[:, -1].long() % MODULUS
         return words.view(torch.float32), valid
 
     def write(self, index: Int[Tensor, " n"], logits: Float[Tensor, "n c"]) -> None:
-        """Store the logits of rows."""
-        words = logits.detach().to(self.rows.device).contiguous().view(torch.int32)
+        """Store the logits of rows, except for those that are not finite: NaN is not worth storing."""
+        finite = logits.isfinite().all(1)
+        words = logits[finite].contiguous().view(torch.int32)
         check = checksums(words)
         check = torch.where(check >= MODULUS // 2, check - MODULUS, check).to(torch.int32)
-        self.rows[index.to(self.rows.device)] = torch.cat([words, check.unsqueeze(1)], dim=1)
+        self.rows[index[finite]] = torch.cat([words, check.unsqueeze(1)], dim=1)
 
-    def filled(self, chunk: int = 2**16) -> float:
-        """Return the fraction of rows that are valid."""
-        parts = torch.split(torch.arange(len(self.rows)), chunk)
-        return sum([int(self.read(part)[1].sum()) for part in parts]) / len(self.rows)
+    def read_whole(self, chunk: int = 2**16) -> Float[Tensor, "v c"] | None:
+        """Return the logits of all rows; None, as soon as it is known, if a row is not valid."""
+        logits = torch.empty(len(self.rows), self.rows.shape[1] - 1)
+        for index in torch.split(torch.arange(len(self.rows)), chunk):
+            logits[index], valid = self.read(index)
+            if not valid.all():
+                return None
+        return logits
 
 
 def reserve(path: Path, size: int) -> None:
@@ -121,69 +130,130 @@ def reserve(path: Path, size: int) -> None:
 
 
 class CachedTeacher(nn.Module):
-    """A frozen teacher that caches its logits for clean augmented views."""
+    """A frozen teacher that caches its logits for clean augmented views. Images are on the CPU."""
 
     def __init__(self, teacher: nn.Module, cache: LogitCache) -> None:
         super().__init__()
         self.teacher, self.cache = teacher, cache
-        self.preloaded: Tensor | None = None  # the logits of all views, on an accelerator
-
-    def preload(self, device: torch.device) -> None:
-        """Copy the logits to the device if all are valid: no step waits for it to check them."""
-        if self.cache.filled() == 1:
-            self.preloaded = self.cache.read(torch.arange(len(self.cache.rows)))[0].to(device)
 
     def forward(self, x: Tensor, views: Int[Tensor, " n"] | None = None) -> Tensor:
         """Return the teacher's logits (N,C).
 
-        views: the numbers (`Views.numbers`) of clean views, which the teacher evaluates only where
-        the cache lacks them; None for other images, such as attacked ones.
+        views: the numbers (`Views.numbers`) of clean views, which may be cached; None for other
+        images, such as attacked ones.
         """
-        if views is None:
-            logits: Tensor = self.teacher(x)
-            return logits
-        if self.preloaded is not None:
-            return self.preloaded[views]
-        cached, valid = self.cache.read(views)
-        if not valid.all():
-            self.evaluate_missing(x, views.to(cached.device), cached, valid)
-        return cached.to(x.device)
+        logits: Tensor = self.teacher(x) if views is None else self.of_views(x, views)
+        return logits
 
-    def evaluate_missing(self, x: Tensor, views: Tensor, cached: Tensor, valid: Tensor) -> None:
-        """Put the teacher's logits where they are not valid, in `cached` and in the file."""
+    def of_views(self, x: Tensor, views: Int[Tensor, " n"]) -> Tensor:
+        """Return the logits of clean views; the teacher evaluates those that the cache lacks."""
+        cached, valid = self.cache.read(views)
+        if valid.all():
+            return cached
         # A few missing images are evaluated together with others, up to MIN_BATCH.
         count = max(int((~valid).sum()), MIN_BATCH)
         batch = valid.long().argsort(stable=True)[:count].sort().values
         with torch.no_grad():
-            logits = self.teacher(x[batch.to(x.device)]).float().to(cached.device)
+            logits = self.teacher(x[batch]).float()
         missing = ~valid[batch]
         logits, batch = logits[missing], batch[missing]
-        finite = logits.isfinite().all(1)  # NaN is not worth storing
-        self.cache.write(views[batch][finite], logits[finite])
+        self.cache.write(views[batch], logits)
         cached[batch] = logits
+        return cached
+
+
+class DeviceCachedTeacher(CachedTeacher):
+    """A teacher on an accelerator, with a cache that is used when it is whole.
+
+    Until then the teacher evaluates whole batches. There, the last digits of a logit may depend on
+    the size of the batch: all rows come from whole batches of the size that the cache is made for.
+    """
+
+    def __init__(self, teacher: nn.Module, cache: LogitCache, device: torch.device) -> None:
+        super().__init__(teacher, cache)
+        self.device = device
+        self.held: Tensor | None = None  # the logits of all views, on the device
+        self.evaluated: list[tuple[Tensor, Tensor]] = []  # views and logits, on the device
+
+    def of_views(self, x: Tensor, views: Int[Tensor, " n"]) -> Tensor:
+        """Return the logits of a whole batch of clean views, without a wait for the device."""
+        if self.held is not None:
+            return self.held[views]
+        with torch.no_grad():
+            logits: Tensor = self.teacher(x).float()
+        self.evaluated.append((views, logits))
+        return logits
+
+    def hold_if_whole(self) -> None:
+        """Copy the cache to the device if it is whole; nothing to do if it is there."""
+        if self.held is None and (logits := self.cache.read_whole()) is not None:
+            self.held = logits.to(self.device)
+
+    def store_evaluated(self) -> None:
+        """Write the logits that were evaluated since the last time to the file."""
+        if self.evaluated:
+            views, logits = (torch.cat(parts).cpu() for parts in zip(*self.evaluated, strict=True))
+            missing = ~self.cache.read(views)[1]
+            self.cache.write(views[missing], logits[missing])
+            self.evaluated = []
+
+
+@contextmanager
+def cached_epoch(teacher: nn.Module | None) -> Iterator[None]:
+    """Take the steps of an epoch inside: an accelerator reads and writes the file before and after.
+
+    If the epoch is interrupted, the logits that were evaluated in it are not stored.
+    """
+    if not isinstance(teacher, DeviceCachedTeacher):
+        yield
+        return
+    teacher.evaluated = []
+    teacher.hold_if_whole()
+    yield
+    teacher.store_evaluated()
 
 
 def open_logit_cache(
-    folder: Path, teacher: nn.Module, views: Views, *, flip: float, precision: str
+    folder: Path,
+    teacher: nn.Module,
+    views: Views,
+    *,
+    flip: float,
+    precision: str,
+    batch_size: int,
 ) -> LogitCache:
-    """Open the cache of a teacher's logits of all views. teacher: as it is called, in `precision`;
-    flip: probability of a mirror image."""
-    # The same weights in other code, or with other rounding, are another teacher.
-    with frozen_eval(teacher), torch.no_grad():
-        outputs = teacher(views.of_numbers(torch.arange(2, device=views.data.labels.device)))
+    """Open the cache of a teacher's logits of all views.
+
+    teacher: as it is called, in `precision`; flip: probability of a mirror image; batch_size: of
+    this process, which decides rounding on an accelerator.
+    """
+    device = views.data.labels.device
     rows = cache_rows(len(views.data), views.padding, flip)
+    on_cpu = device.type == "cpu"
+    # The same weights in other code, or with other rounding, are another teacher.
+    numbers = torch.arange(2 if on_cpu else batch_size, device=device) % rows
+    with frozen_eval(teacher), torch.no_grad():
+        outputs = teacher(views.of_numbers(numbers))
     identity = {
         "version": VERSION,
-        "teacher": digest(teacher.state_dict()),
+        # Without names, which depend on what the teacher is wrapped in.
+        "teacher": digest({str(n): t for n, t in enumerate(teacher.state_dict().values())}),
         "outputs": digest({"outputs": outputs}),
         "images": views.data.digest(),
         "padding": views.padding,
         "rows": rows,
         "precision": precision,
-        "device": views.data.labels.device.type,
+        "device": device.type,
         "torch": torch.__version__,
-    }
+    } | ({} if on_cpu else {"batch_size": batch_size})
     return LogitCache.open(folder, identity, rows, views.data.num_classes)
+
+
+def cached_teacher(teacher: nn.Module, cache: LogitCache, device: torch.device) -> CachedTeacher:
+    """Return a teacher on a device with its cache."""
+    if device.type == "cpu":
+        return CachedTeacher(teacher, cache)
+    return DeviceCachedTeacher(teacher, cache, device)
 
 
 class LogitCacheSettings(NamedTuple):
@@ -192,26 +262,36 @@ class LogitCacheSettings(NamedTuple):
     folder: Path
     gib: float
 
-    def wrap(self, teacher: nn.Module, views: Views, *, flip: float, precision: str) -> nn.Module:
-        """Return the teacher with its cache, or as it is if that does not fit or is not float32."""
+    def wrap(
+        self, teacher: nn.Module, views: Views, *, flip: float, precision: str, batch_size: int
+    ) -> nn.Module:
+        """Return the teacher with its cache, or as it is if that does not fit or is not float32.
+
+        batch_size: of this process.
+        """
         rows = cache_rows(len(views.data), views.padding, flip)
         size = cache_bytes(rows, views.data.num_classes)
         if size > self.gib * 2**30 or next(teacher.parameters()).dtype != torch.float32:
             return teacher
-        cache = open_logit_cache(self.folder, teacher, views, flip=flip, precision=precision)
-        cached = CachedTeacher(teacher, cache)
-        device = views.data.labels.device
-        if device.type == "cuda":
-            cached.preload(device)  # pragma: no cover  # tested on a CPU in test_logit_cache.py
-        return cached
+        cache = open_logit_cache(
+            self.folder, teacher, views, flip=flip, precision=precision, batch_size=batch_size
+        )
+        return cached_teacher(teacher, cache, views.data.labels.device)
 
 
 def fill(teacher: CachedTeacher, views: Views, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Evaluate all views that the cache lacks; yield the number of views done, and of all."""
-    total, size = len(teacher.cache.rows), max(batch_size, MIN_BATCH)
-    for end in range(size, total + size, size):
-        end = min(end, total)
-        # The last batch is a whole one, too: it begins with views that are cached already.
-        numbers = torch.arange(max(end - size, 0), end, device=views.data.labels.device)
-        teacher(views.of_numbers(numbers), numbers)
-        yield end, total
+    """Evaluate all views that the cache lacks; yield the number of views done, and of all.
+
+    batch_size: on an accelerator, that of the cache.
+    """
+    total, on_device = len(teacher.cache.rows), isinstance(teacher, DeviceCachedTeacher)
+    size = batch_size if on_device else max(batch_size, MIN_BATCH)
+    for start in range(0, total, size):
+        # The last batch is a whole one, too: it goes on with views that are cached already.
+        index = torch.arange(start, start + size) % total
+        if not teacher.cache.read(index)[1].all():
+            numbers = index.to(views.data.labels.device)
+            teacher(views.of_numbers(numbers), numbers)
+        if isinstance(teacher, DeviceCachedTeacher):
+            teacher.store_evaluated()
+        yield min(start + size, total), total

@@ -1,8 +1,9 @@
 """Devices, floating-point precision and memory format."""
 
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +25,68 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Return whether a device has bfloat16 instructions; elsewhere they are emulated, slowly."""
+    if device.type == "cuda":
+        return compute_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    if platform.machine() in ("x86_64", "AMD64"):
+        cpu: Any = torch.cpu  # torch has no types there
+        return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # of Arm
+
+
+def emulation_warnings(precisions: Iterable[str], device: torch.device) -> list[str]:
+    """Return a warning if bfloat16 is among the precisions and the device has to emulate it."""
+    if "bf16" not in precisions or computes_bf16(device):
+        return []
+    return [f"warning: {device} has no bfloat16 instructions and emulates them slowly"]
+
+
 @contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
     """Set how torch multiplies float32 inside: in TF32 for "tf32", else in full (IEEE).
 
-    cuDNN is deterministic inside. On leaving, torch's settings are what they were.
+    Only CUDA has TF32. cuDNN is deterministic inside. On leaving, torch's settings are what they
+    were.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    conv = cudnn.conv  # type: ignore[attr-defined]  # set at run time
-    before = matmul.fp32_precision, conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
+    backends: Any = torch.backends  # torch has no types there
+    matmul, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
+    on_cuda, on_cpu = [matmul, cudnn.conv, cudnn.rnn], [mkldnn.matmul, mkldnn.conv]
+    before = [(part, part.fp32_precision) for part in (*on_cuda, *on_cpu)]
+    legacy = legacy_settings()
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
     try:
-        matmul.fp32_precision = conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        # The legacy settings, too: torch raises for whoever reads them, as networks and
+        # max-autotune do, while they disagree with the new ones.
+        matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+        for part in on_cuda:
+            part.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        for part in on_cpu:
+            part.fp32_precision = "ieee"
         cudnn.deterministic, cudnn.benchmark = True, False
         yield
     finally:
-        matmul.fp32_precision, conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy[0])
+            cudnn.allow_tf32 = legacy[1]
+        for part, value in before:
+            part.fp32_precision = value
+
+
+def legacy_settings() -> tuple[str, bool] | None:
+    """Return torch's legacy settings of TF32; None where they disagree with the new ones."""
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
 
 
 class WithPrecision(nn.Module):

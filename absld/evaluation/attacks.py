@@ -193,26 +193,31 @@ class SquareSearch:
         n, channels, height, width = x_nat.shape
 
         def random_corners(*shape: int) -> Tensor:
-            signs = torch.randint(2, shape, generator=random) * 2 - 1
-            return (epsilon * signs).to(x_nat)
+            return epsilon * (torch.randint(2, shape, generator=random) * 2 - 1)
 
+        # All is drawn ahead and copied at once, so that no query waits for the device.
+        stripes = random_corners(n, channels, 1, width).to(x_nat)
+        corners = torch.empty(self.queries, n, channels, 1, 1)
+        windows = []
+        for query in range(self.queries):
+            share = 0.8 * 0.5 ** (8 * query / self.queries)  # of the pixels: large, then small
+            side = max(1, round((share * height * width) ** 0.5))
+            side = min(side, height, width)
+            top = int(torch.randint(height - side + 1, (), generator=random))
+            left = int(torch.randint(width - side + 1, (), generator=random))
+            windows.append((..., slice(top, top + side), slice(left, left + side)))
+            corners[query] = random_corners(n, channels, 1, 1)
         with torch.no_grad():
-            stripes = random_corners(n, channels, 1, width)
             x_adv = project_linf(x_nat + stripes, x_nat, epsilon)
             best = margins(model(x_adv), labels)
-            for query in range(self.queries):
-                share = 0.8 * 0.5 ** (8 * query / self.queries)  # of the pixels: large, then small
-                side = max(1, round((share * height * width) ** 0.5))
-                side = min(side, height, width)
-                top = int(torch.randint(height - side + 1, (), generator=random))
-                left = int(torch.randint(width - side + 1, (), generator=random))
-                window = (..., slice(top, top + side), slice(left, left + side))
+            for window, corner in zip(windows, corners.to(x_nat), strict=True):
                 candidate = x_adv.clone()
-                candidate[window] = x_nat[window] + random_corners(n, channels, 1, 1)
+                candidate[window] = x_nat[window] + corner
                 candidate = project_linf(candidate, x_nat, epsilon)
                 reached = margins(model(candidate), labels)
                 better = reached > best
-                x_adv[better], best[better] = candidate[better], reached[better]
+                x_adv = torch.where(better.view(-1, 1, 1, 1), candidate, x_adv)
+                best = torch.where(better, reached, best)
         return x_adv
 
 

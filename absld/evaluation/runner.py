@@ -21,7 +21,12 @@ from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
 from absld.data.dataset import ImageSet, pixels
 from absld.data.sources import load_data
-from absld.engine.precision import float32_precision, resolve_device, with_precision
+from absld.engine.precision import (
+    emulation_warnings,
+    float32_precision,
+    resolve_device,
+    with_precision,
+)
 from absld.errors import AbsldError, CheckpointError, NonFiniteError, UsageError
 from absld.evaluation.attacks import Attack, parse_attacks
 from absld.evaluation.evaluate import Evaluation, evaluate, paired_differences
@@ -81,7 +86,7 @@ def run_network_evaluation(
     """Run an evaluation of a network and images that are loaded, with a complete configuration."""
     device = resolve_device(config.device)
     attacks = parse_attacks(config.attacks, data.num_classes, config.restarts)
-    for note in network.notes:
+    for note in [*network.notes, *emulation_warnings([config.precision], device)]:
         observer.note(note)
     settings = {name: getattr(config, name) for name in DECIDING}
     settings["attacks"] = [attack.name for attack in attacks]

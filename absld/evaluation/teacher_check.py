@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from absld.attack import frozen_eval
 from absld.config.settings import EvaluationConfig
 from absld.data.dataset import ImageSet, pixels
-from absld.engine.precision import float32_precision, resolve_device, with_precision
+from absld.engine.precision import (
+    emulation_warnings,
+    float32_precision,
+    resolve_device,
+    with_precision,
+)
 from absld.evaluation.attacks import parse_attacks
 from absld.evaluation.calibration import Calibration, calibration, entropies
 from absld.evaluation.evaluate import Evaluation, evaluate
@@ -39,9 +44,9 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
     config = complete_config(config, target)
     data = load_images(config)
     network = load_target(target, config, data)
-    for note in network.notes:
-        observer.note(note)
     device = resolve_device(config.device)
+    for note in [*network.notes, *emulation_warnings([config.precision], device)]:
+        observer.note(note)
     data = data.to(device)
     attacks = parse_attacks(ATTACK, data.num_classes, 1)
     assert config.epsilon is not None  # complete_config

@@ -37,8 +37,12 @@ def validate(
     Raises:
         NonFiniteError: logits of a clean image are not finite.
     """
-    random = generator("evaluate", device=data.labels.device)
-    hits = torch.zeros(2, data.num_classes, dtype=torch.long, device=data.labels.device)
+    device = data.labels.device
+    random = generator("evaluate", device=device)
+    # Of each class: hits clean, hits under attack, images. Nothing is read before the last batch:
+    # no batch waits for the device.
+    counts = torch.zeros(3, data.num_classes, dtype=torch.long, device=device)
+    not_finite = torch.zeros((), dtype=torch.long, device=device)
     total = -(-len(data) // batch_size)
     split = (torch.split(tensor, batch_size) for tensor in (data.images, data.labels))
     with frozen_eval(model), torch.no_grad():
@@ -48,10 +52,7 @@ def validate(
             noise = torch.empty_like(x_nat).uniform_(-epsilon, epsilon, generator=random)
             if done % distributed.world_size == distributed.rank:
                 nat_logits = model(x_nat)
-                if not nat_logits.isfinite().all():
-                    raise NonFiniteError(
-                        "the network gives NaN or infinity", "a lower learning_rate may help"
-                    )
+                not_finite += (~nat_logits.isfinite()).sum()
                 x_adv = pgd(
                     model,
                     cross_entropy(labels),
@@ -61,13 +62,17 @@ def validate(
                     step_size=0.003 * epsilon / (8 / 255),
                     steps=steps,
                 )
-                for row, logits in zip(hits, (nat_logits, model(x_adv)), strict=True):
-                    row += class_hits(logits.argmax(1), labels, data.num_classes)
+                predictions = nat_logits.argmax(1), model(x_adv).argmax(1), labels
+                counts += torch.stack(
+                    [class_hits(each, labels, data.num_classes) for each in predictions]
+                )
             if done % distributed.world_size == 0 or done == total:
                 on_batch(done, total)
+    if distributed.all_reduce_sum(not_finite):
+        raise NonFiniteError("the network gives NaN or infinity", "a lower learning_rate may help")
     # Integer counts over the whole set, never an average of averages.
-    images_of_class = data.labels.bincount(minlength=data.num_classes)
-    return ClassAccuracies(*(distributed.all_reduce_sum(hits) / images_of_class))
+    clean, robust, images = distributed.all_reduce_sum(counts)
+    return ClassAccuracies(clean / images, robust / images)
 
 
 def check_network(model: nn.Module, data: ImageSet, name: str) -> None:

@@ -8,13 +8,14 @@ from absld.data.augmentation import Views
 from absld.data.dataset import Splits
 from absld.data.sources import load_data
 from absld.engine.logit_cache import (
-    CachedTeacher,
     cache_bytes,
     cache_rows,
+    cached_teacher,
     fill,
     open_logit_cache,
 )
 from absld.engine.precision import float32_precision, resolve_device
+from absld.engine.techniques import choose_techniques
 from absld.errors import UsageError
 from absld.evaluation.validation import check_network
 from absld.models.loading import Network, load_network
@@ -52,14 +53,19 @@ def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tu
         )
     note(describe_cache(config, splits))
     views = Views(splits.train.to(device), config.padding)
-    precision = config.teacher_precision or config.precision
     # As in a training, whose cache this is to be.
-    network = freeze_teacher(teacher.model.to(device), config.training())
-    with float32_precision(config.precision):
+    techniques = choose_techniques(config, device)
+    network = freeze_teacher(teacher.model.to(device), techniques)
+    with float32_precision(techniques.precision):
         cache = open_logit_cache(
-            cache_folder(config), network, views, flip=config.flip, precision=precision
+            cache_folder(config),
+            network,
+            views,
+            flip=config.flip,
+            precision=techniques.teacher_precision,
+            batch_size=config.batch_size,
         )
-        yield from fill(CachedTeacher(network, cache), views, config.batch_size)
+        yield from fill(cached_teacher(network, cache, device), views, config.batch_size)
 
 
 def cache_folder(config: Config) -> Path:
@@ -77,6 +83,8 @@ def describe_cache(config: Config, splits: Splits) -> str:
     size = cache_size(config, splits)
     text = f"teacher's logits of all views: {size / 2**20:,.1f} MiB"
     if size <= config.logit_cache_gib * 2**30:
-        return f"{text} in {cache_folder(config)}"
+        on_cpu = splits.train.labels.device.type == "cpu"
+        when = "" if on_cpu else "; used once all are there: `absld teacher cache` fills it"
+        return f"{text} in {cache_folder(config)}{when}"
     limit = f"--logit-cache-gib {config.logit_cache_gib:g}"
     return f"{text}, more than {limit}: the teacher evaluates every batch"

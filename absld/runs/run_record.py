@@ -3,17 +3,18 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from absld.config.files import read_run_config, to_toml
-from absld.config.settings import Config
+from absld.config.settings import Config, TrainConfig
 from absld.data.dataset import Splits
 from absld.engine.distributed import Distributed
+from absld.engine.techniques import NAMES, NEUTRAL, fill_in
 from absld.errors import CheckpointError, UsageError
 from absld.storage.environment import environment
 from absld.storage.files import digest, key_of
@@ -22,6 +23,7 @@ from absld.storage.training_checkpoint import compare_settings
 
 # Settings that say where things are, not what is computed; a given teacher counts by its weights.
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
+C = TypeVar("C", bound=TrainConfig)
 
 
 class RunRecord:
@@ -66,9 +68,24 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
     return sessions
 
 
-def deciding_settings(config: Config) -> dict[str, Any]:
+def deciding_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that decide what is computed, without places."""
-    return {name: value for name, value in asdict(config).items() if name not in PLACES}
+    skipped = PLACES | NEUTRAL
+    return {name: value for name, value in asdict(config).items() if name not in skipped}
+
+
+def fill_in_as_begun(config: C, run: RunDirectory, device: torch.device) -> C:
+    """Return the settings of a run with no technique left open.
+
+    A run that has begun, perhaps on another device, keeps the precision and all else that changes
+    its numbers.
+    """
+    config = fill_in(config, device)
+    path = run.path / "config.toml"
+    if not path.exists():
+        return config
+    begun = read_run_config(path)
+    return replace(config, **{n: getattr(begun, n) for n in NAMES if n not in NEUTRAL})
 
 
 def image_digests(splits: Splits) -> dict[str, str]:
@@ -91,7 +108,10 @@ def run_directory(
 def check_resume(
     run: RunDirectory, config: Config, inputs: Mapping[str, str], resume: bool
 ) -> None:
-    """Raise UsageError if the run exists and is not to be resumed, or the other way round."""
+    """Raise UsageError if the run exists and is not to be resumed, or the other way round.
+
+    config: with no technique left open.
+    """
     if run.exists() and not resume:
         raise UsageError(
             f"{run.path} holds a run with these settings ({run.status()})",

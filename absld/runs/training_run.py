@@ -13,7 +13,13 @@ from absld.data.dataset import Splits
 from absld.data.sources import load_data
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
 from absld.engine.logit_cache import LogitCacheSettings
-from absld.engine.precision import float32_precision, resolve_device, with_precision
+from absld.engine.precision import (
+    emulation_warnings,
+    float32_precision,
+    resolve_device,
+    with_precision,
+)
+from absld.engine.techniques import Techniques, choose_techniques, describe, leave_open
 from absld.evaluation.validation import check_network, check_teacher, validate
 from absld.methods.base import Method
 from absld.methods.registry import build_method
@@ -25,6 +31,7 @@ from absld.runs.run_record import (
     RunRecord,
     check_resume,
     deciding_settings,
+    fill_in_as_begun,
     image_digests,
     run_directory,
 )
@@ -66,8 +73,11 @@ class TrainingResult:
 
 
 class Plan(NamedTuple):
-    """The start of a run: images, method, networks, digests of these (`inputs`), and directory."""
+    """The start of a run: settings with no technique left open, images, method, networks, digests
+    of these (`inputs`), and directory."""
 
+    config: Config
+    device: torch.device
     splits: Splits
     method: Method
     student: Network
@@ -83,6 +93,7 @@ def plan(
 
     splits: the images, if they are loaded already. Raises AbsldError.
     """
+    device = resolve_device(distributed.device(config.device))
     splits = splits or load_data(config.dataset, config.data, config.image_size)
     if config.select_on == "test":
         splits = splits._replace(validation=splits.test)
@@ -93,9 +104,19 @@ def plan(
     inputs = image_digests(splits) | {"initial_weights": digest(student.model.state_dict())}
     if teacher:
         inputs["teacher_weights"] = digest(teacher.model.state_dict())
-    identity = deciding_settings(config) | inputs
+    identity = deciding_settings(leave_open(config, device)) | inputs
     run = run_directory(config, config.method, identity, distributed)
-    return Plan(splits, method, student, teacher, inputs, run)
+    config = fill_in_as_begun(config, run, device)
+    return Plan(config, device, splits, method, student, teacher, inputs, run)
+
+
+def describe_start(config: Config, techniques: Techniques, device: torch.device) -> list[str]:
+    """Describe what a run computes with, in lines."""
+    return [
+        f"seed {config.seed}, device {device}, torch {torch.__version__}",
+        f"engine {config.engine}: {describe(techniques)}",
+        *emulation_warnings(asdict(techniques).values(), device),
+    ]
 
 
 def train(
@@ -112,12 +133,15 @@ def train(
     which every run with the same images and settings uses again. splits: the images, if they are
     loaded already. distributed: the processes that train together. Raises AbsldError.
     """
-    device = resolve_device(distributed.device(config.device))
-    splits, method, student, loaded_teacher, inputs, run = plan(config, splits, distributed)
+    given = config
+    config, device, splits, method, student, loaded_teacher, inputs, run = plan(
+        given, splits, distributed
+    )
+    techniques = choose_techniques(config, device)
     check_resume(run, config, inputs, resume)
     distributed.barrier()  # now all know what is there, and one may write
-    observer.note(f"seed {config.seed}, device {device}, torch {torch.__version__}")
-    for note in [*student.notes, *(loaded_teacher.notes if loaded_teacher else ())]:
+    notes = [*student.notes, *(loaded_teacher.notes if loaded_teacher else ())]
+    for note in [*describe_start(config, techniques, device), *notes]:
         observer.note(note)
     splits = splits.to(device)
     with run:
@@ -130,9 +154,9 @@ def train(
             if loaded_teacher:
                 teacher = loaded_teacher.model
             else:
-                teacher, name = train_teacher(config, splits, observer, distributed)
+                teacher, name = train_teacher(given, splits, observer, distributed)
             observer.note(f"teacher: {name}")
-            with float32_precision(config.precision):
+            with float32_precision(techniques.precision):
                 teacher.to(device)
                 check_teacher(teacher, splits.validation, name, config.allow_weak_teacher)
             teacher_sha = record.add_teacher(teacher)
@@ -146,7 +170,9 @@ def train(
         result = TrainingResult(
             run=run.path,
             classes=splits.train.classes,
-            accuracies=accuracies_on_test(student.model, splits, config, distributed),
+            accuracies=accuracies_on_test(
+                student.model, splits, config, techniques.precision, distributed
+            ),
             teacher_sha256=teacher_sha,
             student_sha256=digest(student.model.state_dict()),
             warning=SELECTED_ON_TEST if config.select_on == "test" else None,
@@ -167,7 +193,9 @@ def train_teacher(
     teacher.model.to(device)
     training = config.teacher_training()
     inputs = image_digests(splits) | {"initial_weights": digest(teacher.model.state_dict())}
-    run = run_directory(config, "teacher", asdict(training) | inputs, distributed)
+    identity = deciding_settings(leave_open(training, device)) | inputs
+    run = run_directory(config, "teacher", identity, distributed)
+    training = fill_in_as_begun(training, run, device)
     finished = run.exists() and run.status() == "finished"
     distributed.barrier()
     if finished:
@@ -212,12 +240,12 @@ def train_network(
 
 
 def accuracies_on_test(
-    student: nn.Module, splits: Splits, config: Config, distributed: Distributed
+    student: nn.Module, splits: Splits, config: Config, precision: str, distributed: Distributed
 ) -> ClassAccuracies:
     """Compute the accuracies of the classes on the test images, on the CPU."""
-    with float32_precision(config.precision):
+    with float32_precision(precision):
         clean, robust = validate(
-            with_precision(student, config.precision),
+            with_precision(student, precision),
             splits.test,
             epsilon=config.epsilon,
             batch_size=config.batch_size,

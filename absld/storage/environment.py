@@ -15,7 +15,6 @@ PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy")
 
 def environment(device: torch.device) -> dict[str, object]:
     """Return the environment as plain values, for environment.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -23,10 +22,26 @@ def environment(device: torch.device) -> dict[str, object]:
         "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
         "system": platform.platform(),
-        "device": f"{device} ({name})",
+        **describe_device(device),
         "threads": torch.get_num_threads(),
+    }
+
+
+def describe_device(device: torch.device) -> dict[str, object]:
+    """Return what the speed and the last digits depend on: the GPU, its libraries, or the CPU."""
+    if device.type != "cuda":
+        return {
+            "device": f"{device} ({platform.machine()})",
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        }
+    gpu = torch.cuda.get_device_properties(device)
+    return {
+        "device": f"{device} ({gpu.name})",
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "memory_mib": gpu.total_memory // 2**20,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
 
 

@@ -38,7 +38,9 @@ def main() -> None:
         optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
         attack = absld.TrainingAttack(8 / 255, 2 / 255, 10)
         with tempfile.TemporaryDirectory() as folder:
-            cache = open_logit_cache(Path(folder), teacher, views, flip=0.5, precision="fp32")
+            cache = open_logit_cache(
+                Path(folder), teacher, views, flip=0.5, precision="fp32", batch_size=BATCH
+            )
             cached = CachedTeacher(teacher, cache)
             seconds: dict[str, list[float]] = {"evaluated": [], "cached": []}
             for number in range(-1, ROUNDS):

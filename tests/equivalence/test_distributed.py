@@ -12,7 +12,14 @@ import torch
 from helpers.small_training import CONFIG, train
 from helpers.two_processes import METHODS, results
 
-from absld.engine.distributed import SINGLE_PROCESS, Distributed, init_distributed, is_cuda
+from absld.engine import distributed as module
+from absld.engine.distributed import (
+    SINGLE_PROCESS,
+    Distributed,
+    check_devices,
+    init_distributed,
+    parse_device,
+)
 from absld.errors import UsageError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -63,6 +70,12 @@ def test_both_processes_have_the_same_result(method, both):
     torch.testing.assert_close(both[0][method], both[1][method], rtol=0, atol=0)
 
 
+@pytest.mark.slow
+def test_both_processes_reduce_flags_and_report_an_error_of_one(both):
+    for found in both:
+        assert found["max"] == 11 and found["error"] == "the network gives NaN or infinity"
+
+
 def test_temperatures_moved(alone):
     """Otherwise their equality would prove nothing."""
     assert (alone["absld"]["per_class"][-1]["temperature_adv"] != 1).any()
@@ -109,7 +122,7 @@ def test_interrupted_and_resumed_processes_end_with_the_same_weights(tmp_path, s
 
 def test_a_single_process_does_not_communicate():
     alone, tensor = SINGLE_PROCESS, torch.ones(2)
-    assert alone.all_reduce_sum(tensor) is tensor and alone.all_reduce_max(3, tensor.device) == 3
+    assert alone.all_reduce_sum(tensor) is tensor and alone.all_reduce_max(3) == 3
     assert alone.is_main and alone.key() == () and alone.device("cuda") == "cuda"
     alone.all_reduce_mean_([tensor])
     alone.barrier()
@@ -121,9 +134,92 @@ def test_a_single_process_does_not_communicate():
 def test_each_process_has_a_device_and_numbers_of_its_own(monkeypatch):
     second = Distributed(3, 4, local_rank=1)
     assert second.device("cuda") == "cuda:1" and second.device("cpu") == "cpu"
+    assert second.device("cuda:0") == "cuda:0"  # the only process of its machine
     assert second.key() != Distributed(2, 4).key() != () == Distributed(0, 4).key()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert second.device("auto") == "cuda:1" and is_cuda("auto")
+    assert second.device("auto") == "cuda:1"
+
+
+# --- Devices of processes under torchrun ---
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "gpus"),
+    [("cpu", 8, 0), ("cuda", 2, 2), ("cuda", 1, 1), ("cuda:0", 1, 1), ("cuda:1", 1, 2)],
+)
+def test_processes_with_a_device_each_are_accepted(name, processes, gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    check_devices(parse_device(name), processes)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "gpus", "cause", "hint"),
+    [
+        ("cuda:0", 2, 2, "--device cuda:0: 2 processes would share it", "--device cuda: each"),
+        ("cuda:1", 3, 4, "--device cuda:1: 3 processes would share it", "--device cuda: each"),
+        ("cuda", 3, 2, "3 processes need a GPU each, and this machine has 2", "--nproc-per-node"),
+        ("cuda", 2, 0, "2 processes need a GPU each, and this machine has 0", "--device cpu"),
+    ],
+)
+def test_processes_that_would_share_a_gpu_are_refused(
+    name, processes, gpus, cause, hint, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UsageError, match=cause) as caught:
+        check_devices(parse_device(name), processes)
+    assert hint in caught.value.hint
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """Stand for torchrun, two GPUs and their processes; return what is called."""
+    calls = []
+
+    def record(owner, name, result=None):
+        monkeypatch.setattr(owner, name, lambda *given: calls.append((name, *given)) or result)
+
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "1"), ("RANK", "5")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(module, "resolve_device", torch.device)
+    record(torch.cuda, "set_device")
+    record(torch.distributed, "init_process_group")
+    record(torch.distributed, "get_rank", 5)
+    record(torch.distributed, "get_world_size", 6)
+    record(torch.distributed, "destroy_process_group")
+    return calls
+
+
+def test_processes_on_gpus_reduce_flags_among_their_cpus(torchrun):
+    with init_distributed("cuda") as second:
+        assert second == Distributed(5, 6, local_rank=1)
+    assert torchrun[:2] == [
+        ("set_device", torch.device("cuda:1")),
+        ("init_process_group", "cpu:gloo,cuda:nccl"),
+    ]
+    assert torchrun[-1] == ("destroy_process_group",)
+
+
+def test_the_only_process_of_a_machine_keeps_the_gpu_that_it_was_given(torchrun, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with init_distributed("cuda:1") as only:
+        assert only.device("cuda:1") == "cuda:1"
+    assert torchrun[0] == ("set_device", torch.device("cuda:1"))
+
+
+def test_processes_on_cpus_have_one_group(torchrun):
+    with init_distributed("cpu"):
+        pass
+    assert torchrun[0] == ("init_process_group", "gloo")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
+def test_a_device_that_torch_does_not_know_is_refused_before_processes_join(name, torchrun):
+    with pytest.raises(UsageError, match=f"--device {name}: "), init_distributed(name):
+        pass
+    assert torchrun == []
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

@@ -1,4 +1,4 @@
-"""The trainings of each of two processes in test_distributed.py; their results go to FILE.RANK.
+"""What each of two processes does in test_distributed.py; its results go to FILE.RANK.
 
 In tests/: torchrun --nproc-per-node 2 -m helpers.two_processes FILE
 """
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from absld.engine.distributed import SINGLE_PROCESS, init_distributed
+from absld.errors import NonFiniteError
+from absld.evaluation.validation import validate
 from absld.seeding import global_generator
 from helpers.small_training import CONFIG, image_set, train
 
@@ -51,7 +53,28 @@ def results(distributed=SINGLE_PROCESS):
     return by_method
 
 
+def validation_error(distributed):
+    """Return the error of validating a network that gives NaN for one image alone."""
+    data = image_set(8)
+    broken = data.images[5]
+
+    def logits(x):
+        is_broken = (x == broken).flatten(1).all(1, keepdim=True)
+        return x.flatten(1)[:, :3].masked_fill(is_broken, torch.nan)
+
+    network = nn.Module()
+    network.forward = logits
+    try:
+        validate(network, data, epsilon=0.1, steps=1, batch_size=4, distributed=distributed)
+    except NonFiniteError as error:
+        return str(error)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with init_distributed("cpu") as distributed:
-        torch.save(results(distributed), f"{sys.argv[1]}.{distributed.rank}")
+        shared = {
+            "max": distributed.all_reduce_max(10 + distributed.rank),
+            "error": validation_error(distributed),
+        }
+        torch.save(results(distributed) | shared, f"{sys.argv[1]}.{distributed.rank}")

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from absld.config.files import read_recipe, to_toml
-from absld.config.parsing import choices_of, parse
+from absld.config.parsing import choices_of, parse, strip_optional
 from absld.config.recipes import METHOD_RECIPES, RECIPES
 from absld.config.resolve import resolve, setting_source
 from absld.config.settings import Config, TrainConfig
@@ -28,7 +28,7 @@ def numbers(low, high):
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 VALUES = (
     {k: st.sampled_from(choices_of(kind)) for k, kind in TYPES.items() if choices_of(kind)}
-    | {k: st.booleans() for k, kind in TYPES.items() if kind is bool}
+    | {k: st.booleans() for k, kind in TYPES.items() if strip_optional(kind) is bool}
     | dict.fromkeys(("data", "student", "teacher", "teacher_model", "out", "device"), text)
     | {"method": st.sampled_from([*METHOD_RECIPES, "mine.methods:Mart"])}
     | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))

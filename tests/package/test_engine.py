@@ -21,16 +21,18 @@ import absld.models.architectures
 from absld.attack import cross_entropy, kl
 from absld.config.settings import TrainConfig
 from absld.engine.batch_norm_folding import FoldedNetwork
-from absld.engine.cuda_graph import GraphedFunction, partial_tensors
+from absld.engine.cuda_graph import partial_tensors
 from absld.engine.engine import Compiled, Engine, training_attack
-from absld.engine.logit_cache import CachedTeacher, LogitCacheSettings, fill
+from absld.engine.logit_cache import CachedTeacher, DeviceCachedTeacher, LogitCacheSettings, fill
 from absld.engine.precision import float32_precision, to_memory_format, with_precision
 from absld.engine.step_metrics import StepMetrics
+from absld.engine.techniques import Techniques, choose_techniques
 from absld.errors import NonFiniteError, UsageError
 from absld.models.architectures import Normalised
 from absld.seeding import global_generator
 from absld.stepper import Stepper
 
+CPU = torch.device("cpu")
 SMALL = TrainConfig(epsilon=0.1, attack_steps=4)
 
 
@@ -104,10 +106,17 @@ def batch_of(n=6, side=8, seed=0):
     return x_nat, noise, soft
 
 
+def engine_of(net, config=SMALL):
+    """Return a student's engine, and the training attack."""
+    techniques = choose_techniques(config, CPU)
+    net = to_memory_format(net, techniques.channels_last)
+    return Engine(net, techniques), training_attack(config, techniques)
+
+
 def attacked(net, config=SMALL, **given):
     x_nat, noise, soft = batch_of(**given)
-    engine = Engine(to_memory_format(net, config.channels_last), config)
-    return training_attack(config)(engine, kl(soft), x_nat, noise)
+    engine, attack = engine_of(net, config)
+    return attack(engine, kl(soft), x_nat, noise)
 
 
 # --- Folded batch norm ---
@@ -139,9 +148,8 @@ def test_every_pair_that_can_be_folded_is_folded(name):
 
 def test_a_folded_network_is_refreshed_when_the_attack_begins():
     net = warmed(absld.build_model("convnet", 3, "runtime"))
-    engine = Engine(net, replace(SMALL, fold_batch_norm=True))
+    engine, attack = engine_of(net, replace(SMALL, fold_batch_norm=True))
     x_nat, noise, soft = batch_of()
-    attack = training_attack(SMALL)
     before = attack(engine, kl(soft), x_nat, noise)
     with torch.no_grad():
         for tensor in net.state_dict().values():
@@ -177,7 +185,7 @@ def test_a_network_that_cannot_be_traced_is_refused_before_training():
             student=Branching(nn.Flatten(), nn.Linear(48, 3)),
         )
     assert "batch norm cannot be folded" in str(caught.value)
-    assert caught.value.hint == "leave out --fold-batch-norm"
+    assert caught.value.hint == "--no-fold-batch-norm"
 
 
 def test_synchronised_batch_norm_is_folded_too():
@@ -191,7 +199,8 @@ def test_synchronised_batch_norm_is_folded_too():
 
 def test_the_student_itself_is_converted_to_synchronised_batch_norm(monkeypatch):
     """On a CUDA device. Its names and values stay."""
-    monkeypatch.setattr("absld.stepper.check_device_supports", lambda config, device: None)
+    monkeypatch.setattr("absld.stepper.choose_techniques", lambda *given: Techniques())
+    monkeypatch.setattr("absld.trainer.fill_in", lambda config, device: config)
     student = absld.build_model("convnet", 3, "ours")
     names = list(student.state_dict())
     train(replace(CONFIG, epochs=1, sync_batch_norm=True), student=student)
@@ -310,8 +319,8 @@ def test_each_part_has_its_float32_precision(around, inside):
     config = replace(CONFIG, precision=around, attack_precision=inside)
     x_nat, noise, soft = (tensor.float() for tensor in batch_of())
     with float32_precision(around):
-        engine = Engine(student, config)
-        training_attack(config)(engine, kl(soft), x_nat, noise)
+        engine, attack = engine_of(student, config)
+        attack(engine, kl(soft), x_nat, noise)
         assert settings == [torch_names[inside]] * CONFIG.attack_steps
         settings.clear()
         engine.train()(x_nat)
@@ -339,8 +348,8 @@ def reached(digits, seed, **settings):
     student, x_nat, labels, soft = digits
     config = TrainConfig(epsilon=0.1, **settings)
     noise = 0.001 * torch.randn(x_nat.shape, generator=torch.Generator().manual_seed(seed))
-    engine = Engine(student, config)
-    x_adv = training_attack(config)(engine, kl(soft), x_nat, noise)
+    engine, attack = engine_of(student, config)
+    x_adv = attack(engine, kl(soft), x_nat, noise)
     with torch.no_grad():
         logits = student.eval()(x_adv)
     return kl(soft)(logits).item() / len(x_nat), (logits.argmax(1) == labels).float().mean().item()
@@ -439,7 +448,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["absld", "fair-rslad", "absld-margins", "trades"])
 def test_no_step_waits_for_the_device(method, tmp_path, monkeypatch):
-    """Except to check the losses, and to read a logit cache that is not preloaded: counted on a CPU,
+    """Except to check the losses, and to read a logit cache from its file: counted on a CPU,
     without the check of the labels' range, which is made there alone."""
     waits, tolist = Waits(), torch.Tensor.tolist
     monkeypatch.setattr("absld.temperature.check_batch", lambda *given: None)
@@ -447,16 +456,18 @@ def test_no_step_waits_for_the_device(method, tmp_path, monkeypatch):
         torch.Tensor, "tolist", lambda self: waits.recorded.append("tolist") or tolist(self)
     )
 
-    def recorded(preload, **settings):
+    def recorded(held, **settings):
         config = replace(CONFIG, method=method, fold_batch_norm=True, **settings)
         networks = (absld.build_model("convnet", 3, role) for role in ("ours", "theirs"))
         cache = LogitCacheSettings(tmp_path, 1.0)
         stepper = Stepper(*networks, TRAIN, config, logit_cache=cache)
         if isinstance(stepper.teacher, CachedTeacher):
             list(fill(stepper.teacher, stepper.views, 50))
-            if preload:
-                stepper.teacher.preload(torch.device("cpu"))
-        metrics, draws = StepMetrics(config.check_every), list(stepper.draws(1))
+            if held:
+                teacher, cache = stepper.teacher.teacher, stepper.teacher.cache
+                stepper.teacher = DeviceCachedTeacher(teacher, cache, CPU)
+                stepper.teacher.hold_if_whole()
+        metrics, draws = StepMetrics(stepper.techniques.check_every), list(stepper.draws(1))
         waits.recorded = []
         with waits:
             for number, draw in enumerate(draws):
@@ -490,68 +501,10 @@ def test_a_network_that_cannot_be_compiled_is_refused(monkeypatch):
 
     with pytest.raises(UsageError) as caught:
         Compiled(nn.Identity())(torch.ones(1))
-    assert "--compile: " in str(caught.value) and caught.value.hint == "leave out --compile"
+    assert "cannot be compiled: " in str(caught.value) and caught.value.hint == "--no-compile"
 
 
 # --- CUDA graphs ---
-
-
-class Replayed:
-    """Stands in for a CUDA graph: calls the function again, on the buffers it was captured on."""
-
-    def __init__(self, function):
-        self.function, self.output, self.replays = function, function(), 0
-
-    def replay(self):
-        self.replays += 1
-        self.output.copy_(self.function())
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The stand-ins for the graphs that were captured."""
-    captured = []
-
-    def capture(function):
-        captured.append(Replayed(function))
-        return captured[-1], captured[-1].output
-
-    monkeypatch.setattr(absld.engine.cuda_graph, "capture", capture)
-    return captured
-
-
-def test_a_captured_attack_is_replayed_on_other_images(graphs):
-    """Two shapes and two objectives make three graphs; each serves its own."""
-    net = warmed(absld.build_model("convnet", 3, "runtime"))
-    config = replace(SMALL, cuda_graph=True, fold_batch_norm=True)
-    engine, attack = Engine(net, config), training_attack(config)
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    results = []
-    for seed, n in ((0, 6), (1, 6), (2, 3), (3, 6)):
-        x_nat, noise, soft = batch_of(n, seed=seed)
-        results.append(attack(engine, kl(soft), x_nat, noise))
-        plain = training_attack(SMALL)(net, kl(soft), x_nat, noise)
-        assert torch.equal(results[-1], plain)
-        with torch.no_grad():
-            net[0].weight.mul_(1.1)  # as an optimiser would, in place
-    assert torch.equal(results[0], results[0].clone()) and not torch.equal(results[0], results[1])
-    hard = attack(engine, cross_entropy(labels), x_nat, noise)
-    assert torch.equal(hard, training_attack(SMALL)(net, cross_entropy(labels), x_nat, noise))
-    assert [graph.replays for graph in graphs] == [3, 1, 1]
-
-
-def test_an_output_is_not_overwritten_by_the_next_replay(graphs):
-    double = GraphedFunction(lambda x: 2 * x, [torch.ones(2)])
-    first, second = double(torch.ones(2)), double(torch.zeros(2))
-    assert first.tolist() == [2, 2] and second.tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("method", ["absld-margins", "fair-rslad", "adaad", "absld"])
-def test_an_attack_that_differs_from_step_to_step_is_not_captured(method, graphs, monkeypatch):
-    """Radii that are tensors, objectives that count, two networks."""
-    monkeypatch.setattr("absld.stepper.check_device_supports", lambda config, device: None)
-    assert trained(method=method, cuda_graph=True)[0] == trained(method=method)[0]
-    assert len(graphs) == (method == "absld")
 
 
 def test_only_an_objective_of_tensors_alone_can_be_captured():
@@ -559,16 +512,3 @@ def test_only_an_objective_of_tensors_alone_can_be_captured():
     assert partial_tensors(kl(one)) == (one,) and partial_tensors(cross_entropy(label)) == (label,)
     assert partial_tensors(partial(max, one, 3)) is partial_tensors(partial(max, key=one)) is None
     assert partial_tensors(max) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("fold", [False, True])
-def test_a_cuda_graph_gives_the_same_attack(fold):
-    net = warmed(absld.build_model("resnet18", 3, "runtime")).cuda()
-    config = replace(SMALL, cuda_graph=True, fold_batch_norm=fold)
-    engine, attack = Engine(net, config), training_attack(config)
-    for seed in range(3):
-        x_nat, noise, soft = (tensor.cuda() for tensor in batch_of(seed=seed))
-        plain = training_attack(SMALL)(net, kl(soft), x_nat, noise)
-        assert torch.equal(attack(engine, kl(soft), x_nat, noise), plain)

@@ -20,10 +20,13 @@ from absld.data.augmentation import Views, batches, draws
 from absld.engine.logit_cache import (
     MIN_BATCH,
     CachedTeacher,
+    DeviceCachedTeacher,
     LogitCache,
     LogitCacheSettings,
     cache_bytes,
     cache_rows,
+    cached_epoch,
+    cached_teacher,
     checksums,
     fill,
     open_logit_cache,
@@ -49,6 +52,11 @@ ALL = len(Views(TRAIN, 1))
 
 def empty(folder, rows=ALL, about="x"):
     return LogitCache.open(folder, {"about": about}, rows, C)
+
+
+def filled(cache):
+    """Return the fraction of rows that are valid."""
+    return cache.read(torch.arange(len(cache.rows)))[1].double().mean()
 
 
 # --- Views by number ---
@@ -115,7 +123,7 @@ def test_what_is_written_is_read_and_nothing_else_is_there(columns, seed):
     cache.write(index, logits)
     read, valid = cache.read(index)
     assert torch.equal(read, logits) and valid.all()
-    assert cache.read(torch.arange(20))[1].sum() == 5 and cache.filled() == 0.25
+    assert cache.read(torch.arange(20))[1].sum() == 5 and filled(cache) == 0.25
 
 
 def test_every_flipped_byte_is_noticed(tmp_path):
@@ -164,6 +172,11 @@ def test_a_full_disk_is_an_error_and_leaves_no_file_of_a_wrong_size(tmp_path, mo
     assert not empty(tmp_path).read(torch.arange(5))[1].any()
 
 
+def opened(folder, teacher, views, flip, precision, batch_size=32):
+    settings = {"flip": flip, "precision": precision, "batch_size": batch_size}
+    return open_logit_cache(folder, teacher, views, **settings)
+
+
 def test_another_teacher_or_other_images_have_another_cache(tmp_path):
     views = Views(TRAIN, 1)
     others = [
@@ -176,9 +189,9 @@ def test_another_teacher_or_other_images_have_another_cache(tmp_path):
         (nn.Sequential(*network("a"), Doubled()), views, 0.5, "fp32"),  # the same weights
     ]
     for count, (teacher, of, flip, precision) in enumerate(others, 1):
-        open_logit_cache(tmp_path, teacher, of, flip=flip, precision=precision)
+        opened(tmp_path, teacher, of, flip, precision)
         assert len(list(tmp_path.glob("*.cache"))) == count
-    open_logit_cache(tmp_path, network("a"), views, flip=0.5, precision="fp32")
+    opened(tmp_path, network("a"), views, 0.5, "fp32", batch_size=64)  # on a CPU it does not count
     assert len(list(tmp_path.glob("*.cache"))) == count
 
 
@@ -224,7 +237,7 @@ def test_images_without_view_numbers_are_evaluated_by_the_teacher(tmp_path):
     cached = CachedTeacher(teacher, empty(tmp_path))
     for x in (torch.rand(4, *TRAIN.images.shape[1:]), Views(TRAIN, 1).of_numbers(torch.arange(6))):
         assert torch.equal(cached(x), teacher(x))
-    assert cached.cache.filled() == 0 and evaluated == [4, 4, 6, 6]
+    assert filled(cached.cache) == 0 and evaluated == [4, 4, 6, 6]
 
 
 def test_filling_is_resumed_where_it_was_interrupted(tmp_path):
@@ -234,9 +247,9 @@ def test_filling_is_resumed_where_it_was_interrupted(tmp_path):
     steps = fill(cached, views, 50)
     first = [next(steps) for _ in range(2)]
     assert first == [(50, len(views)), (100, len(views))]
-    assert cached.cache.filled() == 100 / len(views)
+    assert filled(cached.cache) == 100 / len(views)
     *_, last = fill(cached, views, 30)
-    assert last == (len(views), len(views)) and cached.cache.filled() == 1
+    assert last == (len(views), len(views)) and filled(cached.cache) == 1
     assert len(views) <= sum(evaluated) <= len(views) + 30
     every = torch.arange(len(views))
     torch.testing.assert_close(
@@ -251,22 +264,105 @@ def test_a_system_without_posix_fallocate_gets_its_file_as_well(tmp_path, monkey
     assert (tmp_path / "a file").read_bytes() == bytes(1000)
 
 
-def test_a_filled_cache_can_be_preloaded_to_the_device(tmp_path):
-    """As on CUDA: then neither the file is read nor the teacher called."""
-    teacher, evaluated = counted(network("t"))
-    views = Views(TRAIN, 1)
-    cached = CachedTeacher(teacher, empty(tmp_path))
-    *_, _ = fill(cached, views, 50)
-    cached.cache.rows[3] += 1
-    cached.preload(torch.device("cpu"))
-    assert cached.preloaded is None  # one row is damaged
-    *_, _ = fill(cached, views, 50)
-    cached.preload(torch.device("cpu"))
-    index = torch.tensor([5, 0, 3])
-    expected = cached.cache.read(index)[0]
+# --- On an accelerator; the CPU stands in for one ---
+
+CPU = torch.device("cpu")
+
+
+class RoundedByBatch(nn.Module):
+    """Gives logits that depend on the size of the batch, as rounding does on a GPU."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :C] + len(x)
+
+
+def on_device(folder, teacher=None):
+    """Return a teacher on a device with an empty cache, the sizes of the batches that it evaluates,
+    and all views."""
+    teacher, evaluated = counted(teacher or RoundedByBatch())
+    return DeviceCachedTeacher(teacher, empty(folder), CPU), evaluated, Views(TRAIN, 1)
+
+
+def asked(cached, views, *batches):
+    """Return the logits of batches of an epoch."""
+    with cached_epoch(cached):
+        return [cached(views.of_numbers(index), index) for index in batches]
+
+
+def test_a_teacher_has_the_cache_of_its_device(tmp_path):
+    teacher, cache = network("t"), empty(tmp_path)
+    assert type(cached_teacher(teacher, cache, CPU)) is CachedTeacher
+    accelerated = cached_teacher(teacher, cache, torch.device("cuda"))
+    assert type(accelerated) is DeviceCachedTeacher and accelerated.device.type == "cuda"
+
+
+def test_a_device_evaluates_whole_batches_until_the_cache_is_whole_and_then_none(tmp_path):
+    """Also if it becomes whole during a run. The numbers are the same before and afterwards."""
+    cached, evaluated, views = on_device(tmp_path)
+    index = torch.tensor([5, 0, 3, 200])
+    before = asked(cached, views, index, index + 1)
+    again = asked(cached, views, index)
+    assert cached.held is None and evaluated == [4, 4, 4]
+    steps = len(list(fill(cached, views, 4)))
+    assert steps == len(views) // 4 and evaluated.count(4) == len(evaluated)
+    evaluated.clear()
+    after = asked(cached, views, index, index + 1)
+    assert evaluated == [] and cached.held is not None
+    assert all(map(torch.equal, after, before)) and torch.equal(again[0], before[0])
     cached.cache.rows[:] = 0
-    before, x_nat = sum(evaluated), views.of_numbers(index)
-    assert torch.equal(cached(x_nat, index), expected) and sum(evaluated) == before
+    assert torch.equal(asked(cached, views, index)[0], before[0])  # the file is not read again
+
+
+def test_a_damaged_row_keeps_a_device_from_using_the_cache(tmp_path):
+    cached, evaluated, views = on_device(tmp_path)
+    *_, _ = fill(cached, views, 4)
+    cached.cache.rows[-1, 0] += 1
+    evaluated.clear()
+    asked(cached, views, torch.arange(4))
+    assert cached.held is None and evaluated == [4]
+    *_, _ = fill(cached, views, 4)
+    assert evaluated == [4, 4]  # the batch of the damaged row
+    asked(cached, views, torch.arange(4))
+    assert cached.held is not None
+
+
+def test_a_device_stores_the_logits_of_an_epoch_at_its_end(tmp_path):
+    """Those that are finite and that the file lacks; none of an epoch that is interrupted."""
+    cached, _, views = on_device(tmp_path)
+    first, second = torch.arange(4), torch.arange(2, 6)
+    with pytest.raises(KeyboardInterrupt), cached_epoch(cached):
+        cached(views.of_numbers(first), first)
+        raise KeyboardInterrupt
+    assert filled(cached.cache) == 0
+    stored = torch.full((2, C), 7.0)
+    cached.cache.write(torch.tensor([0, 3]), stored)
+    x = views.of_numbers(second)
+    x[0] = torch.nan
+    with cached_epoch(cached):
+        cached(x, second)
+        assert filled(cached.cache) == 2 / len(views)
+    logits, valid = cached.cache.read(torch.arange(6))
+    assert valid.tolist() == [True, False, False, True, True, True]
+    assert torch.equal(logits[[0, 3]], stored)
+    assert torch.equal(logits[4:], cached.teacher(x)[2:])
+
+
+def test_the_last_batch_of_a_filling_is_a_whole_one(tmp_path):
+    cached, evaluated, views = on_device(tmp_path)
+    assert len(views) % 50
+    steps = list(fill(cached, views, 50))
+    assert steps[-1] == (len(views), len(views)) and evaluated == [50] * len(steps)
+    assert torch.equal(
+        cached.cache.read_whole(chunk=100),
+        views.of_numbers(torch.arange(len(views))).flatten(1)[:, :C] + 50,
+    )
+
+
+def test_no_epoch_of_a_cpu_or_without_a_teacher_is_different(tmp_path):
+    for teacher in (None, network("t"), CachedTeacher(network("t"), empty(tmp_path))):
+        with cached_epoch(teacher):
+            pass
+    assert filled(empty(tmp_path)) == 0
 
 
 # --- Trainings ---
@@ -342,14 +438,12 @@ def test_two_processes_share_a_cache(tmp_path):
         assert child.exitcode == 0
     (path,) = tmp_path.glob("*.cache")
     views = Views(TRAIN, CONFIG.padding)
-    cache = open_logit_cache(
-        tmp_path, network("teacher"), views, flip=CONFIG.flip, precision=CONFIG.precision
-    )
-    filled = cache.read(torch.arange(len(cache.rows)))[1].nonzero().flatten()
-    assert len(filled) > 30 and len(list(tmp_path.glob("*.cache"))) == 1 and path.exists()
+    cache = opened(tmp_path, network("teacher"), views, CONFIG.flip, "fp32")
+    there = cache.read(torch.arange(len(cache.rows)))[1].nonzero().flatten()
+    assert len(there) > 30 and len(list(tmp_path.glob("*.cache"))) == 1 and path.exists()
     teacher, _ = counted(network("teacher"))
     torch.testing.assert_close(
-        cache.read(filled)[0], teacher(views.of_numbers(filled)), rtol=0, atol=1e-6
+        cache.read(there)[0], teacher(views.of_numbers(there)), rtol=0, atol=1e-6
     )
 
 
@@ -369,9 +463,8 @@ def test_a_cache_that_is_filled_ahead_serves_all_runs(precision, tmp_path, monke
     assert "teacher's logits of all views: 0.0 MiB in runs/logit-caches" in output
     assert f"{views:,} of {views:,}" in output
     (path,) = Path("runs/logit-caches").glob("*.cache")
-    assert LogitCache(
-        torch.from_file(str(path), size=views * 11, dtype=torch.int32).view(views, 11)
-    ).filled() == 1  # fmt: skip
+    rows = torch.from_file(str(path), size=views * 11, dtype=torch.int32).view(views, 11)
+    assert filled(LogitCache(rows)) == 1
     hits = []
     forward = CachedTeacher.forward
 

@@ -1,6 +1,7 @@
 """`fit`: its reports, what it leaves unchanged, and that a resumed run ends as an uninterrupted one."""
 
 import json
+import multiprocessing
 import os
 import random
 import time
@@ -20,7 +21,7 @@ from absld import trainer
 from absld.attack import TrainingAttack
 from absld.data.augmentation import Views, batches
 from absld.data.dataset import ImageSet
-from absld.engine.precision import float32_precision, with_precision
+from absld.engine.precision import float32_precision, legacy_settings, with_precision
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
 from absld.methods import build_method
 from absld.metrics import ClassAccuracies
@@ -345,11 +346,67 @@ def test_between_two_epochs_torch_has_the_settings_of_the_user(own_settings):
         network("teacher"),
         TRAIN,
         VALIDATION,
-        CONFIG,
+        replace(CONFIG, precision="tf32"),
         on_step=lambda step: inside.append(found_settings()),
     ):
         assert found_settings() == before
     assert inside.count(["tf32", "tf32", True]) == len(inside) == 18
+
+
+def set_nothing():
+    """Leave torch's own defaults."""
+
+
+def set_new():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        set_nothing,
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        set_new,
+    ],
+    ids=["nothing", "high", "medium", "no cuDNN", "generic", "new"],
+)
+def test_legacy_readers_of_tf32_work_inside_and_find_the_users_values_outside(user):
+    """Networks and max-autotune read torch's legacy settings. In a process of its own: those of
+    the tests stay."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=read_legacy_settings, args=(user,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def read_legacy_settings(user):
+    def read():
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        return matmul.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    def everything():
+        backends = torch.backends
+        parts = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+        parts = *parts, backends.mkldnn.matmul, backends.mkldnn.conv
+        return [part.fp32_precision for part in parts], legacy_settings()
+
+    user()
+    before = everything()
+    with float32_precision("tf32"):
+        assert read() == (True, True, "high")
+        with float32_precision("fp32"):
+            assert read() == (False, False, "highest")
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert read() == (True, True, "high")
+    if before[1] is None:  # the user mixed new and legacy settings: only the new ones count
+        assert everything()[0] == before[0]
+    else:
+        assert everything() == before
 
 
 def test_bf16_runs_and_gives_finite_float32_logits():
