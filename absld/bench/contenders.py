@@ -1,10 +1,10 @@
-"""The steps that the bench compares: that of absld_min.py, and the engine's with its techniques."""
+"""The steps that the bench compares: that of absld_min.py, and those of the engine."""
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from absld.bench.timing import Timer
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Draw
 from absld.data.dataset import ImageSet
-from absld.engine.logit_cache import CachedTeacher, LogitCacheSettings
+from absld.engine.logit_cache import CachedTeacher, LogitCacheSettings, cached_epoch
 from absld.engine.precision import float32_precision, resolve_device, to_memory_format
 from absld.engine.step_metrics import StepMetrics
+from absld.engine.techniques import Techniques, choose_techniques
 from absld.errors import NonFiniteError
 from absld.evaluation.validation import freeze
 from absld.models.architectures import build_model
@@ -28,7 +29,7 @@ PARTS = ("teacher", "attack", "training")  # of a step
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Settings of a bench. rounds: counted steps of each contender, after one that warms up."""
+    """Settings of a bench. rounds: the most measured steps of each contender in a row."""
 
     student: str = "resnet18"
     teacher_model: str = "wrn-34-10"
@@ -37,7 +38,7 @@ class BenchConfig:
     classes: int = 10
     images: int = 1000
     rounds: int = 5
-    compile: bool = True
+    minutes: float = 10.0
     device: str = "auto"
 
     @property
@@ -60,14 +61,22 @@ class BenchConfig:
 
 
 class Contender(Protocol):
-    """One way to take a training step; its timer has four marks then, around the PARTS."""
+    """One way to take a training step; its timer has four marks then, around the PARTS.
+
+    cached: the teacher's logits come from a cache.
+    """
 
     timer: Timer
-
-    def prepare(self) -> None:
-        """Prepare the next step; this is not timed."""
+    techniques: Techniques
+    cached: bool
 
     def step(self) -> None: ...
+
+
+def take_step(contender: Contender) -> list[float]:
+    """Return the seconds of the PARTS of one step."""
+    contender.step()
+    return contender.timer.spans()
 
 
 def add_marks(timer: Timer, student: nn.Module, teacher: nn.Module) -> None:
@@ -89,15 +98,26 @@ def add_marks(timer: Timer, student: nn.Module, teacher: nn.Module) -> None:
     student.register_forward_pre_hook(end_attack)
 
 
-class PlainStep:
+class FileStep:
     """The step of absld_min.py, in the precision and the memory format that its main sets."""
+
+    cached = False
 
     def __init__(self, bench: BenchConfig) -> None:
         device = bench.resolved_device
         self.config = absld_min.Config(device=str(device), batch_size=bench.batch_size)
-        channels_last = device.type == "cuda"
-        self.student = to_memory_format(bench.network("student"), channels_last)
-        self.teacher = freeze(to_memory_format(bench.network("teacher"), channels_last))
+        auto = choose_techniques(TrainConfig(), device).precision  # the same arithmetic
+        self.techniques = Techniques(
+            precision=auto,
+            attack_precision=auto,
+            teacher_precision=auto,
+            channels_last=device.type == "cuda",
+        )
+        self.student, self.teacher = (
+            to_memory_format(bench.network(role), self.techniques.channels_last)
+            for role in ("student", "teacher")
+        )
+        freeze(self.teacher)
         self.optimizer = torch.optim.SGD(
             self.student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4
         )
@@ -107,10 +127,8 @@ class PlainStep:
         add_marks(self.timer, self.student, self.teacher)
 
     def endless_batches(self, data: ImageSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for epoch in range(10**9):
+        for epoch in itertools.count(1):
             yield from absld_min.batches(self.config, data.images, data.labels, epoch)
-
-    def prepare(self) -> None: ...
 
     def step(self) -> None:
         with float32_precision(self.config.precision):
@@ -130,20 +148,28 @@ class PlainStep:
 
 
 class EngineStep:
-    """The step of `absld train` with some techniques on; `folder` has the logit cache, if any."""
+    """The step of `absld train` with some techniques.
 
-    def __init__(self, bench: BenchConfig, settings: Mapping[str, Any], folder: str) -> None:
-        self.config = train_config(settings, batch_size=bench.batch_size)
+    cache_folder: takes a full logit cache, which the steps then use. Its logits are noise.
+    """
+
+    def __init__(
+        self, bench: BenchConfig, techniques: Techniques, cache_folder: Path | None = None
+    ) -> None:
+        self.techniques = techniques
         self.stepper = Stepper(
             bench.network("student"),
             bench.network("teacher"),
             bench.image_set(),
-            self.config,
-            logit_cache=(
-                LogitCacheSettings(Path(folder), 64.0) if settings.get("logit_cache") else None
-            ),
+            TrainConfig(**asdict(techniques), batch_size=bench.batch_size),
+            logit_cache=LogitCacheSettings(cache_folder, 64.0) if cache_folder else None,
         )
-        self.metrics = StepMetrics(self.config.check_every)
+        self.cached = isinstance(self.stepper.teacher, CachedTeacher)
+        if isinstance(self.stepper.teacher, CachedTeacher):
+            rows, words = self.stepper.teacher.cache.rows.shape
+            noise = torch.randn(rows, words - 1, generator=generator("bench", "logits"))
+            self.stepper.teacher.cache.write(torch.arange(rows), noise)
+        self.metrics = StepMetrics(techniques.check_every)
         self.draws = self.endless_draws()
         self.timer = Timer(bench.resolved_device)
         assert self.stepper.teacher is not None
@@ -152,57 +178,17 @@ class EngineStep:
     def endless_draws(self) -> Iterator[tuple[Draw, int, int]]:
         """Yield draws with the number of their epoch, and of their step in it."""
         for epoch in itertools.count(1):
-            for step, draw in enumerate(self.stepper.draws(epoch)):
-                yield draw, epoch, step
-
-    def prepare(self) -> None:
-        """Draw the next batch, and make sure that the logit cache has it."""
-        self.draw, self.epoch, self.number = next(self.draws)
-        if isinstance(self.stepper.teacher, CachedTeacher):
-            batch = self.stepper.batch(self.draw)
-            self.stepper.teacher(batch.x_nat, batch.views)
+            with cached_epoch(self.stepper.teacher):
+                for step, draw in enumerate(self.stepper.draws(epoch)):
+                    yield draw, epoch, step
 
     def step(self) -> None:
-        with float32_precision(self.config.precision):
+        with float32_precision(self.techniques.precision):
             self.timer.mark()
-            self.stepper.step(self.draw, self.epoch, self.number, self.check)
+            draw, epoch, number = next(self.draws)
+
+            def check(metrics: dict[str, Tensor]) -> None:
+                self.metrics.add(metrics, number + 1)
+
+            self.stepper.step(draw, epoch, number, check)
             self.timer.mark()
-
-    def check(self, metrics: dict[str, Tensor]) -> None:
-        self.metrics.add(metrics, self.number + 1)
-
-
-def train_config(settings: Mapping[str, Any], **others: Any) -> TrainConfig:
-    """Return the training's settings; a logit cache is not one of them."""
-    given = {name: value for name, value in settings.items() if name != "logit_cache"}
-    return TrainConfig(**given, **others)
-
-
-def techniques(device: torch.device, *, compile: bool) -> dict[str, dict[str, Any]]:
-    """Return the settings of each technique that works on this device, by name, in the order in
-    which they are tried. `logit_cache` stands for a filled one."""
-    settings: dict[str, dict[str, Any]] = {
-        "fold-batch-norm": {"fold_batch_norm": True},
-        "channels-last": {"channels_last": True},
-        "teacher-precision bf16": {"teacher_precision": "bf16"},
-        "attack-precision bf16": {"attack_precision": "bf16"},
-        "precision bf16": {"precision": "bf16"},
-    }
-    if compile:
-        settings["compile"] = {"compile": True}
-    if device.type == "cuda":
-        settings |= {"cuda-graph": {"cuda_graph": True}, "check-every 100": {"check_every": 100}}
-    return settings | {"a filled logit cache": {"logit_cache": True}}
-
-
-def combine(kept: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings kept so far with those of one more technique.
-
-    A precision of all parts that is tried after that of one part does not change the latter.
-    """
-    combined = {**kept, **settings}
-    if "precision" in settings:
-        before = kept.get("precision", TrainConfig.precision)
-        for part in ("teacher_precision", "attack_precision"):
-            combined.setdefault(part, before)
-    return combined

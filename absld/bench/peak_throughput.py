@@ -14,7 +14,7 @@ CHANNELS, SIDE = 256, 16  # of the convolution: the middle of a ResNet
 
 
 class PeakThroughput:
-    """Operations a second, by kernel: `best` holds the maximum over all rounds.
+    """Operations a second in one precision, by kernel: `best` holds the maximum over all rounds.
 
     It is measured again in each round, because a machine's speed drifts.
     """

@@ -1,11 +1,10 @@
 """The seconds and the memory that work takes, on a CPU or an accelerator."""
 
-import ctypes
 import itertools
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ class Timer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.now: Callable[[], Any] = cuda_event if device.type == "cuda" else time.perf_counter
+        on_cuda = device.type == "cuda"
+        self.now: Callable[[], Any] = partial(cuda_event, device) if on_cuda else time.perf_counter
         self.marks: list[Any] = []
 
     def mark(self) -> None:
@@ -41,9 +41,11 @@ class Timer:
         return sum(self.spans())
 
 
-def cuda_event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types there
-    event.record()
+def cuda_event(device: torch.device) -> Any:
+    """Record an event on the device's current stream: that of another device does not wait for it."""
+    with torch.cuda.device(device):
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types there
+        event.record()
     return event
 
 
@@ -57,30 +59,10 @@ def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device, work: Callable[[], object]) -> int | None:
-    """Return the bytes that `work` takes at its peak beyond what was in use before.
-
-    They are those of the device, or of this process; None where the system does not report them.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        # Give back what earlier work left free, and reset the peak to what is in use now: glibc
-        # and Linux only.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status_bytes("VmHWM")
-    except (OSError, KeyError, AttributeError):
-        work()
+    """Return the bytes that `work` takes on a CUDA device beyond what was in use; elsewhere None."""
+    if device.type != "cuda":
         return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     work()
-    return status_bytes("VmHWM") - before
-
-
-def status_bytes(name: str) -> int:
-    """Return a value of /proc/self/status. Raises OSError or KeyError where there is none."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    values = dict(line.split(":", 1) for line in lines)
-    return int(values[name].split()[0]) * 1024
+    return torch.cuda.max_memory_allocated(device) - before

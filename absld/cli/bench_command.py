@@ -14,51 +14,53 @@ def bench(
     teacher_model: Annotated[
         str, typer.Option(metavar="NAME", help="teacher network")
     ] = "wrn-34-10",
-    batch_size: Annotated[int, typer.Option(metavar="N", min=2, help="images per step")] = 128,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=2, help=r"images per step \[default: 128 on CUDA, 16 elsewhere]"
+        ),
+    ] = None,
     image_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="side of the images in pixels")
     ] = 32,
     rounds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="measured steps of each technique")
+        int, typer.Option(metavar="N", min=1, help="measure at most N steps for each row")
     ] = 5,
-    compile: Annotated[
-        bool,
-        typer.Option(
-            "--compile/--no-compile",
-            show_default=False,
-            help=r"try torch.compile \[default: on; --no-compile switches it off]",
-        ),
-    ] = True,
+    minutes: Annotated[
+        float,
+        typer.Option(metavar="N", min=0, help="after N minutes, leave out the remaining rows"),
+    ] = 10,
     device: Annotated[
         str, typer.Option(metavar="TEXT", help="torch device; auto: cuda if there is one, else cpu")
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure the speed of a training step, and the gain of each technique.
+    """Measure the speed of a training step by each engine, and of each technique.
 
     [bold]Examples[/]
 
-    [cyan]absld bench[/]                the networks of the paper; slow on a CPU
-    [cyan]absld bench --student mobilenetv2 --batch-size 16[/]   minutes on a CPU
+    [cyan]absld bench[/]                       the networks of the paper
+    [cyan]absld bench --student mobilenetv2[/]
 
-    Steps of absld_min.py and of the package take turns. Techniques are added
-    one by one, and kept if they are faster. The output names the flags of
-    `absld train` that make a step faster on this machine.
+    The step of absld_min.py, those of `absld train --engine auto`, plain and
+    fast, and techniques added to auto one by one, kept if they are faster. Two
+    steps that are compared take turns. What the device lacks is left out by
+    name. The last line is the fastest command.
     """
-    from absld.bench.bench import Bench
     from absld.bench.contenders import BenchConfig
     from absld.cli.bench_view import BenchView
+    from absld.engine.precision import resolve_device
 
     config = BenchConfig(
         student=student,
         teacher_model=teacher_model,
-        batch_size=batch_size,
+        batch_size=batch_size or (128 if resolve_device(device).type == "cuda" else 16),
         image_size=image_size,
         rounds=rounds,
-        compile=compile,
+        minutes=minutes,
         device=device,
     )
     with command_output(as_json) as output:
         with BenchView(output) as view:
-            results = view.measure(Bench(config))
+            results = view.measure(config)
         output.present(results, [])

@@ -1,107 +1,88 @@
-"""The view of a bench: tables of 80 columns."""
+"""The view of a bench: tables of 80 columns, and progress with the time left."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from absld.bench.bench import Bench
-from absld.bench.contenders import PARTS
-from absld.cli.view import View
-from absld.config.settings import TrainConfig
+from absld.bench.bench import Bench, Progress
+from absld.bench.contenders import PARTS, BenchConfig
+from absld.cli.view import View, time_text
 
-HEAD = f"{'step':24} {'images/s':>19} {'times plain':>19} {'gain':>6} {'reached':>8}"
+HEAD = f"{'step':26} {'images/s':>8} {'gain':>20} {'times file':>10} {'reached':>8}"
 COST_HEAD = (
-    f"{'step':24} {'teacher':>7} {'attack':>7} {'train':>7} {'GFLOP/s':>8} "
-    f"{'matmul':>7} {'conv':>5} {'MiB':>6}"
+    f"{'step':26} {'type':4} {'teacher':>7} {'attack':>6} {'train':>6} {'GFLOP/s':>7} "
+    f"{'matmul':>6} {'conv':>4} {'MiB':>5}"
 )
-GROWTH_HEAD = f"{'engine':28} {'images/s':>19} {'times first':>19} {'cache':>10}"
 LEGEND = """\
-times plain: speed relative to the step of absld_min.py in the same round.
-gain: of this technique; one below 1.02 (-) is left out of the rows that follow.
+gain: speed relative to the fastest step above, and of the first engine and the
+last row to absld_min.py. What gains less than 1.02 (-) is left out below.
+times file: speed relative to absld_min.py, a product of gains.
 reached: objective of the attack relative to the plain attack, which reaches
-{least:.3%} to {greatest:.3%} from other random starts."""
+{:.3%} to {:.3%} from other random starts."""
 COST_LEGEND = """\
-teacher, attack, train: seconds. GFLOP/s: operations as counted by torch.
-matmul, conv: share of the peak throughput of a matrix product and of a 3x3
-convolution, in the precision of the attack. MiB: memory of a step."""
+type: of the numbers in the attack. teacher, attack, train: seconds.
+GFLOP/s: operations as counted by torch. matmul, conv: share of the peak
+throughput of a matrix product and of a 3x3 convolution, in the same type.
+MiB: memory of a step.
+"""
 
 
 class BenchView(View):
     """A row of each table when it is measured."""
 
-    def measure(self, bench: Bench) -> dict[str, Any]:
+    def measure(self, config: BenchConfig) -> dict[str, Any]:
         """Run a bench, print its tables, and return its results."""
-        self.line(HEAD)
+        bench = Bench(config, self.bench_progress)
+        side, about = config.image_size, bench.results["environment"]
+        self.line(f"{config.student}, teacher {config.teacher_model}")
+        self.line(f"{config.batch_size} images of {side}x{side} a step")
+        self.line(f"{about['device']} {about.get('instructions', '')}".rstrip())
+        self.line(f"\n{HEAD}")
         for row in bench.rows():
             self.line(row_line(row))
-        for text in [*summary(bench.results), GROWTH_HEAD]:
+        for text in summary(bench.results):
             self.line(text)
-        for row in bench.growth():
-            self.line(growth_line(row))
         return bench.results
 
+    def bench_progress(self, report: Progress) -> None:
+        left = f"{time_text(report.seconds_left)} left"
+        title = f"{report.row} {report.done}/{report.total}"
+        self.progress(title, report.done, report.total, left, end=False)
 
-def row_line(figures: Mapping[str, Any]) -> str:
-    """Return the speed of a row of `Bench.rows`."""
-    gain = ""
-    if figures["gain"]:
-        gain = f"{figures['gain']['median']:.2f}" + ("" if figures["kept"] else "-")
+
+def row_line(row: Mapping[str, Any]) -> str:
+    """Return the speed of a row of `Bench.rows`, or why it was not measured."""
+    if row["note"]:
+        return f"{row['name']:26} {row['note']}"
+    gain = reached = ""
+    if row["compared_with"]:
+        gain = "{median:.2f} ({least:.2f} to {greatest:.2f})".format(**row["gain"])
+        gain, reached = gain + ("" if row["kept"] else "-"), f"{row['objective']:.2%}"
     return (
-        f"{figures['name']:24} {spread(figures['images_per_second']):>19} "
-        f"{spread(figures['ratio_to_plain'], 2):>19} {gain:>6} "
-        f"{figures['objective']['share']:>8.2%}"
-    )
+        f"{row['name']:26} {row['images_per_second']['median']:8.1f} "
+        f"{gain:>20} {row['times_file']:10.2f} {reached:>8}"
+    ).rstrip()
 
 
-def cost_line(figures: Mapping[str, Any]) -> str:
-    """Return the cost of a row of `Bench.rows`."""
-    memory, shares = figures["memory_bytes"], figures["shares"]
-    seconds = " ".join(f"{figures['seconds'][part]:7.3f}" for part in PARTS)
+def cost_line(row: Mapping[str, Any]) -> str:
+    """Return the cost of a row of `Bench.rows` that was measured."""
+    memory, shares, seconds = row["memory_bytes"], row["shares"], row["seconds"]
+    teacher, attack, training = (seconds[part] for part in PARTS)
     return (
-        f"{figures['name']:24} {seconds} {figures['operations_per_second'] / 1e9:8.0f} "
-        f"{shares['matmul']:7.0%} {shares['conv3x3']:5.0%} "
-        f"{'-' if memory is None else format(memory / 2**20, '.0f'):>6}"
+        f"{row['name']:26} {row['peak_throughput']['precision']:4} "
+        f"{teacher:7.3f} {attack:6.3f} {training:6.3f} {row['operations_per_second'] / 1e9:7.0f} "
+        f"{shares['matmul']:6.0%} {shares['conv3x3']:4.0%} "
+        f"{'-' if memory is None else format(memory / 2**20, '.0f'):>5}"
     )
-
-
-def growth_line(figures: Mapping[str, Any]) -> str:
-    """Return a row of `Bench.growth`."""
-    return (
-        f"{figures['name']:28} {spread(figures['images_per_second']):>19} "
-        f"{spread(figures['ratio_to_first'], 2):>19} {figures['cache_bytes'] / 2**20:6,.1f} MiB"
-    )
-
-
-def spread(values: Mapping[str, float], digits: int | None = None) -> str:
-    """Return a median and its range."""
-    if digits is None:
-        digits = 1 if values["greatest"] < 100 else 0
-    low, high = values["least"], values["greatest"]
-    return f"{values['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def summary(results: Mapping[str, Any]) -> list[str]:
-    """Return what follows the rows: legends, costs, and the flags that make a step faster."""
-    flags = flags_that_pay([row for row in results["rows"] if row["kept"]][-1]["settings"])
+    """Return what follows the rows: legends, costs, and the recommended command."""
+    measured = [row for row in results["rows"] if not row["note"]]
     return [
-        LEGEND.format(**results["rows"][0]["objective"]),
-        f"recommended: absld train {flags}"
-        if flags
-        else "no flag makes a step faster on this machine",
+        LEGEND.format(*results["plain_attack"]),
         "",
         COST_HEAD,
-        *map(cost_line, results["rows"]),
+        *map(cost_line, measured),
         COST_LEGEND,
-        "",
+        f"recommended: {results['recommended']}",
     ]
-
-
-def flags_that_pay(settings: Mapping[str, Any]) -> str:
-    """Return the flags of `absld train` for these settings; a filled cache needs none."""
-    given = {name: value for name, value in settings.items() if name != "logit_cache"}
-    for part in ("teacher_precision", "attack_precision"):
-        if given.get(part) == given.get("precision", TrainConfig.precision):
-            given.pop(part, None)
-    return " ".join(
-        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-        for name, value in given.items()
-    )
