@@ -19,7 +19,7 @@ from absld.engine.precision import (
     to_memory_format,
     with_precision,
 )
-from absld.engine.techniques import Techniques, choose_techniques
+from absld.engine.techniques import Techniques, choose_techniques, with_techniques
 from absld.errors import DataError, UsageError
 from absld.evaluation.validation import check_network, freeze
 from absld.methods.base import Method
@@ -84,9 +84,10 @@ class Stepper:
         logit_cache: LogitCacheSettings | None = None,
         distributed: Distributed = SINGLE_PROCESS,
     ) -> None:
-        self.config, self.role, self.distributed = config, role, distributed
+        self.role, self.distributed = role, distributed
         self.device = next(student.parameters()).device
         self.techniques = choose_techniques(config, self.device)
+        self.config = config = with_techniques(config, self.techniques)
         self.count = steps_per_epoch(len(train), config.batch_size, config.max_steps)
         if self.count == 0:
             raise DataError(

@@ -17,7 +17,7 @@ from absld.engine.distributed import SINGLE_PROCESS, Distributed
 from absld.engine.logit_cache import LogitCacheSettings, cached_epoch
 from absld.engine.precision import float32_precision, with_precision
 from absld.engine.step_metrics import StepMetrics
-from absld.engine.techniques import NEUTRAL, fill_in
+from absld.engine.techniques import NEUTRAL
 from absld.errors import CheckpointError, Interrupted, NonFiniteError
 from absld.evaluation.validation import validate
 from absld.metrics import ClassAccuracies
@@ -77,13 +77,12 @@ def fit(
         CheckpointError: if a network does not fit the images, or `run` holds another training.
         NonFiniteError: if the loss, its gradient or the student becomes NaN or infinite.
     """
-    config = fill_in(config, next(student.parameters()).device)
     stepper = Stepper(
         student, teacher, train, config, role=role, logit_cache=logit_cache, distributed=distributed
     )
     training, checkpoint = Training(stepper, validation, on_step), None
     if run is not None:
-        identity = training_identity(student, teacher, train, validation, config, role)
+        identity = training_identity(student, teacher, train, validation, stepper.config, role)
         checkpoint = TrainingCheckpoint(run, about or {}, identity)
         if state := checkpoint.load():
             training.load_state(state)

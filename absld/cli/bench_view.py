@@ -16,7 +16,7 @@ LEGEND = """\
 gain: speed relative to the fastest step above, and of the first engine and the
 last row to absld_min.py. What gains less than 1.02 (-) is left out below.
 times file: speed relative to absld_min.py, a product of gains.
-reached: objective of the attack relative to the plain attack, which reaches
+reached: gain in objective relative to that of the plain attack, which reaches
 {:.3%} to {:.3%} from other random starts."""
 COST_LEGEND = """\
 type: of the numbers in the attack. teacher, attack, train: seconds.

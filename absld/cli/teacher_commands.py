@@ -57,7 +57,7 @@ def check(
 
 CACHE_SETTINGS = (
     *("dataset", "data", "image_size", "padding", "flip", "teacher", "teacher_model"),
-    *("logit_cache_gib", "engine", "precision", "teacher_precision", "channels_last"),
+    *("logit_cache_gib", "engine", "precision", "teacher_precision", "channels_last", "cuda_graph"),
     *("batch_size", "device", "out"),
 )
 CACHE_MEANINGS = {
@@ -65,6 +65,7 @@ CACHE_MEANINGS = {
     "batch_size": "number of views per forward pass",
     "logit_cache_gib": "largest size of the cache, in GiB",
     "engine": "engine of the trainings that are to use the cache",
+    "cuda_graph": "run the teacher as a CUDA graph [default: on CUDA, except plain]",
     "precision": "numeric precision of those trainings [default: as the engine chooses]",
 }
 

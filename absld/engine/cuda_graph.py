@@ -1,5 +1,6 @@
 """Functions as CUDA graphs: their kernels are launched together, not one by one."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -67,6 +68,8 @@ def capture(function: Callable[[], T], device: torch.device) -> tuple[torch.cuda
             # Other threads, such as those of NCCL, may use the device meanwhile.
             with torch.cuda.graph(graph, stream=side_stream, capture_error_mode="thread_local"):
                 output = function()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             cause = str(error).splitlines()[0]
             raise UsageError(
@@ -77,8 +80,15 @@ def capture(function: Callable[[], T], device: torch.device) -> tuple[torch.cuda
 
 
 def partial_tensors(function: object) -> tuple[Tensor, ...] | None:
-    """Return the arguments of a `partial` of tensors alone; None for any other function."""
+    """Return the arguments of a `partial` of tensors alone; None for any other function.
+
+    Nor for one whose function has a state of its own, as methods and closures have: in a graph it
+    would stay as it was.
+    """
     if not isinstance(function, partial) or function.keywords:
+        return None
+    plain = inspect.unwrap(function.func)
+    if not inspect.isfunction(plain) or plain.__closure__:
         return None
     tensors = tuple(value for value in function.args if isinstance(value, Tensor))
     return tensors if len(tensors) == len(function.args) else None

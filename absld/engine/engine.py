@@ -104,7 +104,8 @@ class EngineAttack(TrainingAttack):
                 steps=self.steps,
             )
 
-        key = student, function, *(tensor.shape for tensor in inputs)
+        budget = self.epsilon, self.step_size, self.steps
+        key = student, function, budget, *(tensor.shape for tensor in inputs)
         with frozen_eval(student):
             if key not in self.graphs:
                 self.graphs[key] = GraphedFunction(attack, inputs)

@@ -67,7 +67,7 @@ def engine_choice(engine: str, device: torch.device) -> dict[str, Any]:
             chosen["precision"] = "tf32"
     if engine == "fast":
         chosen |= {"fold_batch_norm": True, "channels_last": True}
-        # On CUDA the attack is a graph already, and compiled code takes the host more time.
+        # On CUDA it gained little or lost (docs/results/h100.md), and takes half a minute.
         chosen["compile"] = device.type == "cpu" and can_compile(device)
         if computes_bf16(device):
             chosen["precision"] = "bf16"
@@ -83,20 +83,9 @@ def can_compile(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda") and bool(shutil.which(compiler)) and headers.exists()
 
 
-def fill_in(config: C, device: torch.device) -> C:
-    """Return the settings with the techniques that are in use on a device, none left open."""
-    return replace(config, **asdict(choose_techniques(config, device)))
-
-
-def leave_open(config: C, device: torch.device) -> C:
-    """Return the settings without the techniques that the engine itself chooses on a device."""
-    own = asdict(choose_techniques(config, device))
-    engine = asdict(choose_techniques(TrainConfig(engine=config.engine), device))
-    engine |= dict.fromkeys(("attack_precision", "teacher_precision"), own["precision"])
-    differs: dict[str, Any] = {
-        name: value if value != engine[name] else None for name, value in own.items()
-    }
-    return replace(config, **differs)
+def with_techniques(config: C, techniques: Techniques) -> C:
+    """Return the settings with these techniques, so that none is left to the engine."""
+    return replace(config, **asdict(techniques))
 
 
 def describe(techniques: Techniques) -> str:
@@ -109,7 +98,7 @@ def describe(techniques: Techniques) -> str:
         "folded batch norm": t.fold_batch_norm,
         "channels-last": t.channels_last,
         "torch.compile": t.compile,
-        "attack as a CUDA graph": t.cuda_graph,
+        "CUDA graphs": t.cuda_graph,
         f"NaN check every {t.check_every} steps": t.check_every > 1,
     }
     return ", ".join(name for name, used in described.items() if used)

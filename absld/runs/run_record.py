@@ -5,16 +5,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from absld.config.files import read_run_config, to_toml
+from absld.config.files import read_run_config, read_techniques, to_toml
 from absld.config.settings import Config, TrainConfig
 from absld.data.dataset import Splits
 from absld.engine.distributed import Distributed
-from absld.engine.techniques import NAMES, NEUTRAL, fill_in
+from absld.engine.techniques import NAMES, NEUTRAL, Techniques, choose_techniques
 from absld.errors import CheckpointError, UsageError
 from absld.storage.environment import environment
 from absld.storage.files import digest, key_of
@@ -23,7 +23,6 @@ from absld.storage.training_checkpoint import compare_settings
 
 # Settings that say where things are, not what is computed; a given teacher counts by its weights.
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
-C = TypeVar("C", bound=TrainConfig)
 
 
 class RunRecord:
@@ -33,6 +32,7 @@ class RunRecord:
         self,
         run: RunDirectory,
         config: Config,
+        techniques: Techniques,
         device: torch.device,
         inputs: Mapping[str, str],
         distributed: Distributed,
@@ -41,7 +41,9 @@ class RunRecord:
         session = environment(device) | {"processes": distributed.world_size, "inputs": inputs}
         self.sessions = [*read_sessions(run.path), session]
         self.write()
-        run.write("config.toml", to_toml(config))  # last: a folder that has it has both
+        run.write(
+            "config.toml", to_toml(config, asdict(techniques))
+        )  # last: a folder that has it has both
 
     def write(self) -> None:
         self.run.write("environment.json", json.dumps(self.sessions, indent=1) + "\n")
@@ -74,18 +76,17 @@ def deciding_settings(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in skipped}
 
 
-def fill_in_as_begun(config: C, run: RunDirectory, device: torch.device) -> C:
-    """Return the settings of a run with no technique left open.
+def techniques_of_run(config: TrainConfig, run: RunDirectory, device: torch.device) -> Techniques:
+    """Return the techniques of a run: those of its engine on this device.
 
     A run that has begun, perhaps on another device, keeps the precision and all else that changes
     its numbers.
     """
-    config = fill_in(config, device)
+    techniques = choose_techniques(config, device)
     path = run.path / "config.toml"
-    if not path.exists():
-        return config
-    begun = read_run_config(path)
-    return replace(config, **{n: getattr(begun, n) for n in NAMES if n not in NEUTRAL})
+    begun = read_techniques(path) if path.exists() else {}
+    kept = {name: value for name, value in begun.items() if name in NAMES and name not in NEUTRAL}
+    return replace(techniques, **kept)
 
 
 def image_digests(splits: Splits) -> dict[str, str]:
@@ -108,10 +109,7 @@ def run_directory(
 def check_resume(
     run: RunDirectory, config: Config, inputs: Mapping[str, str], resume: bool
 ) -> None:
-    """Raise UsageError if the run exists and is not to be resumed, or the other way round.
-
-    config: with no technique left open.
-    """
+    """Raise UsageError if the run exists and is not to be resumed, or the other way round."""
     if run.exists() and not resume:
         raise UsageError(
             f"{run.path} holds a run with these settings ({run.status()})",

@@ -19,7 +19,7 @@ from absld.engine.precision import (
     resolve_device,
     with_precision,
 )
-from absld.engine.techniques import Techniques, choose_techniques, describe, leave_open
+from absld.engine.techniques import Techniques, describe, with_techniques
 from absld.evaluation.validation import check_network, check_teacher, validate
 from absld.methods.base import Method
 from absld.methods.registry import build_method
@@ -31,9 +31,9 @@ from absld.runs.run_record import (
     RunRecord,
     check_resume,
     deciding_settings,
-    fill_in_as_begun,
     image_digests,
     run_directory,
+    techniques_of_run,
 )
 from absld.storage.checkpoint import load
 from absld.storage.files import digest
@@ -73,11 +73,11 @@ class TrainingResult:
 
 
 class Plan(NamedTuple):
-    """The start of a run: settings with no technique left open, images, method, networks, digests
-    of these (`inputs`), and directory."""
+    """The start of a run: device, techniques, images, method, networks, digests of these
+    (`inputs`), and directory."""
 
-    config: Config
     device: torch.device
+    techniques: Techniques
     splits: Splits
     method: Method
     student: Network
@@ -104,10 +104,10 @@ def plan(
     inputs = image_digests(splits) | {"initial_weights": digest(student.model.state_dict())}
     if teacher:
         inputs["teacher_weights"] = digest(teacher.model.state_dict())
-    identity = deciding_settings(leave_open(config, device)) | inputs
+    identity = deciding_settings(config) | inputs
     run = run_directory(config, config.method, identity, distributed)
-    config = fill_in_as_begun(config, run, device)
-    return Plan(config, device, splits, method, student, teacher, inputs, run)
+    techniques = techniques_of_run(config, run, device)
+    return Plan(device, techniques, splits, method, student, teacher, inputs, run)
 
 
 def describe_start(config: Config, techniques: Techniques, device: torch.device) -> list[str]:
@@ -133,11 +133,9 @@ def train(
     which every run with the same images and settings uses again. splits: the images, if they are
     loaded already. distributed: the processes that train together. Raises AbsldError.
     """
-    given = config
-    config, device, splits, method, student, loaded_teacher, inputs, run = plan(
-        given, splits, distributed
+    device, techniques, splits, method, student, loaded_teacher, inputs, run = plan(
+        config, splits, distributed
     )
-    techniques = choose_techniques(config, device)
     check_resume(run, config, inputs, resume)
     distributed.barrier()  # now all know what is there, and one may write
     notes = [*student.notes, *(loaded_teacher.notes if loaded_teacher else ())]
@@ -145,7 +143,7 @@ def train(
         observer.note(note)
     splits = splits.to(device)
     with run:
-        record = RunRecord(run, config, device, inputs, distributed)
+        record = RunRecord(run, config, techniques, device, inputs, distributed)
         if config.select_on == "test":
             observer.note(SELECTED_ON_TEST)
         teacher = teacher_sha = None
@@ -154,7 +152,7 @@ def train(
             if loaded_teacher:
                 teacher = loaded_teacher.model
             else:
-                teacher, name = train_teacher(given, splits, observer, distributed)
+                teacher, name = train_teacher(config, splits, observer, distributed)
             observer.note(f"teacher: {name}")
             with float32_precision(techniques.precision):
                 teacher.to(device)
@@ -164,7 +162,8 @@ def train(
                 observer.note(describe_cache(config, splits))
         student.model.to(device)
         train_network(
-            "student", student, teacher, splits, config.training(), observer, run, distributed,
+            "student", student, teacher, splits, with_techniques(config.training(), techniques),
+            observer, run, distributed,
             LogitCacheSettings(cache_folder(config), config.logit_cache_gib),
         )  # fmt: skip
         result = TrainingResult(
@@ -193,9 +192,9 @@ def train_teacher(
     teacher.model.to(device)
     training = config.teacher_training()
     inputs = image_digests(splits) | {"initial_weights": digest(teacher.model.state_dict())}
-    identity = deciding_settings(leave_open(training, device)) | inputs
+    identity = deciding_settings(training) | inputs
     run = run_directory(config, "teacher", identity, distributed)
-    training = fill_in_as_begun(training, run, device)
+    techniques = techniques_of_run(training, run, device)
     finished = run.exists() and run.status() == "finished"
     distributed.barrier()
     if finished:
@@ -203,7 +202,8 @@ def train_teacher(
     else:
         with run:
             own_config = replace(config, **vars(training), student=config.teacher_model)
-            RunRecord(run, own_config, device, inputs, distributed)
+            RunRecord(run, own_config, techniques, device, inputs, distributed)
+            training = with_techniques(training, techniques)
             train_network("teacher", teacher, None, splits, training, observer, run, distributed)
     return teacher.model, str(run.path)
 

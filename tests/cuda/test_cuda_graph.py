@@ -1,5 +1,7 @@
 """The attack as a CUDA graph: the same images, for every batch and on every device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.pretend_cuda import DeviceFault
@@ -63,6 +65,13 @@ def test_each_shape_and_objective_has_a_graph_of_its_own(cuda):
             found.append(graphed(engine, objective, x_nat, noise))
             expected.append(attack(engine, objective, x_nat, noise))
     assert all(map(torch.equal, found, expected)) and len(graphed.graphs) == 4
+    wider = replace(graphed, epsilon=0.2, step_size=0.1)  # as a schedule would
+    x_nat, noise, soft = inputs(0, cuda.device)
+    x_adv = wider(engine, kl(soft), x_nat, noise)
+    assert torch.equal(
+        x_adv, replace(attack, epsilon=0.2, step_size=0.1)(engine, kl(soft), x_nat, noise)
+    )
+    assert len(graphed.graphs) == 5
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -200,7 +200,6 @@ def test_synchronised_batch_norm_is_folded_too():
 def test_the_student_itself_is_converted_to_synchronised_batch_norm(monkeypatch):
     """On a CUDA device. Its names and values stay."""
     monkeypatch.setattr("absld.stepper.choose_techniques", lambda *given: Techniques())
-    monkeypatch.setattr("absld.trainer.fill_in", lambda config, device: config)
     student = absld.build_model("convnet", 3, "ours")
     names = list(student.state_dict())
     train(replace(CONFIG, epochs=1, sync_batch_norm=True), student=student)
@@ -512,3 +511,22 @@ def test_only_an_objective_of_tensors_alone_can_be_captured():
     assert partial_tensors(kl(one)) == (one,) and partial_tensors(cross_entropy(label)) == (label,)
     assert partial_tensors(partial(max, one, 3)) is partial_tensors(partial(max, key=one)) is None
     assert partial_tensors(max) is None
+
+
+class Weighted:
+    """An objective with a state."""
+
+    factor = 2.0
+
+    def objective(self, labels, logits):
+        return self.factor * logits.gather(1, labels.unsqueeze(1)).sum()
+
+
+def test_an_objective_with_a_state_of_its_own_is_not_captured():
+    labels, factor = torch.zeros(1, dtype=torch.long), 2.0
+
+    def closure(labels, logits):
+        return factor * logits.gather(1, labels.unsqueeze(1)).sum()
+
+    assert partial_tensors(partial(closure, labels)) is None
+    assert partial_tensors(partial(Weighted().objective, labels)) is None

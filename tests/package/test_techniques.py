@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import absld
-from absld.config.files import read_run_config
+from absld.config.files import read_recipe, read_run_config, read_techniques
 from absld.config.resolve import resolve
 from absld.config.settings import EvaluationConfig, TrainConfig
 from absld.data.dataset import Splits
@@ -21,8 +21,7 @@ from absld.engine.techniques import (
     can_compile,
     choose_techniques,
     describe,
-    fill_in,
-    leave_open,
+    with_techniques,
 )
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation.runner import run_network_evaluation
@@ -118,14 +117,17 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @given(SETTINGS, st.sampled_from([(9, 0), (7, 0)]), st.sampled_from([CPU, CUDA]))
-def test_settings_left_open_and_filled_in_are_the_same_training(settings, capability, device):
+def test_given_settings_are_kept_and_the_others_filled_in(settings, capability, device):
     config = TrainConfig(**settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        filled, opened = fill_in(config, device), leave_open(config, device)
-        assert None not in [getattr(filled, name) for name in NAMES]
-        assert fill_in(opened, device) == fill_in(filled, device) == filled
-        assert leave_open(filled, device) == leave_open(opened, device) == opened
+        chosen = choose_techniques(config, device)
+        filled = with_techniques(config, chosen)
+        given = {name: value for name, value in settings.items() if value is not None}
+        assert given.items() <= asdict(filled).items()
+        assert asdict(chosen).items() <= asdict(filled).items()
+        assert None not in asdict(chosen).values()
+        assert choose_techniques(filled, device) == chosen
 
 
 @pytest.mark.parametrize(
@@ -144,9 +146,7 @@ def test_a_description_names_what_is_on(hardware):
     mixed = Techniques(teacher_precision="bf16", fold_batch_norm=True, check_every=9)
     assert describe(mixed) == "fp32, teacher bf16, folded batch norm, NaN check every 9 steps"
     auto = choose_techniques(TrainConfig(), CUDA)
-    assert describe(auto) == (
-        "tf32, channels-last, attack as a CUDA graph, NaN check every 50 steps"
-    )
+    assert describe(auto) == ("tf32, channels-last, CUDA graphs, NaN check every 50 steps")
 
 
 def test_emulated_bfloat16_is_warned_of(hardware, tmp_path):
@@ -192,11 +192,13 @@ def run_of(out, observer, resume=False, **settings):
     return train(resolve(given | settings), observer, resume=resume, splits=SPLITS)
 
 
-def test_a_run_records_what_its_engine_chose(tmp_path):
+def test_a_run_records_what_was_given_and_what_its_engine_chose(tmp_path):
     observer = Notes()
     result = run_of(tmp_path, observer, fold_batch_norm=True)
-    config = read_run_config(result.run / "config.toml")
-    assert asdict(Techniques(fold_batch_norm=True)).items() <= asdict(config).items()
+    path = result.run / "config.toml"
+    assert read_techniques(path) == asdict(Techniques(fold_batch_norm=True))
+    config = read_run_config(path)
+    assert (config.precision, config.fold_batch_norm, config.compile) == (None, True, None)
     assert "engine auto: fp32, folded batch norm" in observer.notes
 
 
@@ -212,16 +214,27 @@ def test_a_run_is_resumed_with_the_numbers_of_its_beginning(tmp_path, monkeypatc
     resumed = run_of(tmp_path / "other", Notes(), resume=True)
     assert resumed.student_sha256 == whole.student_sha256
     assert len(list((tmp_path / "other").glob("*-teacher-*"))) == 1
-    config = read_run_config(resumed.run / "config.toml")
-    assert (config.fold_batch_norm, config.channels_last, config.check_every) == (True, False, 2)
+    begun = read_techniques(resumed.run / "config.toml")
+    assert begun == asdict(Techniques(fold_batch_norm=True, check_every=2))
 
 
-def test_a_recorded_config_given_as_a_recipe_means_the_same_run(tmp_path):
+def test_a_setting_that_equals_the_choice_of_the_engine_is_another_run(tmp_path, monkeypatch):
+    """On another device the engine may choose otherwise; what was asked for stays."""
+    monkeypatch.setattr(techniques, "engine_choice", lambda *given: {"precision": "bf16"})
+    left_open = run_of(tmp_path, Notes())
+    monkeypatch.undo()
+    asked_for = run_of(tmp_path, Notes(), precision="fp32")
+    assert asked_for.run != left_open.run
+    assert asked_for.student_sha256 != left_open.student_sha256
+
+
+def test_the_config_of_a_run_as_a_recipe_leaves_the_choice_to_the_engine(tmp_path):
     result = run_of(tmp_path, Notes())
-    recorded = read_run_config(result.run / "config.toml")
-    observer = Notes()
-    again = train(recorded, observer, resume=True, splits=SPLITS)
+    recipe = read_recipe(str(result.run / "config.toml"))
+    again = train(resolve(recipe), Notes(), resume=True, splits=SPLITS)
     assert again.run == result.run and again.student_sha256 == result.student_sha256
+    fast = resolve(recipe | {"engine": "fast"})
+    assert choose_techniques(fast, CPU).fold_batch_norm
 
 
 def test_a_checkpoint_of_other_techniques_is_refused(tmp_path):
