@@ -61,7 +61,11 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def read_techniques(path: Path) -> dict[str, Any]:
-    """Read the techniques that a run began with from its config.toml. Raises UsageError."""
+    """Read the techniques that a run began with from its config.toml.
+
+    Raises as `read_run_config` does.
+    """
+    read_run_config(path)  # a file that has changed is refused
     return parse_all(read_toml(str(path)).get(TECHNIQUES, {}), Config)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from absld.engine.precision import resolve_device
+from absld.engine.precision import parse_device, resolve_device
 from absld.errors import UsageError
 
 
@@ -87,19 +87,6 @@ class Distributed:
 
 
 SINGLE_PROCESS = Distributed()
-
-
-def parse_device(name: str) -> torch.device:
-    """Return the device `name`, without a look whether it is there; "auto" as `resolve_device`.
-
-    Raises UsageError if torch does not know it.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: {error}", "--device cpu works everywhere") from error
 
 
 def check_devices(device: torch.device, processes: int) -> None:

@@ -13,27 +13,33 @@ from absld.errors import UsageError
 T = TypeVar("T", bound=nn.Module)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device `name`; "auto" is cuda where there is one, else cpu. Raises UsageError."""
+def parse_device(name: str) -> torch.device:
+    """Return the device `name`, there or not; "auto" is cuda where there is one, else cpu.
+
+    Raises UsageError if torch does not know it.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: {error}", "--device cpu works everywhere") from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device `name`, as `parse_device`. Raises UsageError also if it is not there."""
+    device = parse_device(name)
+    try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UsageError(f"--device {name}: {error}", "--device cpu works everywhere") from error
+        raise UsageError(f"--device {device}: {error}", "--device cpu works everywhere") from error
     return device
-
-
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(device)
 
 
 def computes_bf16(device: torch.device) -> bool:
     """Return whether a device has bfloat16 instructions; elsewhere they are emulated, slowly."""
     if device.type == "cuda":
-        return compute_capability(device) >= (8, 0)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
     if platform.machine() in ("x86_64", "AMD64"):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from absld.config.settings import Precision, TrainConfig
-from absld.engine.precision import compute_capability, computes_bf16
+from absld.engine.precision import computes_bf16
 from absld.errors import UsageError
 
 C = TypeVar("C", bound=TrainConfig)
@@ -63,7 +63,7 @@ def engine_choice(engine: str, device: torch.device) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     if engine != "plain" and device.type == "cuda":
         chosen = {"channels_last": True, "cuda_graph": True, "check_every": 50}
-        if compute_capability(device) >= (8, 0):
+        if torch.cuda.get_device_capability(device) >= (8, 0):
             chosen["precision"] = "tf32"
     if engine == "fast":
         chosen |= {"fold_batch_norm": True, "channels_last": True}

@@ -20,7 +20,7 @@ HAS_CUDA = torch.cuda.is_available()  # before a pretend device says so, too
 
 @dataclass
 class Record:
-    """What happened while it was kept; each entry says what, and where: "item at trainer.py:12".
+    """A record of a device's work; an entry names an operation and its place, "item at trainer.py:12".
 
     waits: the host waited for the device. The other fields are those of the pretend device only.
     cpu_indices: CPU indices of CUDA tensors, which are copied without a word. global_draws: random

@@ -43,7 +43,7 @@ aten = torch.ops.aten
 
 
 class DeviceFault(RuntimeError):
-    """What CUDA would have refused."""
+    """An operation that CUDA would refuse."""
 
 
 HALVED = {torch.conv2d, F.conv2d, F.linear, torch.matmul}

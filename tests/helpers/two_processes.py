@@ -1,4 +1,4 @@
-"""What each of two processes does in test_distributed.py; its results go to FILE.RANK.
+"""One of the two processes of test_distributed.py; its results go to FILE.RANK.
 
 In tests/: torchrun --nproc-per-node 2 -m helpers.two_processes FILE
 """

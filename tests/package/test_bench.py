@@ -48,7 +48,7 @@ def hardware(monkeypatch, *, bf16, compiler, capability=(9, 0)):
     for module in (trials, techniques_module):
         monkeypatch.setattr(module, "computes_bf16", lambda device: bf16)
         monkeypatch.setattr(module, "can_compile", lambda device: compiler)
-    monkeypatch.setattr(techniques_module, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
 
 def shorten(monkeypatch):
@@ -209,7 +209,7 @@ def test_two_steps_take_turns(small):
 
 
 def test_a_trial_ends_when_its_first_step_is_three_times_slower():
-    """It is repeated once, for a first step may compile; there is no round after that."""
+    """The slow first step is repeated once, because it may compile; no round follows."""
     base = Measured(Sleeper(), {"name": "base", "seconds": {"all": 0.05}})
     slow = Sleeper(0.2, 0.2)
     bench = started()

@@ -327,7 +327,7 @@ def test_a_damaged_row_keeps_a_device_from_using_the_cache(tmp_path):
 
 
 def test_a_device_stores_the_logits_of_an_epoch_at_its_end(tmp_path):
-    """Those that are finite and that the file lacks; none of an epoch that is interrupted."""
+    """Only finite ones that the file lacks, and none of an epoch that is interrupted."""
     cached, _, views = on_device(tmp_path)
     first, second = torch.arange(4), torch.arange(2, 6)
     with pytest.raises(KeyboardInterrupt), cached_epoch(cached):

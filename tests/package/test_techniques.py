@@ -202,6 +202,13 @@ def test_a_run_records_what_was_given_and_what_its_engine_chose(tmp_path):
     assert "engine auto: fp32, folded batch norm" in observer.notes
 
 
+def test_techniques_that_were_edited_are_refused(tmp_path):
+    path = run_of(tmp_path, Notes()).run / "config.toml"
+    path.write_text(path.read_text().replace('\nprecision = "fp32"', '\nprecision = "bf16"'))
+    with pytest.raises(CheckpointError, match="has changed since the run wrote it"):
+        run_of(tmp_path, Notes(), resume=True)
+
+
 def test_a_run_is_resumed_with_the_numbers_of_its_beginning(tmp_path, monkeypatch):
     """On a device for which the engine chooses otherwise: the run and its teacher are found, and
     only techniques without effect on numbers are chosen anew."""
