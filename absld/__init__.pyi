@@ -16,6 +16,7 @@ from . import progress as progress
 from . import report as report
 from . import runs as runs
 from . import seeding as seeding
+from . import shapes as shapes
 from . import stepper as stepper
 from . import storage as storage
 from . import temperature as temperature

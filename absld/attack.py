@@ -5,7 +5,8 @@ The attack takes a forward function and an objective of its outputs; teachers, l
 are in the objective. Pixels, epsilon and step size are in [0,1] units.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from absld.errors import UsageError
+from absld.shapes import check_shape
 
 Objective = Callable[[Tensor], Tensor]
 """Outputs (N,C) -> scalar to maximise, summed over the batch, so that an image's gradient does not
@@ -28,9 +32,24 @@ def project_linf(
 ) -> Float[Tensor, "*shape"]:
     """Project `x_adv` into the ball of radius `epsilon` around `x_nat`, then into the box [0,1].
 
-    The box comes last: the result is an image. Source: D2.
+    The box comes last: the result is an image. Raises ValueError for a negative epsilon. Source:
+    D2.
     """
+    check_radius(epsilon, x_nat)
     return x_adv.clamp(x_nat - epsilon, x_nat + epsilon).clamp(0, 1)
+
+
+def check_radius(epsilon: Budget, x_nat: Tensor) -> None:
+    """Raise ValueError for a negative radius, NaN, or radii of another shape than (N,1,...,1).
+
+    Radii on an accelerator are not read, which would wait for it.
+    """
+    if isinstance(epsilon, Tensor):
+        check_shape("epsilon", epsilon, len(x_nat), *[1] * (x_nat.ndim - 1))
+        on_cpu = epsilon.device.type == "cpu"
+        epsilon = epsilon.detach().float().numpy().min(initial=0.0) if on_cpu else 0.0
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon must be 0 or more, not {epsilon:g}")
 
 
 def pgd(
@@ -46,18 +65,61 @@ def pgd(
     """Maximise `objective(forward(x))` by signed gradient steps from `x_nat + noise`, in the ball.
 
     The start is not clipped before the first step: noise moves it off the centre, where the
-    gradient of a KL is zero. No gradients are left on parameters and no global state changes; for
-    the mode of the network see `frozen_eval`. Source: D2.
+    gradient of a KL is zero. Without a step, the start is projected. No gradients are left on
+    parameters and no global state changes; for the mode of the network see `frozen_eval`. Source:
+    D2.
+
+    Raises:
+        ValueError: for a negative epsilon, or noise of another shape.
+        UsageError: if no gradient reaches the images.
     """
+    check_shape("noise", noise, *x_nat.shape)
     x_adv = x_nat + noise
     for _ in range(steps):
         x_adv.requires_grad_()
         # Gradients for the image alone. enable_grad: callers may be under no_grad.
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(objective(forward(x_adv)), x_adv)
+            gradient = input_gradient(objective(forward(x_adv)), x_adv)
         step = step_size * gradient.sign()
         x_adv = project_linf(x_adv.detach() + step, x_nat, epsilon)  # D2
-    return x_adv
+    return x_adv if steps > 0 else project_linf(x_adv, x_nat, epsilon)
+
+
+def input_gradient(value: Tensor, x: Tensor) -> Tensor:
+    """Compute the gradient of `value` with respect to `x`. Raises UsageError if there is none."""
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value, x, allow_unused=True)
+    if gradient is None:
+        raise UsageError(
+            "no gradient reaches the images: the network cuts it, or torch.inference_mode is on",
+            "a forward without detach, rounding or no_grad, called outside of inference_mode",
+        )
+    return gradient
+
+
+_released = threading.Condition()
+_holders: dict[int, int] = {}  # the thread that holds a module, by the id of the module
+
+
+@contextmanager
+def hold(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Hold modules for this thread inside the context; wait while another thread holds one of them.
+
+    All are taken at once, so that two threads cannot wait for each other.
+    """
+    thread = threading.get_ident()
+    with _released:
+        _released.wait_for(lambda: all(_holders.get(id(m), thread) == thread for m in modules))
+        taken = [id(module) for module in modules if id(module) not in _holders]
+        _holders.update(dict.fromkeys(taken, thread))
+    try:
+        yield
+    finally:
+        with _released:
+            for module in taken:
+                del _holders[module]
+            _released.notify_all()
 
 
 @contextmanager
@@ -66,20 +128,22 @@ def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
 
     The attack then leaves batch norm alone, and no gradients of weights are computed. On leaving,
     also by an exception, the training flag of every module and `requires_grad` of every parameter
-    are restored. Source: D2.
+    are restored. Another thread that asks for one of these modules waits until then. Source: D2.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield model
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_()
-        for module, training in modes:
-            module.training = training
+    modules = list(model.modules())
+    with hold(modules):
+        modes = [module.training for module in modules]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            model.eval()
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield model
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_()
+            for module, training in zip(modules, modes, strict=True):
+                module.training = training
 
 
 def kl(soft_labels: Float[Tensor, "n c"]) -> Objective:
@@ -88,6 +152,7 @@ def kl(soft_labels: Float[Tensor, "n c"]) -> Objective:
 
 
 def kl_to(soft_labels: Float[Tensor, "n c"], logits: Float[Tensor, "n c"]) -> Float[Tensor, ""]:
+    check_shape("soft_labels", soft_labels, *logits.shape)
     return F.kl_div(F.log_softmax(logits, dim=1), soft_labels, reduction="sum")
 
 
@@ -105,6 +170,7 @@ def cross_entropy_of(labels: Int[Tensor, " n"], logits: Float[Tensor, "n c"]) ->
 
 def margins(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Compute the largest wrong logit minus the true one: above 0, the image is misclassified."""
+    check_shape("labels", labels, len(logits))
     true = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     is_true = F.one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(is_true, -torch.inf).amax(1) - true

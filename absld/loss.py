@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from absld.shapes import check_shape
+
 
 def soft_label_kl(
     logits: Float[Tensor, "n c"],
@@ -14,11 +16,14 @@ def soft_label_kl(
 
     The student's temperature is 1, and no factor T^2 compensates the teacher's. Finite for logits
     up to 1e4: the logarithm is taken by log_softmax. weights: factors of the images, for methods
-    that have them. Source: D4.
+    that have them. Raises ValueError for other shapes. Source: D4.
     """
+    check_shape("logits", logits, "N", "C")
+    check_shape("soft_labels", soft_labels, *logits.shape)
     log_q = F.log_softmax(logits, dim=1)
     if weights is None:
         return F.kl_div(log_q, soft_labels, reduction="batchmean")
+    check_shape("weights", weights, len(logits))
     return (weights * F.kl_div(log_q, soft_labels, reduction="none").sum(1)).mean()
 
 
@@ -35,8 +40,13 @@ def absld_loss(
     """Compute adv_weight KL(soft_adv || adv) + (1 - adv_weight) KL(soft_nat || nat), in nats.
 
     `kl_scale=0.1` gives the value of the authors' release, which also averages over its ten
-    classes. weights: factors of the images, in both terms. Source: D4.
+    classes. weights: factors of the images, in both terms. Raises ValueError for other shapes.
+    Source: D4.
     """
+    check_shape("adv_logits", adv_logits, "N", "C")
+    check_shape("nat_logits", nat_logits, *adv_logits.shape)
+    check_shape("soft_adv", soft_adv, *adv_logits.shape)
+    check_shape("soft_nat", soft_nat, *adv_logits.shape)
     adv = soft_label_kl(adv_logits, soft_adv, weights)
     nat = soft_label_kl(nat_logits, soft_nat, weights)
     return kl_scale * (adv_weight * adv + (1 - adv_weight) * nat)  # D4

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from absld.shapes import check_shape
+
 
 class ClassAccuracies(NamedTuple):
     """Accuracy of each class (C,) in [0,1]; NaN for a class without images."""
@@ -30,6 +32,7 @@ def class_hits(
     predictions: Int[Tensor, " n"], labels: Int[Tensor, " n"], num_classes: int
 ) -> Int[Tensor, " c"]:
     """Count the correct predictions of each class; counts of batches add up."""
+    check_shape("predictions", predictions, len(labels))
     return class_sums((predictions == labels).long(), labels, num_classes)[0]
 
 
@@ -42,6 +45,9 @@ def fairness(class_accuracy: Float[Tensor, " c"], ddof: int = 0) -> Fairness:
 
     Returns:
         The three figures; normalized_std is 0 if all accuracies are 0. Source: arXiv 2312.05508.
+
+    Raises:
+        ValueError: for another shape, or if no class has images.
     """
     accuracy = present(class_accuracy)
     nsd = normalized_std(accuracy, ddof)
@@ -55,7 +61,11 @@ def worst_tenth(class_accuracy: Float[Tensor, " c"]) -> float:
 
 def present(class_accuracy: Float[Tensor, " c"]) -> Float[Tensor, " p"]:
     """Return the accuracies of the classes that have images, in float64 on the CPU."""
-    return class_accuracy[~class_accuracy.isnan()].cpu().double()
+    check_shape("class_accuracy", class_accuracy, "C")
+    accuracy = class_accuracy[~class_accuracy.isnan()].cpu().double()
+    if not len(accuracy):
+        raise ValueError("no class has images")
+    return accuracy
 
 
 def normalized_std(accuracy: Tensor, ddof: int = 0) -> Tensor:
@@ -98,6 +108,8 @@ def class_sums(
     values: Num[Tensor, " n"], labels: Int[Tensor, " n"], num_classes: int
 ) -> tuple[Num[Tensor, " c"], Int[Tensor, " c"]]:
     """Sum the values of each class, and count its images; both add up over batches."""
+    check_shape("labels", labels, "N")
+    check_shape("values", values, len(labels))
     member = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
     return torch.where(member, values.unsqueeze(1), 0).sum(0), member.sum(0)
 

@@ -107,6 +107,9 @@ class Observer:
     def note(self, text: str) -> None:
         """Handle a line worth knowing."""
 
+    def wait(self, text: str) -> None:
+        """Handle the beginning of a wait, in a line."""
+
     def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
         """Handle the beginning of a training, or its resuming."""
 
@@ -118,6 +121,9 @@ class Observer:
 
     def end_training(self) -> None:
         """Handle the end of the training that began last."""
+
+    def begin_evaluation(self) -> None:
+        """Handle the beginning of the evaluation of a network, or its resuming."""
 
     def attack_batch(self, progress: AttackProgress) -> None:
         """Handle the end of a batch of an evaluation."""

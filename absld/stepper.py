@@ -21,7 +21,7 @@ from absld.engine.precision import (
 )
 from absld.engine.techniques import Techniques, choose_techniques, with_techniques
 from absld.errors import DataError, UsageError
-from absld.evaluation.validation import check_network, freeze
+from absld.evaluation.validation import check_network, freeze, read_only
 from absld.methods.base import Method
 from absld.methods.registry import build_method
 from absld.metrics import ClassMean
@@ -46,8 +46,18 @@ def train_step(
 
     Returns:
         The loss and its parts in nats, and the norm of the gradient.
+
+    Raises:
+        CheckpointError: a network writes into its input.
+        UsageError: the loss does not depend on the student's parameters.
     """
-    loss, parts = method.step(student, teacher, batch, attack)
+    with read_only(batch.x_nat, "the student or the teacher"):
+        loss, parts = method.step(student, teacher, batch, attack)
+    if not loss.requires_grad:
+        raise UsageError(
+            "the loss does not depend on the student's parameters",
+            "a forward without detach or no_grad",
+        )
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
@@ -56,6 +66,44 @@ def train_step(
     check(metrics)
     optimizer.step()
     return metrics
+
+
+def check_modes(device: torch.device) -> None:
+    """Raise UsageError for modes of torch under which a training computes something else."""
+    if torch.is_inference_mode_enabled():
+        raise UsageError("fit needs gradients: torch.inference_mode is on", "call it outside")
+    if torch.is_autocast_enabled(device.type):
+        raise UsageError(
+            "fit chooses its own precision: torch.autocast is on",
+            "call it outside, with TrainConfig(precision='bf16')",
+        )
+
+
+def check_roles(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Raise UsageError unless the student has parameters to train, and the teacher others.
+
+    Also under modes that `check_modes` refuses.
+    """
+    parameters = list(student.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        cause = "its parameters are all frozen" if parameters else "it has no parameters"
+        raise UsageError(f"the student cannot be trained: {cause}", "student.requires_grad_(True)")
+    check_modes(parameters[0].device)
+    if teacher is None:
+        return
+    of_student = trained_tensors(student)
+    shared = [name for at, name in of_student.items() if at in trained_tensors(teacher)]
+    if shared:
+        also = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+        share = "are the same network" if student is teacher else f"share {shared[0]}{also}"
+        raise UsageError(f"student and teacher {share}", "copy.deepcopy one of them")
+
+
+def trained_tensors(network: nn.Module) -> dict[int, str]:
+    """Return the names, by address, of what training changes: parameters and running statistics."""
+    running = (pair for pair in network.named_buffers() if "running_" in pair[0])
+    named = (*network.named_parameters(), *running)
+    return {tensor.data_ptr(): name for name, tensor in named if tensor.numel()}
 
 
 def freeze_teacher(teacher: nn.Module, techniques: Techniques) -> nn.Module:

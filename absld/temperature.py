@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from absld.metrics import ClassMean, class_sums
+from absld.shapes import check_shape
 
 Fidelity = Literal["paper", "released"]
 
@@ -25,8 +26,12 @@ def soften(
     """Compute the softmax of each image's logits over the temperature of its true class.
 
     Returns new storage; the logits stay as they are. A label outside 0..C-1 is refused by gather
-    (RuntimeError), where indexing would read -1 as the last class. Source: D1.
+    (RuntimeError), where indexing would read -1 as the last class; ValueError for other shapes.
+    Source: D1.
     """
+    check_shape("teacher_logits", teacher_logits, "N", "C")
+    check_shape("labels", labels, len(teacher_logits))
+    check_shape("temperature", temperature, teacher_logits.shape[1])
     return F.softmax(teacher_logits / temperature.gather(0, labels).unsqueeze(1), dim=1)  # D1
 
 
@@ -35,8 +40,11 @@ def class_risk_sums(
 ) -> tuple[Float[Tensor, " c"], Int[Tensor, " c"]]:
     """Sum the hard-label cross-entropies of each class, in nats, and count its images.
 
-    Both add up over batches, in any order. No gradient. Source: D5.
+    Both add up over batches, in any order. No gradient. Raises ValueError for other shapes.
+    Source: D5.
     """
+    check_shape("logits", logits, "N", num_classes)
+    check_shape("labels", labels, len(logits))
     risk = F.cross_entropy(logits.detach(), labels, reduction="none")
     return class_sums(risk, labels, num_classes)  # D5
 
@@ -55,8 +63,13 @@ def update_temperature(
     one. The farthest class moves by the full `rate` at any scale of the risks, the others in
     proportion; then all are clipped to [`lower`, `upper`]. A risk of NaN means an absent class: it
     stays and does not count in the mean. If a risk is infinite, or all are equal up to rounding,
-    nothing moves. Each row is on its own. The result is a new tensor. Source: D6.
+    nothing moves. Each row is on its own. The result is a new tensor. Raises ValueError for other
+    shapes, a negative rate, and bounds that leave nothing. Source: D6.
     """
+    check_shape("class_risk", class_risk, *temperature.shape)
+    check_rate(rate)
+    if not lower <= upper:
+        raise ValueError(f"no temperature is in [{lower}, {upper}]")
     gap = (class_risk - class_risk.nanmean(-1, keepdim=True)).nan_to_num(0.0)
     largest = gap.abs().amax(-1, keepdim=True)
     moved = (temperature - rate * gap / largest).clamp(lower, upper)  # D6
@@ -173,7 +186,6 @@ class ClassTemperature(nn.Module):
         Raises ValueError for a negative rate, NaN or infinity. Source: D6.
         """
         rate = self.rate if rate is None else rate
-        check_rate(rate)
         risk = EpochRisk(self.adv_risk.mean(), self.nat_risk.mean())
         self.to(risk.adv.device)
         bounds = {"rate": rate, "lower": self.lower, "upper": self.upper}
@@ -192,8 +204,7 @@ def check_rate(rate: float) -> None:
 
 def check_batch(logits: Tensor, labels: Tensor, num_classes: int) -> None:
     """Raise ValueError unless logits are (N,C) and labels (N,) integers in 0..C-1."""
-    if logits.ndim != 2 or logits.shape[1] != num_classes:
-        raise ValueError(f"logits must be (N,{num_classes}), not {tuple(logits.shape)}")
+    check_shape("logits", logits, "N", num_classes)
     if labels.dtype != torch.long or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"labels must be int64 of shape ({len(logits)},), "

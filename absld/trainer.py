@@ -6,9 +6,10 @@ that is resumed from a checkpoint computes what it would have computed without t
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from absld.config.settings import TrainConfig
@@ -22,7 +23,7 @@ from absld.errors import CheckpointError, Interrupted, NonFiniteError
 from absld.evaluation.validation import validate
 from absld.metrics import ClassAccuracies
 from absld.progress import EpochReport, OnStep, Role, StepReport
-from absld.stepper import Stepper
+from absld.stepper import Stepper, check_modes, check_roles
 from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
 from absld.storage.training_checkpoint import TrainingCheckpoint
@@ -72,11 +73,12 @@ def fit(
         distributed: the processes that share every batch and yield the same reports.
 
     Raises:
-        UsageError: if the method lacks a teacher, or a technique cannot be used.
+        UsageError: if method, techniques, networks or modes of torch do not go together.
         DataError: if the images do not fill a batch.
         CheckpointError: if a network does not fit the images, or `run` holds another training.
         NonFiniteError: if the loss, its gradient or the student becomes NaN or infinite.
     """
+    check_roles(student, teacher)
     stepper = Stepper(
         student, teacher, train, config, role=role, logit_cache=logit_cache, distributed=distributed
     )
@@ -86,7 +88,7 @@ def fit(
         checkpoint = TrainingCheckpoint(run, about or {}, identity)
         if state := checkpoint.load():
             training.load_state(state)
-        training.best = checkpoint.load_best(epochs=training.progress.epoch - 1)
+        training.best = checkpoint.load_best(training.progress.epoch - 1, student.state_dict())
     while training.progress.epoch <= config.epochs:
         try:
             report = training.epoch()
@@ -148,8 +150,9 @@ class Training:
         config, progress, number = self.config, self.progress, self.progress.epoch
         method, count = self.stepper.method, self.stepper.count
         rate = self.stepper.optimizer.param_groups[0]["lr"] = learning_rate(config, number)
+        check_modes(self.stepper.device)  # of the caller, who may have changed them
         try:
-            with float32_precision(self.techniques.precision):
+            with torch.enable_grad(), float32_precision(self.techniques.precision):
                 with cached_epoch(self.stepper.teacher):
                     self.remaining_steps()
                 accuracies = self.validate()
@@ -238,8 +241,9 @@ class Training:
             self.stepper.optimizer.load_state_dict(state["optimizer"])
             self.stepper.method.load_state_dict(state["method"])
             self.metrics.sums = dict(state["metric_sums"])
-            self.progress = Position(**state["progress"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            epoch, step, seconds, score = (state["progress"][f.name] for f in fields(Position))
+            self.progress = Position(int(epoch), int(step), float(seconds), float(score))
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the saved state is not one of this training: {error}",
                 "another --out starts a new run",

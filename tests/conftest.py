@@ -60,16 +60,23 @@ def settings_of_torch():
 
 
 @pytest.fixture
+def double_precision():
+    """Make torch's default float64: sets of floating images have the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def few_digits_in_an_empty_folder(tmp_path, monkeypatch):
     """Change to an empty folder; let every command read only a few of the digits."""
-    from helpers.program import load_few
+    from helpers.program import use_few_digits
 
     folder = tmp_path / "an empty folder"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for module in ("runs.training_run", "evaluation.runner", "runs.comparison"):
-        monkeypatch.setattr(f"absld.{module}.load_data", load_few)
+    use_few_digits(monkeypatch)
 
 
 @pytest.fixture(scope="session")

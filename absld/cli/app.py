@@ -1,6 +1,5 @@
 """The commands. Heavy imports are inside the commands, so that help and completion are fast."""
 
-import signal
 import sys
 import traceback
 from dataclasses import asdict
@@ -10,16 +9,17 @@ import typer
 
 import absld
 from absld.cli.bench_command import bench
+from absld.cli.compare_command import compare
 from absld.cli.options import (
     AsJson,
     Command,
     CommandGroup,
     RecipeFile,
     explicit,
-    seed_list,
     with_settings,
 )
 from absld.cli.output import SAME_COMMAND, command_output
+from absld.cli.printing import say, say_aside, standard_streams
 from absld.cli.recipe_view import recipe_lines
 from absld.cli.signals import signal_exit_code
 from absld.cli.teacher_commands import teacher_app
@@ -45,7 +45,7 @@ app.add_typer(recipe_app, name="recipe")
 def print_version(wanted: bool | None) -> None:
     """Print the version and end, for --version."""
     if wanted:
-        typer.echo(f"absld {absld.__version__}")
+        say(f"absld {absld.__version__}", sys.stdout)
         raise typer.Exit
 
 
@@ -103,7 +103,8 @@ def train(
     and checkpoints (best.pt, last.pt). A teacher trained by this command is saved
     in --out and reused by later runs.
     """
-    config = resolve((read_recipe(recipe) if recipe else {}) | explicit(settings))
+    flags = explicit(settings)
+    config = resolve((read_recipe(recipe, flags) if recipe else {}) | flags)
 
     import absld.runs.training_run
     from absld.cli.training_view import TrainingView, training_lines
@@ -136,6 +137,10 @@ def evaluate(
     ] = None,
     against_model: Annotated[
         str, typer.Option(metavar="TEXT", help="architecture of the --against network, see --model")
+    ] = "",
+    against_weights: Annotated[
+        str,
+        typer.Option(metavar="TEXT", help="key of the --against network's weights, see --weights"),
     ] = "",
     strict: Annotated[
         bool, typer.Option("--strict", help="end with exit code 6 if a check warns")
@@ -171,7 +176,8 @@ def evaluate(
             if against is None:
                 result = runner.run_evaluation(target, config, view)
             else:
-                result = runner.run_paired_evaluation(target, against, against_model, config, view)
+                base = {"model": against_model, "weights": against_weights}
+                result = runner.run_paired_evaluation(target, against, base, config, view)
         output.present(result.results, evaluation_lines(result))
     if strict and result.warnings:
         raise UnreliableError(
@@ -180,72 +186,7 @@ def evaluate(
         )
 
 
-EVALUATION_OF_COMPARISON = ("attacks", "examples", "checks")
-
-
-@app.command(cls=Command)
-@with_settings(EvaluationConfig, only=EVALUATION_OF_COMPARISON)
-@with_settings(Config, without=("method", "seed"), schedule_of_method=False)
-def compare(
-    runs: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN", help="directories of finished runs")
-    ] = None,
-    *,
-    methods: Annotated[
-        str, typer.Option(metavar="NAMES", help="methods, package.module:Class or recipe files")
-    ] = "",
-    seeds: Annotated[
-        str,
-        typer.Option(metavar="N", help=r"number of seeds, or a list such as 0,3,7 \[default: 1]"),
-    ] = "",
-    baseline: Annotated[
-        str, typer.Option(metavar="NAME", help=r"method to compare with \[default: the first]")
-    ] = "",
-    recipe: RecipeFile = None,
-    as_json: AsJson = False,
-    **settings: Any,
-) -> None:
-    """Compare methods: same images, same teachers, same schedule, several seeds.
-
-    [bold]Examples[/]
-
-    [cyan]absld compare --methods rslad,absld --seeds 5[/]
-    [cyan]absld compare --methods absld,mypackage.methods:Mart,warm.toml[/]
-    [cyan]absld compare RUN RUN RUN[/]
-
-    Prints means and standard deviations over the seeds and differences to the
-    baseline with confidence intervals. Settings apply to all methods. Finished
-    runs are used again; the same command continues after an interruption.
-    """
-    if bool(runs) == bool(methods):
-        raise UsageError("compare takes either --methods or finished runs", "see --help")
-    flags = explicit(settings)
-    chosen = {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
-    chosen["device"] = flags.get("device", "auto")
-    evaluation = EvaluationConfig(**parse_all(chosen, EvaluationConfig))
-    training_flags = (
-        flags | ({"seeds": seeds} if seeds else {}) | ({"recipe": recipe} if recipe else {})
-    )
-    if runs and (extra := sorted(training_flags.keys() - {"out", "device"})):
-        raise UsageError(
-            f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
-        )
-
-    from absld.cli.comparison_view import ComparisonView, comparison_lines
-    from absld.runs import comparison
-
-    with command_output(as_json, continue_with=SAME_COMMAND) as output:
-        with ComparisonView(output) as view:
-            if runs:
-                out = flags.get("out", "")
-                result = comparison.compare_runs(runs, evaluation, baseline, out, view)
-            else:
-                names = [name.strip() for name in methods.split(",") if name.strip()]
-                of_all = (read_recipe(recipe) if recipe else {}) | flags
-                result = comparison.compare_methods(
-                    names, seed_list(seeds), of_all, evaluation, baseline, view
-                )
-        output.present(result.results, comparison_lines(result))
+app.command(cls=Command)(compare)
 
 
 # --- absld report, recipe, bench, teacher ---
@@ -270,7 +211,7 @@ def report(
     """
     from absld.report.html import write_report
 
-    typer.echo(write_report(source, out))
+    say(str(write_report(source, out)), sys.stdout)
 
 
 @recipe_app.command(cls=Command)
@@ -290,7 +231,8 @@ def show(
     """
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}", f"there are: {', '.join(RECIPES)}")
-    typer.echo("\n".join(recipe_lines(resolve({"dataset": name, "method": method}))))
+    for line in recipe_lines(resolve({"dataset": name, "method": method})):
+        say(line, sys.stdout)
 
 
 app.command(cls=Command)(bench)
@@ -302,24 +244,27 @@ app.add_typer(teacher_app, name="teacher")
 
 def main() -> None:
     """Run a command. An error is two lines on stderr; each kind has its exit code."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # quiet in `| head`
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # class names may be in any script
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
-        sys.exit(app(arguments, prog_name="absld", standalone_mode=False))
-    except (Exception, KeyboardInterrupt) as error:
-        if (exit_code := signal_exit_code(error)) is not None:
-            print("Interrupted.", file=sys.stderr)
-            sys.exit(exit_code)
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        code, cause, hint = explain(error)
-        if cause:  # without a command there is help, and nothing more to say
-            print(f"error: {cause}\n{hint}", file=sys.stderr)
-        sys.exit(code)
+    with standard_streams():
+        try:
+            sys.exit(app(arguments, prog_name="absld", standalone_mode=False))
+        except (Exception, KeyboardInterrupt) as error:
+            sys.exit(say_error(error))
+
+
+def say_error(error: BaseException) -> int:
+    """Print an error in two lines, or that a signal interrupted; return the exit code."""
+    if (exit_code := signal_exit_code(error)) is not None:
+        say_aside("Interrupted.")
+        return exit_code
+    if "--debug" in sys.argv:
+        for line in traceback.format_exc().splitlines():
+            say_aside(line)
+    code, cause, hint = explain(error)
+    if cause:  # without a command there is help, and nothing more to say
+        say_aside(f"error: {cause}")
+        say_aside(hint)
+    return code
 
 
 def explain(error: BaseException) -> tuple[int, str, str]:

@@ -36,7 +36,8 @@ class BenchView(View):
         self.line(f"{config.student}, teacher {config.teacher_model}")
         self.line(f"{config.batch_size} images of {side}x{side} a step")
         self.line(f"{about['device']} {about.get('instructions', '')}".rstrip())
-        self.line(f"\n{HEAD}")
+        self.line("")
+        self.line(HEAD)
         for row in bench.rows():
             self.line(row_line(row))
         for text in summary(bench.results):
@@ -79,10 +80,11 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     """Return what follows the rows: legends, costs, and the recommended command."""
     measured = [row for row in results["rows"] if not row["note"]]
     return [
-        LEGEND.format(*results["plain_attack"]),
+        *LEGEND.format(*results["plain_attack"]).splitlines(),
         "",
         COST_HEAD,
         *map(cost_line, measured),
-        COST_LEGEND,
+        *COST_LEGEND.splitlines(),
+        "",
         f"recommended: {results['recommended']}",
     ]

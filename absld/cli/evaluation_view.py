@@ -10,6 +10,7 @@ from absld.cli.view import View, time_left
 from absld.evaluation.runner import EvaluationRun
 from absld.progress import AttackProgress, Check
 from absld.report.summary import METRICS, worst_classes
+from absld.text import column
 
 NAMES = {name: label.replace("\N{NBSP}", " ") for name, label in METRICS.items()}
 
@@ -19,12 +20,15 @@ class EvaluationView(View):
 
     def __init__(self, output: Output) -> None:
         super().__init__(output)
+        self.begin_evaluation()
+
+    def begin_evaluation(self) -> None:
         # Time and cost at the first batch: what an earlier process did took no time of this one.
         self.first: tuple[float, float] | None = None
 
     def attack_batch(self, progress: AttackProgress) -> None:
         now, (done, total) = time.perf_counter(), progress.cost
-        if self.first is None or done < self.first[1]:  # the first batch, or a second network
+        if self.first is None:
             self.first = (now, done)
         left = time_left(now - self.first[0], done - self.first[1], total - self.first[1])
         title = f"{progress.attack} {progress.done}/{progress.total}"
@@ -64,7 +68,7 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
     pairs = zip(clean["classes"], robust["classes"], strict=True)
     for k, (of_clean, of_robust) in enumerate(pairs):
         mark = "  worst" if k in worst else ""
-        name = f"{short(of_clean['class'])} {of_clean['images']:6}"
+        name = f"{column(of_clean['class'], 22)} {of_clean['images']:6}"
         lines.append(f"{name} {figure(of_clean)} {figure(of_robust)}{mark}")
     lines.append("")
     for name, label in NAMES.items():
@@ -92,11 +96,6 @@ def against_lines(against: Mapping[str, Any]) -> list[str]:
         lines.append(f"{label:29} {pair}")
     rho = against["rho"]
     return [*lines, f"{'rho, relative gains':50} {figure(rho)}"]
-
-
-def short(name: str) -> str:
-    """Return a class name in 22 columns."""
-    return f"{name if len(name) <= 22 else name[:21] + '…':22}"
 
 
 def figure(interval: Mapping[str, Any]) -> str:

@@ -9,9 +9,9 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
+from absld.config.fields import GROUPS, Settings, group_of
 from absld.config.parsing import choices_of, strip_optional
 from absld.config.recipes import METHOD_RECIPES, RECIPES
-from absld.config.settings import GROUPS, Settings, group_of
 from absld.errors import UsageError
 
 AsJson = Annotated[

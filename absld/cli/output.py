@@ -6,35 +6,35 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import IO, Any
 
+from absld.cli.printing import say, say_aside
 from absld.cli.signals import StopRequest, signal_exit_code
 
 SAME_COMMAND = "Continue with the same command."
 
 
-@dataclass(frozen=True)
 class Output:
     """The output of a command.
 
     Attributes:
         stream: takes progress and tables: stderr with --json, else stdout.
         stop: the request to stop.
-        document: takes the JSON document; None without --json.
+        document: the JSON document, printed at the end of the command; empty without --json.
     """
 
-    stream: IO[str]
-    stop: StopRequest
-    document: IO[str] | None
+    def __init__(self, stream: IO[str], stop: StopRequest, *, as_json: bool) -> None:
+        self.stream, self.stop, self.as_json = stream, stop, as_json
+        self.document = ""
 
     def present(self, results: Mapping[str, Any], lines: Iterable[str]) -> None:
         """Print the results: one JSON document with --json, else the lines."""
-        if self.document:
-            print(json.dumps(results, indent=1, allow_nan=False), file=self.document)
+        if self.as_json:
+            text = json.dumps(results, indent=1, allow_nan=False)
+            self.document = text.replace("\x7f", r"\u007f")  # now printable ASCII throughout
         else:
             for line in lines:
-                print(line, file=self.stream, flush=True)
+                say(line, self.stream)
 
 
 @contextlib.contextmanager
@@ -52,21 +52,39 @@ def command_output(
         world_size: number of processes that run this command; all but the main one are silent.
     """
     with contextlib.ExitStack() as stack:
-        stdout, stream = sys.stdout, sys.stderr if as_json else sys.stdout
+        stream = sys.stderr if as_json else sys.stdout
+        if as_json:
+            stack.enter_context(stdout_into_stderr())
         if not is_main:
-            stdout = stream = stack.enter_context(open(os.devnull, "w"))
-        stop = stack.enter_context(StopRequest(once=world_size > 1))
+            stream = stack.enter_context(open(os.devnull, "w"))
+        stop = stack.enter_context(StopRequest(once=world_size > 1, ignore_pipes=as_json))
         stack.enter_context(contextlib.redirect_stdout(stream))
+        output = Output(stream, stop, as_json=as_json)
         try:
-            yield Output(stream, stop, stdout if as_json else None)
+            yield output
         except BaseException as error:
             if (exit_code := signal_exit_code(error)) is None:
                 raise
-            if is_main:
+            if is_main and not stop.unread:
                 continue_with = continue_with or resume_command(stop, world_size)
                 where = f" in epoch {stop.epoch}" if stop.training else ""
-                print(f"Interrupted{where}. {continue_with}".strip(), file=sys.stderr)
+                say_aside(f"Interrupted{where}. {continue_with}".strip())
             raise SystemExit(exit_code) from error
+    if output.document and is_main:
+        print(output.document, flush=True)
+
+
+@contextlib.contextmanager
+def stdout_into_stderr() -> Iterator[None]:
+    """Send to stderr what libraries in C and child processes write to stdout."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def resume_command(stop: StopRequest, world_size: int) -> str:

@@ -4,8 +4,9 @@ import textwrap
 from dataclasses import fields
 
 from absld.cli.options import format_value
+from absld.config.fields import GROUPS, group_of
 from absld.config.resolve import setting_source
-from absld.config.settings import GROUPS, Config, group_of
+from absld.config.settings import Config
 
 
 def recipe_lines(config: Config) -> list[str]:

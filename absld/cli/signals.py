@@ -1,44 +1,58 @@
-"""SIGINT and SIGTERM: a request to stop, and the exit codes they lead to."""
+"""Signals that ask a command to stop, and the exit codes they lead to."""
 
 import signal
-import sys
+from types import FrameType
 
+from absld.cli.printing import handle_pipes, say_aside
 from absld.errors import Interrupted, Stopped
+
+AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # if they come second
+# Sent when the terminal is gone, and by schedulers before a job's time is up. Some come repeatedly.
+ONCE = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPIPE")
 
 
 class StopRequest:
-    """A context that turns Ctrl-C and SIGTERM into a request to stop after the current step.
+    """A context that turns signals into a request to stop after the current step.
 
     While a training runs, the first signal is kept until `check`, so that a checkpoint of the step
-    can be saved; at other times, and the second time, the process ends at once.
+    can be saved; at other times, and by a second Ctrl-C or SIGTERM, the process ends at once. A
+    signal that was ignored before, as nohup does with SIGHUP, stays ignored.
 
     Attributes:
         training: whether a training runs now.
         epoch: the epoch of the latest training; 0 before one.
+        unread: whether nobody reads the output any more, as after `| head`.
     """
 
-    def __init__(self, *, once: bool = False) -> None:
+    def __init__(self, *, once: bool = False, ignore_pipes: bool = False) -> None:
         self.training = False
         self.epoch = 0
         self.received = 0
+        self.unread = False
         self.once = once  # torchrun sends again what the terminal has sent already
+        self.ignore_pipes = ignore_pipes
 
     def __enter__(self) -> "StopRequest":
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.receive) for number in signals}
+        found = (getattr(signal, name, None) for name in ONCE)  # Windows has none of them
+        numbers = [n for n in found if n and signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {n: signal.signal(n, self.receive) for n in (*AT_ONCE, *numbers)}
+        if self.ignore_pipes:
+            handle_pipes(signal.SIG_IGN)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set
 
-    def receive(self, number: int, frame: object) -> None:
-        if self.received and self.once:
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.unread |= number == getattr(signal, "SIGPIPE", None)
+        if self.received and (self.once or number not in AT_ONCE):
             return
         if self.received or not self.training:
             raise Stopped(128 + number)
         self.received = number
-        print("stopping after this step; a second signal stops at once", file=sys.stderr)
+        if not self.unread:
+            say_aside("stopping after this step; a second signal stops at once")
 
     def check(self) -> None:
         """Raise Interrupted if a signal has been received."""

@@ -57,6 +57,7 @@ def check(
 
 CACHE_SETTINGS = (
     *("dataset", "data", "image_size", "padding", "flip", "teacher", "teacher_model"),
+    *("teacher_weights", "class_order"),
     *("logit_cache_gib", "engine", "precision", "teacher_precision", "channels_last", "cuda_graph"),
     *("batch_size", "device", "out"),
 )

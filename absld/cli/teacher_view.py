@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from absld.cli.evaluation_view import NAMES, figure, short
+from absld.cli.evaluation_view import NAMES, figure
 from absld.report.summary import budget
+from absld.text import column
 
 CALIBRATION = {
     "accuracy": "accuracy",
@@ -34,7 +35,7 @@ def teacher_lines(results: Mapping[str, Any]) -> list[str]:
         labels = "     -      -"
         if soft["entropy"] is not None:
             labels = f"{100 * soft['true_probability']:6.1f} {soft['entropy']:6.2f}"
-        name = short(of_clean["class"])
+        name = column(of_clean["class"], 22)
         lines.append(f"{name} {figure(of_clean)} {figure(of_robust)} {labels}")
     lines += ["true: mean probability of the true class; nats: entropy of the soft label", ""]
     for name, label in NAMES.items():

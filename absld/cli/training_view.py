@@ -13,6 +13,7 @@ from absld.config.settings import TrainConfig
 from absld.metrics import fairness, worst_tenth
 from absld.progress import EpochReport, Role, StepReport
 from absld.runs.training_run import TrainingResult
+from absld.text import clip, column
 
 HEAD = "epoch     lr    loss  clean robust  worst    NSD temperatures seconds images/s"
 MAX_CLASSES = 12  # in the live table of temperatures
@@ -46,7 +47,8 @@ class TrainingView(View):
 
     def epoch(self, report: EpochReport) -> None:
         if self.title:
-            self.line(f"{self.title}\n{HEAD}")
+            self.line(self.title)
+            self.line(HEAD)
             self.title = ""
         self.line(epoch_line(report))
         if "temperature_adv" in report.per_class:
@@ -80,7 +82,7 @@ def training_lines(result: TrainingResult) -> list[str]:
     return [
         str(result.run),
         f"{'class':22}   clean  PGD-20",
-        *(f"{name:22} {clean:7.2%} {robust:7.2%}" for name, clean, robust in rows),
+        *(f"{column(name, 22)} {clean:7.2%} {robust:7.2%}" for name, clean, robust in rows),
         *([result.warning] if result.warning else []),
         *([f"teacher sha256: {result.teacher_sha256}"] if result.teacher_sha256 else []),
         f"student sha256: {result.student_sha256}",
@@ -99,7 +101,7 @@ def temperature_table(report: EpochReport, classes: tuple[str, ...], config: Tra
         table.add_column(name, justify="left" if name in ("class", "") else "right", no_wrap=True)
     for k in order:
         table.add_row(
-            Text(classes[k][:20]),
+            Text(clip(classes[k], 20)),
             f"{adv[k].item():.2f}",
             temperature_bar(adv[k], config),
             f"{nat[k].item():.2f}",

@@ -1,5 +1,6 @@
 """The base of what a person sees of a command: lines, and on a terminal a live region."""
 
+import contextlib
 import time
 from typing import TypeVar
 
@@ -7,10 +8,13 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from absld.cli.output import Output
+from absld.cli.printing import say
 from absld.config.settings import TrainConfig
 from absld.progress import Observer, Role, StepReport
+from absld.text import printable
 
 Own = TypeVar("Own", bound="View")  # Self, which beartype cannot check in a method
 LINE_EVERY = 30.0  # seconds between lines of progress where there is no live region
@@ -40,14 +44,16 @@ class View(Observer):
     def __exit__(self, *error: object) -> None:
         self.show()
         if self.live:
-            self.live.stop()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self.live.stop()
 
     def line(self, text: str) -> None:
-        """Print a line, whatever its width."""
-        if self.live:
-            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self.stream, flush=True)
+        """Print a line, whatever its width; where nobody can read it, the work goes on."""
+        with contextlib.suppress(OSError):
+            if self.live:
+                self.live.console.print(Text(printable(text)), soft_wrap=True)
+            else:
+                say(text, self.stream)
 
     def show(self, *rows: RenderableType) -> None:
         """Replace the live region, if there is one."""
@@ -63,6 +69,9 @@ class View(Observer):
             self.last_line = now
 
     def note(self, text: str) -> None:
+        self.line(text)
+
+    def wait(self, text: str) -> None:
         self.line(text)
 
     def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
@@ -81,7 +90,8 @@ class View(Observer):
 def progress_row(title: str, done: float, total: float, text: str) -> Table:
     """Return a row with a title, a bar and a text."""
     row = Table.grid(padding=(0, 1))
-    row.add_row(title, ProgressBar(total=total, completed=done, width=24), text)
+    bar = ProgressBar(total=total, completed=done, width=24)
+    row.add_row(Text(printable(title)), bar, Text(printable(text)))
     return row
 
 

@@ -3,18 +3,24 @@
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from absld.config.imports import names_code
 from absld.config.parsing import parse_all
 from absld.config.resolve import resolve
 from absld.config.settings import Config
 from absld.errors import CheckpointError, UsageError
+from absld.storage.opening import read_bytes, read_of_run
 
 TECHNIQUES = "techniques"
 SEAL = "# SHA-256 of the lines above, which a run is read with: "
+MOST_BYTES = 2**20
+NEEDED = "needed: lines of name = value"
+HINT = "copy it again; to train with other settings give it as --recipe"
+MAY_NAME_CODE = ("method", "student", "teacher", "teacher_model")
 
 
 def to_toml(config: Config, techniques: Mapping[str, Any] | None = None) -> str:
@@ -43,44 +49,75 @@ def toml_value(value: Any) -> str:
     return repr(value).lower()  # True is true
 
 
-def read_recipe(path: str) -> dict[str, Any]:
-    """Read the settings of a recipe file, lines `name = value`. Raises UsageError."""
-    values = read_toml(path)
+def read_recipe(path: str, flags: Collection[str] = ()) -> dict[str, Any]:
+    """Read the settings of a recipe file, lines `name = value`.
+
+    flags: names of the settings that flags override.
+
+    Raises:
+        UsageError: it does not hold settings, or it is a run's and names code.
+    """
+    try:
+        text = read_bytes(Path(path), MOST_BYTES)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}", NEEDED) from error
+    except CheckpointError as error:
+        raise UsageError(str(error), error.hint) from error
+    values = parse_settings(text, path)
+    if Path(path).name == "config.toml" or SEAL.encode() in text:  # perhaps under another name
+        refuse_code(path, {name: value for name, value in values.items() if name not in flags})
+    return values
+
+
+def refuse_code(path: str, values: Mapping[str, Any]) -> None:
+    """Raise UsageError if settings of a run, perhaps somebody else's, name code."""
+    for name in MAY_NAME_CODE:
+        if names_code(values.get(name, "")):
+            flag = f"--{name.replace('_', '-')} {values[name]}"
+            raise UsageError(
+                f"{path}: {name} is {values[name]!r}, and no name in a run's file is imported",
+                f"if you trust that code, type {flag}",
+            )
+
+
+def parse_settings(text: bytes, path: str) -> dict[str, Any]:
+    """Parse lines `name = value` of the file `path`, without a run's techniques. Raises UsageError."""
+    values = parse_toml(text, path)
     if isinstance(values.get(TECHNIQUES), dict):
         del values[TECHNIQUES]  # of a run, perhaps on another device
     return parse_all(values, Config)
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """Read a TOML file. Raises UsageError."""
+def parse_toml(text: bytes, path: str) -> dict[str, Any]:
+    """Parse the text of the TOML file `path`. Raises UsageError."""
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: {error}", "needed: lines of name = value") from error
+        return tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: {error}", NEEDED) from error
 
 
 def read_techniques(path: Path) -> dict[str, Any]:
     """Read the techniques that a run began with from its config.toml.
 
-    Raises as `read_run_config` does.
+    Raises CheckpointError if it is not as the run wrote it.
     """
-    read_run_config(path)  # a file that has changed is refused
-    return parse_all(read_toml(str(path)).get(TECHNIQUES, {}), Config)
+    read_run_config(path)  # which checks the seal
+    values = parse_toml(read_of_run(path, MOST_BYTES), str(path))
+    return parse_all(values.get(TECHNIQUES, {}), Config)
 
 
 def read_run_config(path: Path) -> Config:
     """Read the settings of a run from its config.toml.
 
-    Raises:
-        CheckpointError: if the file has changed since the run wrote it.
-        UsageError: if it does not hold settings.
+    Raises CheckpointError if it is not as the run wrote it.
     """
-    values = read_recipe(str(path))
-    text, seal, digest = path.read_bytes().partition(SEAL.encode())
-    if seal and digest.strip() != hashlib.sha256(text).hexdigest().encode():
-        raise CheckpointError(
-            f"{path}: has changed since the run wrote it",
-            "copy it again; to train with other settings give it as --recipe",
-        )
-    return resolve(values)
+    content = read_of_run(path, MOST_BYTES)
+    text, seal, digest = content.rpartition(SEAL.encode())
+    if not seal:
+        raise CheckpointError(f"{path}: cut short, its last line with its SHA-256 is missing", HINT)
+    if digest.strip() != hashlib.sha256(text).hexdigest().encode():
+        raise CheckpointError(f"{path}: has changed since the run wrote it", HINT)
+    try:
+        return resolve(parse_settings(text, str(path)))
+    except UsageError as error:  # such as a setting of another version
+        raise CheckpointError(f"{path}: {error}", HINT) from error

@@ -1,11 +1,21 @@
-"""Import of user code by name: `package.module:name`."""
+"""Import of user code by name: `package.module:name`.
+
+Such a name counts where the user types it. Names in a run's files or in checkpoints are never
+imported.
+"""
 
 import importlib
 import os
+import re
 import sys
 from typing import Any
 
 from absld.errors import Stopped, UsageError
+
+
+def names_code(text: str) -> bool:
+    """Return whether a text is the name of code, `package.module:name`."""
+    return re.fullmatch(r"[\w.]+:\w+", text) is not None
 
 
 def import_object(spec: str) -> Any:

@@ -71,6 +71,8 @@ def convert_to(kind: Any, value: Any) -> Any:
         return float(value)
     if type(value) is not kind:
         raise ValueError(value)
+    if isinstance(value, str):
+        value.encode()  # a path may hold other bytes, which a recipe file cannot
     return value
 
 

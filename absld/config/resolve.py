@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from absld.config.fields import group_of
 from absld.config.parsing import parse_all
 from absld.config.recipes import METHOD_RECIPES, RECIPES
-from absld.config.settings import Config, group_of
+from absld.config.settings import Config
 
 SETTING_GROUPS = {f.name: group_of(f) for f in fields(Config)}
 

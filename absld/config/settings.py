@@ -6,74 +6,22 @@ needs; `EvaluationConfig` holds the settings of an evaluation. Flags, recipe fil
 """
 
 import math
-import re
-from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
-from absld.config.parsing import SEE_HELP, did_you_mean, parse
-from absld.config.recipes import METHOD_RECIPES, OWN, RELEASE
+from absld.config.fields import Settings, group_of, setting
+from absld.config.imports import names_code
+from absld.config.parsing import did_you_mean
+from absld.config.recipes import METHOD_RECIPES, RELEASE
 from absld.errors import UsageError
 
-T = TypeVar("T")
 Precision = Literal["fp32", "tf32", "bf16"]
 Dataset = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"]
-
-# Groups of settings, in the order in which help and recipes list them.
-GROUPS = ("Attacks", "Data", "Augmentation", "Network", "Networks", "Method", "Training", "Attack",
-          "Speed", "Run")  # fmt: skip
-
-
-def setting(
-    default: T,
-    group: str,
-    meaning: str,
-    source: str = OWN,
-    *,
-    low: float = 0.0,
-    high: float = math.inf,
-) -> T:
-    """Make a field of a settings class.
-
-    Args:
-        default: the value without a recipe, CIFAR-10's.
-        group: one of GROUPS, a heading in the help.
-        meaning: one line for the help and for recipes; "[default: ...]" ends it where the default
-            depends on other settings.
-        source: where the default comes from.
-        low, high: bounds of a number, which must also be finite.
-    """
-    metadata = {"group": group, "meaning": meaning, "source": source, "range": (low, high)}
-    value: T = field(default=default, metadata=metadata)
-    return value
-
-
-def group_of(setting_field: "Field[Any]") -> str:
-    """Return the group of a setting."""
-    return str(setting_field.metadata["group"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Fields made by `setting`. Raises UsageError for a value of another type or out of range."""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = parse(f.name, getattr(self, f.name), type(self))
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, (int, float)):
-                    check_range(f.name, number, *f.metadata["range"])
-            object.__setattr__(self, f.name, value)  # 1 where a float is meant is 1.0
-
-
-def check_range(name: str, number: int | float, low: float, high: float) -> None:
-    """Raise UsageError if a number is not finite or not in [low, high]."""
-    if low <= number <= high and number < math.inf:  # NaN is in no range
-        return
-    hint = SEE_HELP
-    if name == "epsilon" and 1 < number <= 255:
-        hint = f"pixels are in [0,1]; did you mean {number:g}/255?"
-    allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
-    raise UsageError(f"{name} must be {allowed}, not {number:.12g}", hint)
+ClassOrder = Literal["by-name", "by-position"]
+CLASS_ORDER = (
+    "by-name: refuse weights of other class names than the data's; by-position: take the classes "
+    "in the order of the data, whatever their names"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +151,7 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in METHOD_RECIPES and not re.fullmatch(r"[\w.]+:\w+", self.method):
+        if self.method not in METHOD_RECIPES and not names_code(self.method):
             known = ", ".join(METHOD_RECIPES)
             raise UsageError(
                 f"method takes one of {known}, or package.module:Class, not {self.method!r}",
@@ -229,6 +177,7 @@ class Config(TrainConfig):
         "resize images to N x N pixels (folder and tiny-imagenet only)",
         low=1.0,
     )
+    class_order: ClassOrder = setting("by-name", "Data", CLASS_ORDER)
     select_on: Literal["validation", "test"] = setting(
         "validation",
         "Data",
@@ -251,6 +200,12 @@ class Config(TrainConfig):
         "architecture of the teacher: an architecture name or package.module:factory",
         RELEASE,
     )
+    teacher_weights: str = setting(
+        "",
+        "Networks",
+        "key of the teacher's state dict in its file, if the file has several [default: the "
+        "first of a known name]",
+    )
     teacher_epochs: int = setting(
         76, "Networks", "epochs of the teacher if it is trained here", "TRADES", low=1.0
     )
@@ -258,7 +213,7 @@ class Config(TrainConfig):
         2.0, "Networks", "largest size of the teacher's logit cache, in GiB; 0: no cache"
     )
     allow_weak_teacher: bool = setting(
-        False, "Networks", "accept a teacher whose accuracy is near chance"
+        False, "Networks", "accept a teacher near chance, or made for another scale of pixels"
     )
     out: str = setting("runs", "Run", "folder of the runs and their teachers")
     device: str = setting("auto", "Run", "torch device; auto: cuda if there is one, else cpu")
@@ -321,6 +276,7 @@ class EvaluationConfig(Settings):
         "the data set's]",
         low=1.0,
     )
+    class_order: ClassOrder = setting("by-name", "Data", CLASS_ORDER)
     split: Literal["test", "validation", "train"] = setting(
         "test", "Data", "split of the data set to evaluate on"
     )
@@ -332,6 +288,12 @@ class EvaluationConfig(Settings):
         "",
         "Network",
         "architecture, if it cannot be recognised from the file: a name or package.module:factory",
+    )
+    weights: str = setting(
+        "",
+        "Network",
+        "key of the state dict in the file, if the file has several [default: the first of a "
+        "known name]",
     )
     precision: Precision = setting(
         "fp32", "Network", "numeric precision of the network; tf32 has an effect only on CUDA"

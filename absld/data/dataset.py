@@ -4,7 +4,8 @@ A set lies whole on the device as uint8: no worker processes, no global random s
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,18 +15,24 @@ from torch import Tensor
 from absld.errors import DataError
 from absld.seeding import generator
 from absld.storage.files import raw_bytes
+from absld.text import printable
+
+SHOWN = 20  # classes in a line
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images (N,channels,H,W), uint8 or floating in [0,1]; labels (N,) int64; names of the classes.
 
-    Raises DataError, a ValueError, for anything else.
+    Floating images become torch's default dtype, float32, as networks have; their gradient is not
+    needed. notes: what reading the images changed or left out, in lines. Raises DataError, a
+    ValueError, for anything else.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -43,6 +50,8 @@ class ImageSet:
         if self.images.dtype != torch.uint8:
             if not self.images.is_floating_point():
                 raise DataError(f"images must be uint8 or floating, not {self.images.dtype}")
+            images = self.images.detach().to(torch.get_default_dtype())
+            object.__setattr__(self, "images", images)
             ends = self.images.aminmax()
             if not (ends.min >= 0 and ends.max <= 1):  # NaN is neither
                 raise DataError(f"pixels must be in [0,1], not {ends.min:g}..{ends.max:g}")
@@ -55,12 +64,17 @@ class ImageSet:
         return len(self.classes)
 
     def to(self, device: torch.device | str) -> "ImageSet":
-        return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def subset(self, index: Int[Tensor, " m"]) -> "ImageSet":
         """Return the images of these numbers, in this order."""
         index = index.to(self.labels.device)
-        return ImageSet(self.images[index], self.labels[index], self.classes)
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def class_counts(self) -> list[int]:
+        """Count the images of each class."""
+        counts: list[int] = self.labels.bincount(minlength=self.num_classes).tolist()
+        return counts
 
     def digest(self) -> str:
         """Compute the SHA-256 of type, shape and bytes of images and labels, and of class names."""
@@ -80,6 +94,48 @@ class Splits(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Splits":
         return Splits(*(part.to(device) for part in self))
+
+    def class_counts(self) -> dict[str, list[int]]:
+        """Count the images of each class in each set."""
+        return {name: part.class_counts() for name, part in self._asdict().items()}
+
+    def describe(self) -> list[str]:
+        """Describe the images in lines; see `describe_images`."""
+        return describe_images(self._asdict())
+
+
+def describe_images(sets: Mapping[str, ImageSet]) -> list[str]:
+    """Describe sets of the same classes in lines: sizes, images of each class, and their notes."""
+    channels, height, width = next(iter(sets.values())).images.shape[1:]
+    classes = next(iter(sets.values())).classes
+    kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+    lines = [f"images of {len(classes)} classes, {height}x{width}, {kind}"]
+    lines += [f"{name}: {len(data)} images; {describe_counts(data)}" for name, data in sets.items()]
+    for name, data in sets.items():
+        absent = [printable(classes[k]) for k, count in enumerate(data.class_counts()) if not count]
+        if absent:
+            more = ", ..." if len(absent) > SHOWN else ""
+            lines.append(
+                f"warning: no {name} images of {', '.join(absent[:SHOWN])}{more}: "
+                "accuracy there is NaN, and does not count"
+            )
+    notes = (note for data in sets.values() for note in data.notes)
+    return [*lines, *dict.fromkeys(notes)]
+
+
+def describe_counts(data: ImageSet) -> str:
+    """Describe the images of each class; of many classes the rarest and the most frequent."""
+    counts = data.class_counts()
+    if min(counts) == max(counts):
+        return f"{counts[0]} of each class"
+    of_class = [
+        f"{printable(name)} {count}" for name, count in zip(data.classes, counts, strict=True)
+    ]
+    if len(counts) > SHOWN:
+        by_count = sorted(range(len(counts)), key=counts.__getitem__)
+        ends = [of_class[k] for k in by_count[: SHOWN // 2] + by_count[-SHOWN // 2 :]]
+        of_class = [*ends[: SHOWN // 2], "...", *ends[SHOWN // 2 :]]
+    return ", ".join(of_class)
 
 
 def stratified(
@@ -105,5 +161,5 @@ def stratified(
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Return images as floating pixels in [0,1]."""
-    return images if images.is_floating_point() else images / 255
+    """Return images as floating pixels in [0,1], in new storage: a network may write to it."""
+    return images.clone() if images.is_floating_point() else images / 255

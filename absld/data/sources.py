@@ -2,19 +2,27 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from absld.data.dataset import ImageSet, Splits
+from absld.data.image_files import (
+    ImageReader,
+    check_utf8,
+    describe_skipped,
+    list_classes,
+    list_files,
+)
 from absld.errors import DataError
+from absld.seeding import generator
+from absld.text import printable
 
 HINTS = {
-    "folder": "needed in {folder}: train/CLASS/* and test/CLASS/*",
+    "folder": "needed in {folder}: train/CLASS/* to train, test/CLASS/* to test",
     "cifar10": "needed in {folder}: cifar-10-python.tar.gz, or a network to fetch it",
     "cifar100": "needed in {folder}: cifar-100-python.tar.gz, or a network to fetch it",
     "svhn": "needed in {folder}: train_32x32.mat and test_32x32.mat, or a network to fetch them",
@@ -22,11 +30,14 @@ HINTS = {
 }
 
 
+Part = Literal["train", "test"]
+
+
 def load_data(dataset: str, folder: str, image_size: int = 32) -> Splits:
     """Load the training, validation and test set of a data set, on the CPU.
 
     Validation is split off the training images by class, the same for all seeds: 5 % (digits 15 %),
-    and at least one image of each class.
+    at least one image of a class that has two or more, and none of a class of one.
 
     Args:
         dataset: digits, or one of those in HINTS.
@@ -36,22 +47,45 @@ def load_data(dataset: str, folder: str, image_size: int = 32) -> Splits:
     Raises:
         DataError: with the file or class at fault.
     """
-    sources: dict[str, Callable[[], Splits]] = {
-        "digits": digits,
-        "folder": lambda: from_folder(folder, image_size),
-        "cifar10": lambda: cifar(dataset, folder),
-        "cifar100": lambda: cifar(dataset, folder),
-        "svhn": lambda: svhn(folder),
-        "tiny-imagenet": lambda: tiny_imagenet(folder, image_size),
+    train, test = load_parts(dataset, folder, image_size, ("train", "test"))
+    return Splits(*hold_out(train, share_of(dataset)), test)
+
+
+def load_split(dataset: str, folder: str, image_size: int, name: str) -> ImageSet:
+    """Load one set of `load_data`; nothing else is read, or needs to be there.
+
+    name: train, validation or test. Raises DataError.
+    """
+    if name == "test":
+        return load_parts(dataset, folder, image_size, ("test",))[0]
+    (images,) = load_parts(dataset, folder, image_size, ("train",))
+    train, validation = hold_out(images, share_of(dataset))
+    return train if name == "train" else validation
+
+
+def load_parts(dataset: str, folder: str, image_size: int, parts: Sequence[Part]) -> list[ImageSet]:
+    """Load the parts of a data set as they were published. Raises DataError."""
+    sources: dict[str, Callable[[], list[ImageSet]]] = {
+        "digits": lambda: digits(parts),
+        "folder": lambda: from_folder(folder, image_size, parts),
+        "cifar10": lambda: cifar(dataset, folder, parts),
+        "cifar100": lambda: cifar(dataset, folder, parts),
+        "svhn": lambda: svhn(folder, parts),
+        "tiny-imagenet": lambda: tiny_imagenet(folder, image_size, parts),
     }
     if dataset not in sources:
         raise DataError(f"there is no data set {dataset!r}", f"there are: {', '.join(sources)}")
+    check_utf8(folder)
     try:
         return sources[dataset]()
     except (OSError, RuntimeError, ValueError, ImportError, EOFError) as error:
-        if isinstance(error, DataError) and error.hint:
-            raise
-        raise DataError(str(error), HINTS[dataset].format(folder=folder)) from error
+        hint = getattr(error, "hint", "") or HINTS[dataset].format(folder=folder)
+        raise DataError(printable(str(error)), printable(hint)) from error
+
+
+def share_of(dataset: str) -> float:
+    """Return the share of the training images that is held out."""
+    return 0.15 if dataset == "digits" else 0.05
 
 
 def split(data: ImageSet, size: int) -> tuple[ImageSet, ImageSet]:
@@ -64,11 +98,35 @@ def split(data: ImageSet, size: int) -> tuple[ImageSet, ImageSet]:
     return data.subset(first), data.subset(second)
 
 
-def hold_out(train: ImageSet, test: ImageSet, share: float = 0.05) -> Splits:
-    """Split validation images off the training images: a share, at least one of each class."""
-    rarest = max(2, int(train.labels.bincount(minlength=train.num_classes).min()))
-    size = max(round(share * len(train)), -(-len(train) // rarest))
-    return Splits(*split(train, size), test)
+def hold_out(data: ImageSet, share: float = 0.05) -> tuple[ImageSet, ImageSet]:
+    """Split validation images off a set: a share of each class.
+
+    At least one image of a class that has two or more, none of a class of one. Raises DataError if
+    no class has two.
+    """
+    counts = data.labels.bincount()
+    counts = counts[counts > 0]
+    rarest, size = int(counts.min()), max(round(share * len(data)), len(counts))
+    if rarest > 1 and size * rarest >= len(data):  # the split leaves every class an image or more
+        return split(data, size)
+    # It would leave a rare class none, or take more of all others.
+    order = torch.randperm(len(data), generator=generator("validation"))
+    held_out = torch.zeros(len(data), dtype=torch.bool)
+    for k in range(data.num_classes):
+        of_class = order[data.labels[order] == k]
+        number = len(of_class)
+        held_out[of_class[: min(max(round(share * number), 1), number - 1)]] = True
+    if not held_out.any():
+        raise DataError("no class has two images", "needed: images to train and to validate on")
+    return data.subset(torch.where(~held_out)[0]), data.subset(torch.where(held_out)[0])
+
+
+class Files(NamedTuple):
+    """Image files with their labels, and what was skipped in their folder."""
+
+    folder: str
+    files: list[tuple[str, int]]
+    skipped: list[str]
 
 
 def image_set(images: Any, labels: Any, classes: Iterable[str]) -> ImageSet:
@@ -79,13 +137,14 @@ def image_set(images: Any, labels: Any, classes: Iterable[str]) -> ImageSet:
 # --- Published archives ---
 
 
-def digits() -> Splits:
+def digits(parts: Sequence[Part]) -> list[ImageSet]:
     """Load scikit-learn's 1,797 digits of 8x8 pixels, grey as RGB; a third is the test set."""
     from sklearn.datasets import load_digits
 
     grey, labels = map(torch.from_numpy, load_digits(return_X_y=True))
     images = (grey * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
-    return hold_out(*split(image_set(images, labels, "0123456789"), 599), share=0.15)
+    train, test = split(image_set(images, labels, "0123456789"), 599)
+    return [train if part == "train" else test for part in parts]
 
 
 @contextmanager
@@ -99,21 +158,18 @@ def socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(timeout)
 
 
-def cifar(dataset: str, folder: str) -> Splits:
+def cifar(dataset: str, folder: str, parts: Sequence[Part]) -> list[ImageSet]:
     """Load CIFAR-10 or CIFAR-100 from its archive in `folder`, downloaded if missing."""
     from torchvision import datasets
 
     source = getattr(datasets, dataset.upper())
     with socket_timeout(10):
-        parts = [source(folder, train=train, download=True) for train in (True, False)]
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    train, test = (
-        image_set(x, part.targets, part.classes) for x, part in zip(images, parts, strict=True)
-    )
-    return hold_out(train, test)
+        found = [source(folder, train=part == "train", download=True) for part in parts]
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in found]
+    return [image_set(x, part.targets, part.classes) for x, part in zip(images, found, strict=True)]
 
 
-def svhn(folder: str) -> Splits:
+def svhn(folder: str, parts: Sequence[Part]) -> list[ImageSet]:
     """Load Street View House Numbers from train_32x32.mat and test_32x32.mat in `folder`.
 
     They are downloaded if missing. The extra training images are not used.
@@ -121,42 +177,57 @@ def svhn(folder: str) -> Splits:
     from torchvision import datasets
 
     with socket_timeout(10):
-        parts = [datasets.SVHN(folder, split=part, download=True) for part in ("train", "test")]
-    train, test = (image_set(part.data, part.labels, "0123456789") for part in parts)
-    return hold_out(train, test)
+        found = [datasets.SVHN(folder, split=part, download=True) for part in parts]
+    return [image_set(part.data, part.labels, "0123456789") for part in found]
 
 
-def tiny_imagenet(folder: str, image_size: int) -> Splits:
+def tiny_imagenet(folder: str, image_size: int, parts: Sequence[Part]) -> list[ImageSet]:
     """Load Tiny ImageNet as its archive unpacks, in `folder` or its tiny-imagenet-200.
 
-    Its labelled validation images are the test set; its test images have no labels.
+    Its labelled validation images are the test set; its test images have no labels. Classes are in
+    the order of their sorted ids, as those of a folder set, not in that of wnids.txt.
     """
     root = Path(folder)
     if (root / "tiny-imagenet-200").is_dir():
         root /= "tiny-imagenet-200"
-    ids = lines(root / "wnids.txt")
+    ids = sorted({*lines(root / "wnids.txt")})
     names = dict(row.split("\t", 1) for row in lines(root / "words.txt") if "\t" in row)
-    label_of = {wnid: label for label, wnid in enumerate(ids)}
     # The first synonym is enough, where no other class has the same.
     short = [names.get(wnid, wnid).split(",")[0] for wnid in ids]
     classes = [
         name if short.count(name) == 1 else f"{name} {wnid}"
         for name, wnid in zip(short, ids, strict=True)
     ]
+    label_of = {wnid: label for label, wnid in enumerate(ids)}
 
-    def read(files: Sequence[tuple[Path, str]], where: Path) -> ImageSet:
-        unknown = next((wnid for _, wnid in files if wnid not in label_of), None)
-        if unknown or not files:
-            cause = f"{unknown} is not a class of wnids.txt" if unknown else "no images"
-            raise DataError(f"{where}: {cause}", "unpack the archive anew")
-        images = read_images([str(path) for path, _ in files], image_size)
-        return image_set(images, [label_of[wnid] for _, wnid in files], classes)
+    found: dict[Part, Files] = {}
+    if "train" in parts:
+        found["train"] = tiny_training_files(root / "train", label_of)
+    if "test" in parts:
+        found["test"] = tiny_validation_files(root / "val", label_of)
+    return read_parts(found, classes, image_size)
 
-    train, val = root / "train", root / "val"
-    train_files = [(p, wnid) for wnid in ids for p in sorted((train / wnid / "images").iterdir())]
-    rows = (row.split("\t") for row in lines(val / "val_annotations.txt"))
-    val_files = [(val / "images" / row[0], row[1]) for row in rows if len(row) > 1]
-    return hold_out(read(train_files, train), read(val_files, val))
+
+def tiny_training_files(folder: Path, label_of: Mapping[str, int]) -> Files:
+    """List the files of `folder`/ID/images."""
+    skipped = [str(path) for path in folder.iterdir() if path.name not in label_of]
+    files = [
+        (path, label)
+        for wnid, label in label_of.items()
+        for path in list_files(str(folder / wnid / "images"), skipped, set())
+    ]
+    return Files(str(folder), files, skipped)
+
+
+def tiny_validation_files(folder: Path, label_of: Mapping[str, int]) -> Files:
+    """List the files of `folder`/val_annotations.txt, which says their classes."""
+    files = []
+    for row in lines(folder / "val_annotations.txt"):
+        name, wnid = row.split("\t")[:2]
+        if wnid not in label_of:
+            raise DataError(f"{folder}: {wnid} is not a class of wnids.txt", "unpack it anew")
+        files.append((str(folder / "images" / name), label_of[wnid]))
+    return Files(str(folder), files, [])
 
 
 def lines(path: Path) -> list[str]:
@@ -167,57 +238,48 @@ def lines(path: Path) -> list[str]:
 # --- Folders of images ---
 
 
-def from_folder(folder: str, image_size: int) -> Splits:
-    """Load images in `folder`/{train,test}/CLASS/ and folders below, resized.
-
-    Any format that Pillow reads. Links are followed, except to a folder that holds the link.
-    """
-    from torchvision import datasets
-
-    folders = [os.path.join(folder, part) for part in ("train", "test")]
-    for part in folders:
-        refuse_circles(part)
-    # isfile: a file that is not an image is an error, not skipped.
-    parts = [datasets.ImageFolder(part, is_valid_file=os.path.isfile) for part in folders]
-    train, test = (part.classes for part in parts)
-    if len(train) < 2 or train != test:
+def from_folder(folder: str, image_size: int, parts: Sequence[Part]) -> list[ImageSet]:
+    """Load images in `folder`/{train,test}/CLASS/ and folders below, resized."""
+    skipped: dict[Part, list[str]] = {part: [] for part in parts}
+    classes = {part: list_classes(os.path.join(folder, part), skipped[part]) for part in parts}
+    names = classes[parts[0]]
+    if len(names) < 2 or names != classes[parts[-1]]:
         raise DataError(
-            f"classes in train: {train}, in test: {test}",
+            "; ".join(f"classes in {part}: {found}" for part, found in classes.items()),
             "both need the same folders, two or more, one for each class",
         )
-    train_set, test_set = (
-        image_set(read_images([path for path, _ in part.samples], image_size), part.targets, train)
-        for part in parts
-    )
-    return hold_out(train_set, test_set)
+    found: dict[Part, Files] = {}
+    for part in parts:
+        root, seen = os.path.join(folder, part), set[str]()
+        files = [
+            (path, label)
+            for label, name in enumerate(names)
+            for path in list_files(os.path.join(root, name), skipped[part], seen)
+        ]
+        found[part] = Files(root, files, skipped[part])
+    return read_parts(found, names, image_size)
 
 
-def refuse_circles(folder: str, above: tuple[str, ...] = ()) -> None:
-    """Raise DataError if a folder holds itself by a link: its images would count many times."""
-    here = os.path.realpath(folder)
-    if here in above:
-        raise DataError(f"{folder}: a link to a folder that holds it", "remove it")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                refuse_circles(entry.path, (*above, here))
-
-
-def read_images(paths: Sequence[str], side: int) -> Tensor:
-    """Read image files as (N,3,side,side) uint8."""
-    images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    for image, path in zip(images, paths, strict=True):
-        image.copy_(read_image(path, side))
-    return images
-
-
-def read_image(path: str, side: int) -> Tensor:
-    """Read an image file as (3,side,side) uint8."""
-    from torchvision.datasets.folder import default_loader
-    from torchvision.transforms.v2.functional import pil_to_tensor, resize
-
-    try:
-        image: Tensor = resize(pil_to_tensor(default_loader(path)), [side, side])
-    except Exception as error:  # Pillow raises many kinds, and seldom names the file
-        raise DataError(f"cannot read {path}: {error}", "remove it or save it anew") from error
-    return image
+def read_parts(
+    parts: Mapping[Part, Files], classes: Sequence[str], image_size: int
+) -> list[ImageSet]:
+    """Read the images of all parts; every class needs one."""
+    for folder, files, _ in parts.values():
+        empty = sorted({*range(len(classes))} - {label for _, label in files})
+        if empty:
+            raise DataError(f"{folder}: no images of {classes[empty[0]]}", "remove it, or add some")
+    reader = ImageReader(image_size)
+    sets = []
+    for part, (folder, files, skipped) in parts.items():
+        images, notes = reader.read(part, [path for path, _ in files])
+        labels = torch.tensor([label for _, label in files])
+        notes += describe_skipped(part, folder, skipped)
+        sets.append(ImageSet(images, labels, tuple(classes), notes))
+    reader.check()
+    for part, data in zip(parts, sets, strict=True):
+        if torch.equal(data.images.amin((0, 2, 3)), data.images.amax((0, 2, 3))):
+            raise DataError(
+                f"{parts[part].folder}: all {len(data)} images are one constant colour",
+                "check how they were saved: their pixels are lost",
+            )
+    return sets

@@ -1,15 +1,16 @@
 """The processes that train together: the rank of this one, and reductions over all of them.
 
-Started by torchrun, each process has a device of its own and a part of every batch. Nothing here
-acts by itself: what has to be reduced is given to `Distributed`, at no cost in a single process.
+Started by torchrun, srun or mpirun, each process has a device of its own and a part of every batch.
+Nothing here acts by itself: what has to be reduced is given to `Distributed`, at no cost in a single
+process.
 """
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -105,26 +106,135 @@ def check_devices(device: torch.device, processes: int) -> None:
             )
 
 
+# --- Launchers ---
+
+
+class Launcher(NamedTuple):
+    """Environment variables of a process: rank, number of processes, and both on its machine."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+
+
+LAUNCHERS = (
+    Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
+    Launcher(  # Open MPI
+        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+    Launcher("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The ranks of a process that was started with others; None is unknown."""
+
+    rank: int
+    world_size: int
+    local_rank: int | None
+    local_world_size: int | None
+
+
+def find_launch(variables: Mapping[str, str]) -> Launch:
+    """Return the ranks that the first launcher in LAUNCHERS gave, in environment variables.
+
+    RANK and WORLD_SIZE go before all others: with 0 and 1, a process trains alone. Ranks on the
+    machine may be another's: a script often sets only the first two. Raises UsageError.
+    """
+    # A batch script of Slurm has the variables of a task, but is one process.
+    in_script = "SLURM_JOB_ID" in variables and "SLURM_STEP_ID" not in variables
+    launchers = LAUNCHERS[:-1] if in_script else LAUNCHERS
+
+    def first(names: Iterable[str]) -> int | None:
+        return next((number_in(variables, name) for name in names if name in variables), None)
+
+    for launcher in launchers:
+        rank, world_size = first([launcher.rank]), first([launcher.world_size])
+        if rank is None or world_size is None:
+            continue
+        if not 0 <= rank < world_size:
+            raise UsageError(
+                f"{launcher.rank} is {rank}, {launcher.world_size} is {world_size}",
+                launch_hint(world_size),
+            )
+        local_rank = first(launcher.local_rank for launcher in launchers)
+        local_world_size = first(launcher.local_world_size for launcher in launchers)
+        return Launch(rank, world_size, local_rank, local_world_size)
+    return Launch(0, 1, 0, 1)
+
+
+def number_in(variables: Mapping[str, str], name: str) -> int:
+    """Return the number in a variable; of Slurm's 2(x3),1 that of this machine.
+
+    Raises UsageError.
+    """
+    try:
+        if not name.endswith("TASKS_PER_NODE"):
+            return int(variables[name])
+        counts: list[int] = []
+        for part in variables[name].split(","):
+            count, _, times = part.rstrip(")").partition("(x")
+            counts += [int(count)] * int(times or 1)
+        return counts[int(variables["SLURM_NODEID"])]
+    except (ValueError, KeyError, IndexError):
+        raise UsageError(
+            f"{name} is {variables[name]!r}, not a number of processes", launch_hint(2)
+        ) from None
+
+
+def launch_hint(processes: int) -> str:
+    """Return the ways to start processes that train together, or alone."""
+    return (
+        f"torchrun --nproc-per-node {processes} -m absld train ..., or set MASTER_ADDR and "
+        "MASTER_PORT; with RANK=0 WORLD_SIZE=1 each trains alone"
+    )
+
+
 @contextmanager
 def init_distributed(device: str) -> Iterator[Distributed]:
-    """Join the processes that torchrun started, on this kind of device; else a single process.
+    """Join the processes that torchrun, srun or mpirun started; else be a single process.
 
-    Raises UsageError if the processes cannot each have a device of their own.
+    device: the kind of device of them all. Raises UsageError if they cannot join, or cannot each
+    have a device of their own.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    launch = find_launch(os.environ)
+    if launch.world_size == 1:
         yield SINGLE_PROCESS
         return
-    local_rank, kind = int(os.environ["LOCAL_RANK"]), parse_device(device)
-    check_devices(kind, int(os.environ["LOCAL_WORLD_SIZE"]))
+    count = launch.world_size
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UsageError(
+            f"started as one of {count} processes, without {' and '.join(missing)}",
+            launch_hint(count),
+        )
+    kind = parse_device(device)
+    local_rank = launch.local_rank
+    if kind.type != "cpu" and (local_rank is None or launch.local_world_size is None):
+        raise UsageError(
+            f"started as one of {count} processes, without LOCAL_RANK and LOCAL_WORLD_SIZE: which "
+            "GPU is whose is unknown",
+            launch_hint(count),
+        )
+    local_rank = local_rank or 0
+    check_devices(kind, launch.local_world_size or 1)
     backend = "gloo"
     if kind.type == "cuda":
         # Flags of the host are reduced among CPUs, so that they do not wait for the GPUs.
         backend = "cpu:gloo,cuda:nccl"
         index = local_rank if kind.index is None else kind.index
         torch.cuda.set_device(resolve_device(f"cuda:{index}"))
-    torch.distributed.init_process_group(backend)
     try:
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        yield Distributed(rank, world_size, local_rank)
+        torch.distributed.init_process_group(backend, rank=launch.rank, world_size=count)
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UsageError(
+            f"{count} processes cannot join at {address}: {error}", launch_hint(count)
+        ) from error
+    try:
+        yield Distributed(launch.rank, count, local_rank)
     finally:
         torch.distributed.destroy_process_group()

@@ -24,6 +24,7 @@ from absld.attack import frozen_eval
 from absld.data.augmentation import Views, view_count
 from absld.errors import CheckpointError
 from absld.storage.files import digest, key_of, write_text
+from absld.storage.opening import open_regular
 
 VERSION = 2
 CHECKSUM_OF_ZEROS = 0x5EED  # not 0, or a row that was never written would be a valid one
@@ -77,6 +78,7 @@ class LogitCache:
             pass
         else:  # of two processes that start at once, one writes the identity
             write_text(path.with_suffix(".json"), json.dumps(identity, indent=1) + "\n")
+        open_regular(path, "r+b").close()  # torch would write through a link
         if path.stat().st_size == 0:
             reserve(path, size)
         if path.stat().st_size != size:
@@ -118,7 +120,7 @@ def reserve(path: Path, size: int) -> None:
     A full disk is an error here; in the mapped file, it would kill the process. Raises OSError, and
     leaves the file empty.
     """
-    with path.open("r+b") as file:
+    with open_regular(path, "r+b") as file:
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -271,7 +273,8 @@ class LogitCacheSettings(NamedTuple):
         """
         rows = cache_rows(len(views.data), views.padding, flip)
         size = cache_bytes(rows, views.data.num_classes)
-        if size > self.gib * 2**30 or next(teacher.parameters()).dtype != torch.float32:
+        is_float32 = all(p.dtype == torch.float32 for p in teacher.parameters())
+        if size > self.gib * 2**30 or not is_float32:
             return teacher
         cache = open_logit_cache(
             self.folder, teacher, views, flip=flip, precision=precision, batch_size=batch_size

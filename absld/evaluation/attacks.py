@@ -8,6 +8,7 @@ Random numbers are keyed by the image's number in its set, or a batch's by that 
 
 import logging
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -144,7 +145,8 @@ class AutoAttackPart:
             targeted.n_target_classes = min(targeted.n_target_classes, targets)
         attacks = (suite.apgd, suite.apgd_targeted, suite.fab, suite.square)
         attack = dict(zip(AUTOATTACK_COSTS, attacks, strict=True))[self.name]
-        with global_generator(*batch.key(self.name), device=device), torch.no_grad():
+        random = global_generator(*batch.key(self.name), device=device)
+        with one_autoattack, random, torch.no_grad():
             # The parts seed torch's global generators, each with its own number.
             attack.seed = int(torch.randint(2**31, ()))
             x_adv: Tensor = attack.perturb(x_nat, batch.labels)
@@ -156,6 +158,9 @@ def autoattack_parts(num_classes: int) -> list[AutoAttackPart]:
     return [
         AutoAttackPart(name) for name in AUTOATTACK_COSTS if num_classes > 3 or name != "apgd-t"
     ]
+
+
+one_autoattack = threading.Lock()  # torch's global generators are those of all threads
 
 
 def import_autoattack() -> Any:
@@ -278,3 +283,40 @@ def differentiable(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return logits
 
     return forward
+
+
+# --- Networks with bounded outputs ---
+
+
+def output_bounds(model: nn.Module, x: Images) -> tuple[float, float] | None:
+    """Return the bounds of a network's outputs if it ends in a sigmoid or the like; else None.
+
+    Such outputs stay in [0,1] for images far outside of the pixel range, too, or are at one of
+    their bounds there. The network is called without gradient.
+    """
+    with torch.no_grad():
+        near: Tensor = model(x)
+        try:
+            far: Tensor = model(torch.cat([1e6 * (x - 0.5), 1e7 * (0.5 - x)]))
+        except Exception:  # a network may refuse pixels outside of [0,1]
+            far = near[:0]
+    low, high = (end.item() for end in torch.cat([near, far]).aminmax())
+    if 0 <= low < high <= 1 + 1e-4:
+        return 0.0, 1.0
+    at_bounds = torch.minimum(far - low, high - far) < 1e-3 * (high - low)
+    return (low, high) if at_bounds.float().mean() > 0.99 else None
+
+
+class LogOdds(nn.Module):
+    """A network with log-odds in place of its bounded outputs, which hide its gradients.
+
+    It predicts the same classes.
+    """
+
+    def __init__(self, model: nn.Module, low: float, high: float) -> None:
+        super().__init__()
+        self.model, self.low, self.high = model, low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = (self.model(x) - self.low) / (self.high - self.low)
+        return torch.logit(share, eps=torch.finfo(share.dtype).eps)

@@ -7,6 +7,7 @@ classified correctly when clean and under every attack.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from absld.attack import frozen_eval, project_linf
-from absld.config.settings import EvaluationConfig, check_range
+from absld.config.fields import check_range
+from absld.config.settings import EvaluationConfig
 from absld.data.dataset import ImageSet, pixels, stratified
 from absld.errors import NonFiniteError, UsageError
-from absld.evaluation.attacks import Attack, AttackBatch, parse_attacks
+from absld.evaluation.attacks import Attack, AttackBatch, LogOdds, output_bounds, parse_attacks
 from absld.evaluation.intervals import Interval, bootstrap, resample, wilson
 from absld.evaluation.validation import check_network
 from absld.metrics import METRICS, present, rho
@@ -171,6 +173,7 @@ def check_same_images(first: Evaluation, *others: Evaluation) -> None:
 OnBatch = Callable[[AttackProgress, Evaluation], None]
 
 
+@torch.inference_mode(False)  # attacks need gradients
 def evaluate(
     model: nn.Module,
     data: ImageSet,
@@ -187,6 +190,8 @@ def evaluate(
 ) -> Evaluation:
     """Attack a classifier in eval mode; it is as before afterwards.
 
+    Threads evaluate a network one after another. Bounded outputs are also attacked as log-odds.
+
     Args:
         model: takes images in [0,1] and gives logits (N,C).
         data: the images.
@@ -202,7 +207,7 @@ def evaluate(
         on_batch: receives the progress and the evaluation so far; may raise.
 
     Raises:
-        CheckpointError: the network does not take the images, or does not give logits (N,C).
+        CheckpointError: the network does not take the images, writes to them, or gives no logits.
         NonFiniteError: its logits are NaN or infinite.
         UsageError: a setting is out of range.
     """
@@ -216,13 +221,15 @@ def evaluate(
     evaluation = start_evaluation(data, epsilon, names, each, examples, seed, before)
     with frozen_eval(model), torch.no_grad():
         memory_format = fastest_memory_format(model, pixels(data.images[:2]))
+        bounds = output_bounds(model, pixels(data.images[:8]))
+        networks = [model, LogOdds(model, *bounds)] if bounds else [model]
         for row, attack in enumerate([None, *attacks]):
             pending = pending_images(evaluation, row)
             for start in range(0, len(pending), batch_size):
                 batch = pending[start : start + batch_size]
                 images = data.images[evaluation.index[batch].to(data.images.device)]
                 x_nat = pixels(images).contiguous(memory_format=memory_format)
-                classes = predict_under_attack(model, x_nat, evaluation, batch, attack)
+                classes = predict_under_attack(networks, x_nat, evaluation, batch, attack)
                 evaluation.predictions[row, batch] = classes.cpu()
                 on_batch(progress(evaluation, row, attacks), evaluation)
     return evaluation
@@ -279,18 +286,22 @@ def pending_images(evaluation: Evaluation, row: int) -> Int[Tensor, " m"]:
 
 
 def predict_under_attack(
-    model: nn.Module, x_nat: Tensor, evaluation: Evaluation, batch: Tensor, attack: Attack | None
+    networks: list[nn.Module],
+    x_nat: Tensor,
+    evaluation: Evaluation,
+    batch: Tensor,
+    attack: Attack | None,
 ) -> Tensor:
     """Predict the classes (n,) of a batch: clean if `attack` is None, else the worst of its attempts.
 
-    batch: positions of the images in the evaluation. Each restart is for the images that are still
-    correct.
+    networks: the network, then what else stands for it in the attacks. batch: positions of the
+    images in the evaluation. Each attempt is for the images that are still correct.
     """
     if attack is None:
-        return predict(model, x_nat, "of clean images")
+        return predict(networks[0], x_nat, "of clean images")
     labels = evaluation.labels[batch].to(x_nat.device)
     predictions = labels.clone()
-    for restart in range(attack.restarts):
+    for restart, network in product(range(attack.restarts), networks):
         left = (predictions == labels).nonzero().squeeze(1)
         if not len(left):
             break
@@ -303,11 +314,11 @@ def predict_under_attack(
             seed=evaluation.seed,
             restart=restart,
         )
-        x_adv = attack.perturb(model, attempt)
+        x_adv = attack.perturb(network, attempt)
         # Only images in the ball count, whatever an attack returns; NaN is the clean image.
         x_adv = torch.where(x_adv.isfinite(), x_adv, x_left)
         x_adv = project_linf(x_adv, x_left, evaluation.epsilon)
-        predictions[left] = predict(model, x_adv, f"under {attack.name}")
+        predictions[left] = predict(networks[0], x_adv, f"under {attack.name}")
     return predictions
 
 

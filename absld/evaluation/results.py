@@ -3,12 +3,14 @@
 docs/evaluation.md describes them, absld/evaluation/evaluation.schema.json is their JSON Schema.
 """
 
+import functools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -18,10 +20,10 @@ from absld.evaluation.evaluate import Differences, Evaluation
 from absld.evaluation.intervals import Interval
 from absld.models.loading import Network
 from absld.storage.files import digest
+from absld.storage.json_files import read_json
+from absld.text import printable
 
 SCHEMA = "absld-evaluation-1"
-KEYS = {"environment", "seconds", "network", "data", "settings", "attacks", "robust"}
-KEYS |= {"confusion", "checks", "against"}
 HINT = "needed: an evaluation.json by `absld evaluate`"
 
 
@@ -83,25 +85,30 @@ def interval_results(interval: Interval) -> dict[str, float | None]:
 
 
 def to_json(results: Mapping[str, Any]) -> str:
-    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Return results as JSON; bytes of a path that are not UTF-8 are escaped, as they are shown."""
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\{printable(half[0])}", text)
 
 
 def read_results(path: Path) -> dict[str, Any]:
     """Read the results of an evaluation.
 
-    Raises CheckpointError if the file has none, or those of another version.
+    Raises CheckpointError, with the field, if the file is not one of this version.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        cause = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: {cause}", HINT) from error
-    schema = results.get("schema") if isinstance(results, dict) else None
-    if schema != SCHEMA:
-        raise CheckpointError(f"{path}: its schema is {schema!r}, known is {SCHEMA!r}", HINT)
-    if missing := KEYS - results.keys():
-        raise CheckpointError(f"{path}: lacks {', '.join(sorted(missing))}", HINT)
-    return dict(results)
+    results: dict[str, Any] = read_json(path, schema(), HINT)
+    parts = [results["robust"], *results["attacks"]]
+    lists = [results["confusion"], *results["confusion"], *(part["classes"] for part in parts)]
+    count = len(results["data"]["classes"])
+    if any(len(each) != count for each in lists):
+        raise CheckpointError(f"{path}: its lists are not all of {count} classes", HINT)
+    return results
+
+
+@functools.cache
+def schema() -> Mapping[str, Any]:
+    """Return the JSON Schema of the results."""
+    text = Path(__file__).with_name("evaluation.schema.json").read_bytes()
+    return cast(dict[str, Any], json.loads(text))
 
 
 def warnings(results: Mapping[str, Any]) -> list[str]:

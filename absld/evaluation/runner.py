@@ -7,7 +7,7 @@ continues an interrupted evaluation, and reads a finished one instead of repeati
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from torch import nn
 
 from absld.attack import frozen_eval
 from absld.config.files import read_run_config
+from absld.config.imports import names_code
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
 from absld.data.dataset import ImageSet, pixels
-from absld.data.sources import load_data
+from absld.data.sources import load_split
 from absld.engine.precision import (
     emulation_warnings,
     float32_precision,
@@ -29,6 +30,7 @@ from absld.engine.precision import (
 )
 from absld.errors import AbsldError, CheckpointError, NonFiniteError, UsageError
 from absld.evaluation.attacks import Attack, parse_attacks
+from absld.evaluation.class_names import check_class_names
 from absld.evaluation.evaluate import Evaluation, evaluate, paired_differences
 from absld.evaluation.results import (
     SCHEMA,
@@ -42,7 +44,7 @@ from absld.evaluation.results import (
 from absld.evaluation.sanity_checks import run_checks
 from absld.evaluation.validation import check_network
 from absld.models.architectures import MODELS
-from absld.models.loading import Network, load_network
+from absld.models.loading import Network, load_network, refuse_named_code
 from absld.progress import AttackProgress, Observer
 from absld.storage.checkpoint import load, save
 from absld.storage.environment import environment
@@ -98,8 +100,11 @@ def run_network_evaluation(
         "weights_sha256": digest(network.model.state_dict()),
         "images_sha256": data.digest(),
     }
-    directory = RunDirectory(results_folder(target, config) / directory_name(target, identity))
+    folder = results_folder(target, config)
+    root = folder.parent if folder.parent == Path(target) else folder  # a run may be anybody's
+    directory = RunDirectory(folder / directory_name(target, identity), root)
     path = directory.path / "evaluation.json"
+    observer.begin_evaluation()
     with directory, float32_precision(config.precision), blame_target(target):
         record, start = environment(device), time.perf_counter()
         model = with_precision(network.model.to(device), config.precision)
@@ -131,19 +136,22 @@ def run_network_evaluation(
 
 
 def run_paired_evaluation(
-    target: str, base: str, base_model: str, config: EvaluationConfig, observer: Observer
+    target: str,
+    base: str,
+    base_settings: Mapping[str, Any],
+    config: EvaluationConfig,
+    observer: Observer,
 ) -> EvaluationRun:
     """Evaluate two networks on the same images by the same attacks.
 
-    base_model: for `base` what `config.model` is for `target`. Returns the evaluation of `target`,
-    with the paired differences from `base` in its results.
+    base_settings: for `base` what `config.model` and `config.weights` are for `target`. Returns the evaluation of `target`, with the paired differences from `base` in its results.
     """
     check_target(base)
     config = complete_config(config, target)  # budget and images are those of `target`
     data = load_images(config)
     # Both are loaded and checked before hours are spent on one.
     network = load_target(target, config, data)
-    base_network = load_target(base, replace(config, model=base_model), data)
+    base_network = load_target(base, replace(config, **base_settings), data)
     ours = run_network_evaluation(target, network, data, config, observer)
     theirs = run_network_evaluation(base, base_network, data, config, observer)
     results = ours.results | {
@@ -170,7 +178,7 @@ def check_target(target: str) -> None:
 def config_of_run(target: str) -> Config | None:
     """Return the settings of a training run; None if `target` is not one."""
     path = Path(target) / "config.toml"
-    return read_run_config(path) if path.is_file() else None
+    return read_run_config(path) if path.exists() else None
 
 
 def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
@@ -199,9 +207,11 @@ def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
 def load_target(target: str, config: EvaluationConfig, data: ImageSet) -> Network:
     """Load the network that `target` means, and check that it fits the images."""
     run = config_of_run(target)
-    architecture = config.model or (run.student if run and run.student not in MODELS else "")
-    network = load_network(target, data.num_classes, ("evaluate",), architecture)
+    if run and names_code(run.student) and not config.model:
+        raise refuse_named_code(target, run.student)
+    network = load_network(target, data.num_classes, ("evaluate",), config.model, config.weights)
     check_network(network.model, data, target)
+    network = check_class_names(network, data, target, config.class_order)
     if config.model and config.model != network.architecture:
         note = f"{target}: its network is {network.architecture}, whatever --model says"
         network = network._replace(notes=(*network.notes, note))
@@ -210,9 +220,7 @@ def load_target(target: str, config: EvaluationConfig, data: ImageSet) -> Networ
 
 def load_images(config: EvaluationConfig) -> ImageSet:
     """Load the images to evaluate on."""
-    splits = load_data(str(config.dataset), config.data, config.image_size or 32)
-    part: ImageSet = getattr(splits, config.split)
-    return part
+    return load_split(str(config.dataset), config.data, config.image_size or 32, config.split)
 
 
 def describe_data(
@@ -329,5 +337,7 @@ def read_predictions(path: Path, identity: dict[str, Any]) -> torch.Tensor:
         raise CheckpointError(str(error), REMOVE) from error
     if not isinstance(saved, dict) or saved.get("identity") != identity:
         raise CheckpointError(f"{path}: is of another evaluation", REMOVE)
-    predictions: torch.Tensor = saved["predictions"]
+    predictions = saved.get("predictions")
+    if not isinstance(predictions, torch.Tensor) or predictions.dtype != torch.int64:
+        raise CheckpointError(f"{path}: holds no predictions", REMOVE)
     return predictions

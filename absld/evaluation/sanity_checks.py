@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from absld.attack import frozen_eval
 from absld.data.dataset import ImageSet, pixels, stratified
-from absld.evaluation.attacks import SignedGradient, SquareSearch, differentiable, parse_attack
+from absld.errors import CheckpointError
+from absld.evaluation.attacks import (
+    SignedGradient,
+    SquareSearch,
+    differentiable,
+    output_bounds,
+    parse_attack,
+)
 from absld.evaluation.evaluate import Evaluation, evaluate
 from absld.progress import Check
 
@@ -26,6 +33,7 @@ FGSM, PGD = parse_attack("fgsm"), parse_attack("pgd20")
 LONGER = parse_attack("pgd50", restarts=2)
 SEARCH = SquareSearch("square search", queries=300)
 BUDGETS = (0.5, 1.0, 2.0)  # in multiples of epsilon
+FACTORY_HINT = "needed: a package.module:factory that puts the normalisation inside the network"
 HUGE = 1.0  # the whole pixel box: any classifier can be broken
 
 
@@ -52,14 +60,14 @@ def check_outputs(model: nn.Module, sample: ImageSet) -> Iterator[Check]:
     x = pixels(sample.images)
     buffers = [buffer.clone() for buffer in model.buffers()]
     logits = model(x)
-    probabilities = bool(
-        logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-4 and logits.max() <= 1 + 1e-4
-    )
+    bounds = output_bounds(model, x)
     yield Check(
         "the outputs are logits",
-        not probabilities,
+        bounds is None,
         f"{logits.min():.3g} to {logits.max():.3g}"
-        + (", each image's add up to 1: probabilities hide gradients" if probabilities else ""),
+        + (
+            ", bounded by {:.3g} and {:.3g}: this hides gradients".format(*bounds) if bounds else ""
+        ),
     )
     repeats = [model(x) for _ in range(3)]
     apart = max((logits - repeat).abs().max().item() for repeat in repeats)
@@ -81,8 +89,8 @@ def check_outputs(model: nn.Module, sample: ImageSet) -> Iterator[Check]:
     )
 
 
-def check_input_scale(model: nn.Module, sample: ImageSet) -> Check:
-    """Check that the network takes pixels in [0,1], not on another scale."""
+def accuracy_by_scale(model: nn.Module, sample: ImageSet) -> dict[str, float]:
+    """Compute the clean accuracy on pixels in [0,1], and on pixels of other scales."""
     x = pixels(sample.images)
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
     scales = {
@@ -91,21 +99,57 @@ def check_input_scale(model: nn.Module, sample: ImageSet) -> Check:
         "in [-1,1]": 2 * x - 1,
         "in [0,255]": 255 * x,
     }
-    accuracy = {
+    return {
         name: (model(images).argmax(1) == sample.labels).float().mean().item()
         for name, images in scales.items()
     }
+
+
+def find_better_scale(accuracy: dict[str, float], images: int) -> str:
+    """Return the scale of pixels on which a network is clearly better than in [0,1]; "" if none."""
     best = max(accuracy, key=lambda name: accuracy[name])
     # Two standard deviations; that of a difference of two shares is at most 0.7 / sqrt(n).
-    allowed = 2 * 0.7 / len(sample) ** 0.5
+    return best if accuracy[best] - accuracy["in [0,1]"] > 2 * 0.7 / images**0.5 else ""
+
+
+def check_input_scale(model: nn.Module, sample: ImageSet) -> Check:
+    """Check that the network takes pixels in [0,1], not on another scale."""
+    accuracy = accuracy_by_scale(model, sample)
+    best = max(accuracy, key=lambda name: accuracy[name])
     own, chance = accuracy["in [0,1]"], 1 / sample.num_classes
-    passed = accuracy[best] - own <= allowed and own * len(sample) > chance * len(sample) + 0.5
+    learned = own * len(sample) > chance * len(sample) + 0.5
+    passed = learned and not find_better_scale(accuracy, len(sample))
     return Check(
         "it takes pixels in [0,1]",
         passed,
         f"clean accuracy {own:.1%}; best on pixels {best}, {accuracy[best]:.1%}"
         + ("" if passed else ": put the normalisation inside the network"),
     )
+
+
+def describe_other_scale(model: nn.Module, data: ImageSet) -> str:
+    """Say which scale of pixels a network takes instead of [0,1]; "" if none is clearly better.
+
+    SAMPLE images are tried, stratified by class.
+    """
+    sample = data.subset(stratified(data.labels, data.num_classes, SAMPLE, "checks", 0))
+    with frozen_eval(model), torch.no_grad():
+        accuracy = accuracy_by_scale(model, sample)
+    if best := find_better_scale(accuracy, len(sample)):
+        return (
+            f"made for pixels {best}: clean accuracy {accuracy['in [0,1]']:.1%} on pixels in "
+            f"[0,1], {accuracy[best]:.1%} on pixels {best}"
+        )
+    return ""
+
+
+def check_teacher_scale(
+    teacher: nn.Module, validation: ImageSet, name: str, allow_weak: bool
+) -> None:
+    """Raise CheckpointError if the teacher takes pixels of another scale, unless `allow_weak`."""
+    other = describe_other_scale(teacher, validation)
+    if other and not allow_weak:
+        raise CheckpointError(f"{name}: {other}", f"{FACTORY_HINT}, or --allow-weak-teacher")
 
 
 def check_gradients(model: nn.Module, sample: ImageSet) -> Check:

@@ -25,6 +25,7 @@ from absld.evaluation.runner import (
     load_images,
     load_target,
 )
+from absld.evaluation.sanity_checks import describe_other_scale
 from absld.evaluation.validation import ABOVE_CHANCE
 from absld.metrics import present
 from absld.progress import Observer
@@ -62,9 +63,11 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
             batch_size=config.batch_size,
             on_batch=lambda progress, evaluation: observer.attack_batch(progress),
         )
-        logits = compute_logits(model, data.subset(evaluation.index), config.batch_size)
+        examined = data.subset(evaluation.index)
+        logits = compute_logits(model, examined, config.batch_size)
+        other_scale = describe_other_scale(model, examined)
     calibrated = calibration(logits, evaluation.labels)
-    verdict, reasons = judge(evaluation, calibrated)
+    verdict, reasons = judge(evaluation, calibrated, other_scale)
     results = evaluation_results(evaluation, attacks)
     return {
         "schema": SCHEMA,
@@ -105,8 +108,15 @@ def describe_soft_labels(logits: Tensor, evaluation: Evaluation) -> list[dict[st
     return rows
 
 
-def judge(evaluation: Evaluation, calibrated: Calibration) -> tuple[str, list[str]]:
-    """Return the verdict, "fit", "doubtful" or "unfit", and its reasons."""
+def judge(
+    evaluation: Evaluation, calibrated: Calibration, other_scale: str
+) -> tuple[str, list[str]]:
+    """Return the verdict, "fit", "doubtful" or "unfit", and its reasons.
+
+    other_scale: the scale of pixels that the network takes instead of [0,1], in words; "" if none.
+    """
+    if other_scale:
+        return "unfit", [f"{other_scale}: put the normalisation inside the network"]
     chance = 1 / len(evaluation.classes)
     clean, robust = present(evaluation.clean_accuracy), present(evaluation.robust_accuracy)
     if clean.mean() < chance + ABOVE_CHANCE:

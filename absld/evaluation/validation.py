@@ -1,11 +1,12 @@
 """Validation during training: checks of a network, and class accuracies that select an epoch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from absld.attack import cross_entropy, frozen_eval, pgd
+from absld.attack import check_radius, cross_entropy, frozen_eval, pgd
 from absld.data.dataset import ImageSet, pixels
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
 from absld.errors import CheckpointError, NonFiniteError
@@ -15,6 +16,7 @@ from absld.seeding import generator
 ABOVE_CHANCE = 0.05  # accuracy from which a network has learned something
 
 
+@torch.inference_mode(False)  # the attack needs gradients
 def validate(
     model: nn.Module,
     data: ImageSet,
@@ -28,15 +30,16 @@ def validate(
     """Compute class accuracies, clean and under PGD-20 as in TRADES (arXiv 1901.08573).
 
     The attack takes steps of 0.003 (at epsilon 8/255; in proportion otherwise) on the cross-entropy
-    from a uniform start in the ball, drawn from a fixed key. For figures to publish see
-    `absld.evaluate`.
-
+    from a uniform start in the ball, drawn from a fixed key. For figures to publish: absld.evaluate.
     on_batch receives the number of batches done, and of all. The processes of `distributed` share
     the batches, and all return the same accuracies. The model is as before afterwards.
 
     Raises:
         NonFiniteError: logits of a clean image are not finite.
+        CheckpointError: the network writes into its input.
+        ValueError: epsilon is negative.
     """
+    check_radius(epsilon, data.images)
     device = data.labels.device
     random = generator("evaluate", device=device)
     # Of each class: hits clean, hits under attack, images. Nothing is read before the last batch:
@@ -47,11 +50,12 @@ def validate(
     split = (torch.split(tensor, batch_size) for tensor in (data.images, data.labels))
     with frozen_eval(model), torch.no_grad():
         for done, (images, labels) in enumerate(zip(*split, strict=True), 1):
-            x_nat = pixels(images)
+            x_nat, labels = pixels(images), labels.clone()  # which may be inference tensors
             # Drawn for all batches, so that the noise does not depend on the process.
             noise = torch.empty_like(x_nat).uniform_(-epsilon, epsilon, generator=random)
             if done % distributed.world_size == distributed.rank:
-                nat_logits = model(x_nat)
+                with read_only(x_nat, "the network"):
+                    nat_logits = model(x_nat)
                 not_finite += (~nat_logits.isfinite()).sum()
                 x_adv = pgd(
                     model,
@@ -75,17 +79,47 @@ def validate(
     return ClassAccuracies(clean / images, robust / images)
 
 
+@contextmanager
+def read_only(x: Tensor, name: str) -> Iterator[None]:
+    """Raise CheckpointError if the code inside writes into `x`; does not wait for the device."""
+    version = x._version
+    yield
+    if x._version != version:
+        raise input_written(name)
+
+
+def input_written(name: str) -> CheckpointError:
+    return CheckpointError(f"{name} writes into its input", "x = x - m, not x -= m; inplace=False")
+
+
 def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
-    """Raise CheckpointError unless `model` takes the images of `data` and gives logits (N,C)."""
-    x = pixels(data.images[:2]).clone()  # the network may write to it
+    """Raise CheckpointError unless `model` takes the images of `data` and gives logits (N,C).
+
+    It must leave its input alone, and autograd must be able to use its weights.
+    """
+    x, before = (pixels(data.images[:2]) for _ in range(2))
     needed = (len(x), data.num_classes)
-    try:
-        with frozen_eval(model), torch.no_grad():
-            logits = model(x)
-    except Exception as error:  # whatever somebody's network raises
+    weights = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_inference() for tensor in weights):
         raise CheckpointError(
-            f"{name} does not take images {tuple(x.shape)}: {error}", "needed: another network"
+            f"{name} was made under torch.inference_mode: it has no gradients",
+            "make or load it outside of inference_mode",
+        )
+    try:
+        with frozen_eval(model), torch.no_grad(), read_only(x, name):
+            logits = model(x)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever somebody's network raises
+        dtypes = {tensor.dtype for tensor in weights if tensor.is_floating_point()}
+        hint = (
+            "needed: another network" if dtypes <= {x.dtype} else f"its weights must be {x.dtype}"
+        )
+        raise CheckpointError(
+            f"{name} does not take images {tuple(x.shape)} of {x.dtype}: {error}", hint
         ) from error
+    if not torch.equal(x, before):  # by x.data, of which the version does not tell
+        raise input_written(name)
     given: object = type(logits).__name__
     if isinstance(logits, Tensor):
         given = tuple(logits.shape) if logits.is_floating_point() else logits.dtype

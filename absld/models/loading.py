@@ -3,47 +3,44 @@
 State dicts of others come wrapped and with prefixes; notes say what was stripped or left out.
 """
 
+import contextlib
 import functools
 import inspect
 import os
-import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from absld.config.imports import import_object
+from absld.config.imports import import_object, names_code
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.models.architectures import MODELS, Normalised, build_model, seeded
+from absld.models.state_dicts import find_state_dict, read_names, stated_classes
 from absld.seeding import Key
 from absld.storage.checkpoint import load
-from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema")
-PREFIXES = re.compile(r"^((module|model|net|_orig_mod)\.)+")
-# The shortcuts of published CIFAR ResNets, and of torchvision's blocks, which ours are made of.
-SHORTCUT, DOWNSAMPLE = ".shortcut.", ".downsample."
-UNUSED = "sub_block1."  # in the published TRADES teacher: a group that no forward uses
-COUNTER = ".num_batches_tracked"  # of batch norms; files by old versions of torch have none
-# The normalisation before the first layer in some networks, such as RobustBench's.
-MEAN = re.compile(r"(normali[sz]er?\.)?(mu|mean)")
-STD = re.compile(r"(normali[sz]er?\.)?(sigma|std)")
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-DTYPES = (*FLOATING, torch.int64, torch.int32, torch.uint8, torch.bool)
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+NAMES_ALONE = "which tell nothing of activations, their order, or the scale of the pixels"
 
 
 class Network(NamedTuple):
-    """A network, its architecture (a name or package.module:factory), and notes on its loading."""
+    """A network, its architecture (a name or package.module:factory), and notes on its loading.
+
+    classes: their names in the order of the logits, where a file or run states them.
+    """
 
     model: nn.Module
     architecture: str
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
-def load_network(target: str, num_classes: int, key: Key, architecture: str = "") -> Network:
+def load_network(
+    target: str, num_classes: int, key: Key, architecture: str = "", weights: str = ""
+) -> Network:
     """Load the network that `target` means.
 
     Args:
@@ -52,20 +49,19 @@ def load_network(target: str, num_classes: int, key: Key, architecture: str = ""
         num_classes: number of logits.
         key: of the initial weights, where `target` brings none.
         architecture: the network of a file or run, if it is a factory, or if the file states none
-            and its names and shapes are not those of a known network.
+            and its names and shapes are not those of a known network. A name that a file states
+            is not imported.
+        weights: key of the state dict in a file, if it has several.
 
     Raises:
         UsageError: `target` means nothing, or its factory fails.
         CheckpointError: a file cannot be loaded, or does not fit the network.
     """
-    if target in MODELS:
-        return Network(build_model(target, num_classes, *key), target)
-    if os.path.isdir(target):
-        return load_weights(RunDirectory(target).best, num_classes, key, architecture)
-    if os.path.exists(target):
-        return load_weights(Path(target), num_classes, key, architecture)
-    if re.fullmatch(r"[\w.]+:\w+", target):
-        return Network(build_from_factory(target, num_classes, key), target)
+    if target not in MODELS and os.path.exists(target):
+        path = RunDirectory(target).best if os.path.isdir(target) else Path(target)
+        return load_weights(path, num_classes, key, architecture, weights)
+    if target in MODELS or names_code(target):
+        return Network(build_network(target, num_classes, key), target)
     if target.endswith((".pt", ".pth", ".pkl", ".tar", ".bin")) or os.sep in target:
         raise CheckpointError(f"{target}: no such file", "check the path")
     raise UsageError(
@@ -74,167 +70,119 @@ def load_network(target: str, num_classes: int, key: Key, architecture: str = ""
     )
 
 
-def build_from_factory(target: str, num_classes: int, key: Key) -> nn.Module:
-    """Build the network of `package.module:factory`.
+def build_network(name: str, num_classes: int, key: Key) -> nn.Module:
+    """Build the network of a known name or of `package.module:factory`. Raises UsageError."""
+    if names_code(name) and name not in MODELS:
+        return build_from_factory(name, num_classes, key)
+    return build_model(name, num_classes, *key)
 
-    num_classes is passed by name if the factory has such a parameter, else as the first argument if
-    it takes any.
-    """
+
+def build_from_factory(target: str, num_classes: int, key: Key) -> nn.Module:
+    """Build the network of `package.module:factory`. Raises UsageError."""
     factory = import_object(target)
     try:
-        parameters = inspect.signature(factory).parameters
-        by_name = {"num_classes": num_classes} if "num_classes" in parameters else {}
-        first = (num_classes,) if parameters and not by_name else ()
-        model = seeded(lambda: factory(*first, **by_name), key)
+        call = bind_classes(factory, num_classes)
+        model = seeded(lambda: factory(*call.args, **call.kwargs), key) if call else None
     except Stopped:
         raise
     except (Exception, SystemExit) as error:  # whatever somebody's code raises
         raise UsageError(
             f"{target}: {type(error).__name__}: {error}", "needed: package.module:factory"
         ) from error
+    if call is None:
+        raise UsageError(
+            f"{target} takes {inspect.signature(factory)}: no place for the number of classes",
+            "needed: a parameter num_classes, a first one without default, or none at all",
+        )
     if not isinstance(model, nn.Module):
         raise UsageError(f"{target} returned {type(model).__name__}", "needed: an nn.Module")
     return model
 
 
-def load_weights(path: Path, num_classes: int, key: Key, architecture: str) -> Network:
-    """Load the network of a file of weights. Raises CheckpointError."""
-    content = load(path)
-    raw, notes = find_state_dict(content, path)
-    state, changes = strip_prefixes(raw)
-    normalisation = pop_normalisation(state)
-    stated = content.get("architecture") if isinstance(content, Mapping) else None
-    if architecture and architecture not in MODELS:
-        name = architecture  # a factory is chosen on purpose, and names its tensors as it likes
-    elif isinstance(stated, str) and stated in MODELS:
-        name = stated  # a known network; a factory would be code of the file's choice
-    else:
-        name = recognise_architecture(state) or architecture
-    if not name:
-        raise CheckpointError(
-            f"{path}: its network is {stated or 'unknown'}",
-            f"known are {', '.join(MODELS)}; for others pass package.module:factory",
-        )
-    model = load_network(name, num_classes, key).model
-    own = model.state_dict()
-    if own.keys() == raw.keys():  # names of a factory's tensors may look like prefixes
-        state, changes, normalisation = raw, [], None
-    changes += adapt_names(state, own.keys())
-    load_state(model, state, path)
-    if normalisation:
-        model = Normalised(model, *normalisation)
-        changes.append("its normalisation of the pixels is put before the network")
-    return Network(model, name, tuple(f"{path}: {note}" for note in [*notes, *changes]))
+def bind_classes(factory: Any, num_classes: int) -> inspect.BoundArguments | None:
+    """Return the arguments of a factory: the number of classes where it belongs, or nothing.
 
-
-def find_state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the state dict in a file's content, and a note if another one is left out.
-
-    Raises CheckpointError for anything but finite plain tensors, and for a wrong digest.
+    It goes by name into num_classes or **kwargs, else into a first parameter without default: a
+    first one with a default may be `pretrained`, and a number there would start a download. All
+    others keep their defaults. None if it has no place.
     """
-    stated = content.get("sha256") if isinstance(content, Mapping) else None
-    notes = []
-    for _ in WRAPPERS:  # bounded: a file may wrap itself
-        if not isinstance(content, Mapping):
-            break
-        wrappers = [name for name in WRAPPERS if isinstance(content.get(name), Mapping)]
-        if not wrappers:
-            break
-        first, *others = wrappers
-        if others:
-            notes.append(f"{first!r} is read, {', '.join(map(repr, others))} left out")
-        content = content[first]
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(
-            f"{path}: holds {type(content).__name__}, not a state dict", "needed: state_dict()"
-        )
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: {name!r} is {type(value).__name__}, not a named tensor",
-                "needed: state_dict(), bare or under 'model'",
-            )
-    if stated is not None and stated != digest(content):
-        raise CheckpointError(
-            f"{path}: its tensors have changed since their SHA-256 was taken",
-            "copy it again from where it came from",
-        )
-    for name, tensor in content.items():
-        if not is_plain(tensor):
-            raise CheckpointError(
-                f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}",
-                "needed: plain tensors of real numbers, as float32",
-            )
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity", "train it anew")
-    return dict(content), notes
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is dense, in memory, and of an ordinary type."""
-    dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
-    return dense and tensor.dtype in DTYPES
-
-
-def strip_prefixes(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return a state dict without prefixes of wrappers and without unused tensors, and notes."""
-    notes = []
-    kept = {name: tensor for name, tensor in raw.items() if UNUSED not in name}
-    if unused := len(raw) - len(kept):
-        notes.append(f"{unused} tensors {UNUSED}* left out: no forward uses them")
-    state = {PREFIXES.sub("", name): tensor for name, tensor in kept.items()}
-    if len(state) < len(kept):  # two would have the same name, so they are not prefixes
-        state = kept
-    if renamed := sorted(kept.keys() - state.keys()):
-        notes.append(f"{len(renamed)} tensors without their prefix, such as {renamed[0]}")
-    return state, notes
-
-
-def pop_normalisation(state: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Remove mean and deviation of three channels from a state dict that has both."""
-    names = [
-        next((name for name in state if kind.fullmatch(name) and state[name].numel() == 3), "")
-        for kind in (MEAN, STD)
-    ]
-    return (state.pop(names[0]), state.pop(names[1])) if all(names) else None
-
-
-def adapt_names(state: dict[str, Tensor], own: Set[str]) -> list[str]:
-    """Rename shortcuts and add counters of batch norms, to match the names `own`; return notes."""
-    notes = []
-    shortcuts = [name for name in state if SHORTCUT in name and torchvision_name(name) in own]
-    if shortcuts and not state.keys() & set(map(torchvision_name, shortcuts)):
-        renamed = {torchvision_name(name): tensor for name, tensor in state.items()}
-        state.clear()
-        state.update(renamed)
-        notes.append(f"{len(shortcuts)} tensors of shortcuts, which torchvision calls downsample")
-    missing = own - state.keys()
-    if missing and all(name.endswith(COUNTER) for name in missing):
-        state |= dict.fromkeys(missing, torch.tensor(0))
-        notes.append(f"{len(missing)} counters of batch norms are not in it, and set to 0")
-    return notes
-
-
-def recognise_architecture(state: Mapping[str, Tensor]) -> str | None:
-    """Return the known network with these names and shapes, but for the number of classes.
-
-    Shortcuts may have the names of published CIFAR ResNets.
-    """
-    named = {key: tensor.shape[1:] for key, tensor in state.items() if not key.endswith(COUNTER)}
-    renamed = {torchvision_name(key): shape for key, shape in named.items()}
-    if len(renamed) < len(named):  # a file with both names is of another network
-        renamed = named
-    for name in MODELS:
-        shapes = state_shapes(name).items()
-        own = {key: shape[1:] for key, shape in shapes if not key.endswith(COUNTER)}
-        if own in (named, renamed):
-            return name
+    signature = inspect.signature(factory)
+    parameters = list(signature.parameters.values())
+    if not parameters:
+        return signature.bind()
+    with contextlib.suppress(TypeError):
+        return signature.bind(num_classes=num_classes)
+    first = parameters[0]
+    if first.default is first.empty and first.kind in POSITIONAL:
+        with contextlib.suppress(TypeError):
+            return signature.bind(num_classes)
     return None
 
 
-def torchvision_name(name: str) -> str:
-    """Return the name of a tensor where shortcuts are named as in torchvision."""
-    return name.replace(SHORTCUT, DOWNSAMPLE)
+def load_weights(
+    path: Path, num_classes: int, key: Key, architecture: str, weights: str = ""
+) -> Network:
+    """Load the network of a file of weights. Raises CheckpointError."""
+    content = load(path)
+    raw, notes = find_state_dict(content, path, weights)
+    name, how = choose_architecture(content, raw, path, architecture)
+    model = build_network(name, num_classes, key)
+    reading = read_names(raw, model.state_dict().keys())
+    load_state(model, reading.state, path)
+    if reading.normalisation:
+        model = Normalised(model, *reading.normalisation)
+    notes = [f"{path}: {note}" for note in [*notes, *reading.notes, *how]]
+    return Network(model, name, tuple(notes), stated_classes(content))
+
+
+def choose_architecture(
+    content: Mapping[Any, Any], raw: Mapping[str, Tensor], path: Path, architecture: str
+) -> tuple[str, list[str]]:
+    """Return the architecture of a file, and a note if only names and shapes tell it.
+
+    Raises CheckpointError if it is unknown, or if the file names code, which `architecture` does
+    not: nothing that a file names is imported, and its network is not guessed instead.
+    """
+    stated = content.get("architecture")
+    if architecture and architecture not in MODELS:
+        return architecture, []  # a factory, chosen on purpose: it names its tensors as it likes
+    if isinstance(stated, str) and stated in MODELS:
+        return stated, []
+    if isinstance(stated, str) and names_code(stated):
+        raise refuse_named_code(str(path), stated)
+    if name := recognise_architecture(raw):
+        return name, [f"recognised as {name} by names and shapes, {NAMES_ALONE}"]
+    if not architecture:
+        raise CheckpointError(
+            f"{path}: its network is unknown",
+            f"known are {', '.join(MODELS)}; for others {type_model('package.module:factory')}",
+        )
+    return architecture, []
+
+
+def type_model(name: str) -> str:
+    """Return a hint: the flags that name a network."""
+    return f"type --model {name} (--teacher-model for a teacher, --against-model after --against)"
+
+
+def refuse_named_code(target: str, name: str) -> CheckpointError:
+    """Build the error for a file or run that names code as its network."""
+    return CheckpointError(
+        f"{target}: its network is {name!r}, and no name in a file is imported",
+        f"if you trust that code, {type_model(name)}",
+    )
+
+
+def recognise_architecture(raw: Mapping[str, Tensor]) -> str | None:
+    """Return the known network with these names and shapes, but for the number of classes."""
+    for name in MODELS:
+        shapes = state_shapes(name)
+        state = read_names(raw, shapes.keys()).state
+        if state.keys() == shapes.keys() and all(
+            state[key].shape[1:] == shape[1:] for key, shape in shapes.items()
+        ):
+            return name
+    return None
 
 
 @functools.cache

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from absld.report.figures import drawing_style
-from absld.report.summary import clip
 from absld.storage.files import replacing
+from absld.text import clip, printable
 
 # Colours that the colour-blind tell apart, each with a marker of its own.
 COLOURS = ("#0b5cad", "#c77700", "#1b7f4d", "#a3307f", "#56a0d3", "#7a5c00", "#a33300", "#444c56")
@@ -37,7 +37,9 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         axes.set_xlabel("robust average, %")
         axes.set_ylabel("robust, worst class, %")
         axes.grid()
-        axes.set_title(f"{results['data']['dataset']}: one small marker per seed, means large")
+        axes.set_title(
+            f"{printable(results['data']['dataset'])}: one small marker per seed, means large"
+        )
         figure.legend(loc="outside right upper")
         with replacing(path) as file:
             figure.savefig(file, format=path.suffix[1:], dpi=160, metadata={})

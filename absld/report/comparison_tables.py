@@ -5,11 +5,13 @@
 
 import csv
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absld.report.summary import ABSENT, MANY, bracket, budget, columns, number, plain, verdict
+from absld.report.summary import ABSENT, MANY, bracket, budget, number, verdict
+from absld.text import columns, printable
 
 HEADINGS = {
     "clean_average": "clean average",
@@ -100,12 +102,12 @@ def terminal_lines(results: Mapping[str, Any]) -> list[str]:
     for method in results["methods"]:
         if method["warnings"]:
             lines += wrapped(f"WARN {method['name']}: {'; '.join(method['warnings'])}")
-    return [plain(line) for line in lines]
+    return [printable(line) for line in lines]
 
 
 def wrapped(text: str) -> list[str]:
     """Return a text as lines of at most 100 letters."""
-    return textwrap.wrap(plain(text), 100)
+    return textwrap.wrap(printable(text), 100)
 
 
 def aligned(table: list[list[str]], left: Sequence[int] = (0,)) -> list[str]:
@@ -123,14 +125,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     """Return the tables, and one of every run, in Markdown."""
 
     def table(head: list[str], body: list[list[str]]) -> list[str]:
-        safe = [[plain(text).replace("|", "\\|") for text in row] for row in (head, *body)]
+        safe = [[in_markdown(text).replace("|", "\\|") for text in row] for row in (head, *body)]
         lines = [f"| {' | '.join(row)} |" for row in safe]
         return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
 
-    lines = [f"{title(results)}. {explanation(results)}", ""]
+    lines = [in_markdown(f"{title(results)}. {explanation(results)}"), ""]
     lines += table(["method", *headings(results).values()], rows(results))
     if differences := difference_rows(results):
-        meaning = MEANING.format(baseline=results["baseline"])
+        meaning = in_markdown(MEANING.format(baseline=results["baseline"]))
         lines += [meaning, "", *table(DIFFERENCES, differences)]
     names = [name for name in headings(results) if name != "rho"]
     runs = [
@@ -144,23 +146,29 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     lines += ["Every run:", ""]
     lines += table(["method", "seed", *(HEADINGS[name] for name in names)], runs)
-    lines += [f"* {plain(note)}" for note in results["notes"]]
+    lines += [f"* {in_markdown(note)}" for note in results["notes"]]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def in_markdown(text: str) -> str:
+    """Return a text that Markdown shows as it is: no HTML, links, emphasis or code."""
+    return re.sub(r"([\\`*<>]|\](?=[(\[:]))", r"\\\1", printable(text))
 
 
 def latex(results: Mapping[str, Any]) -> str:
     """Return a tabular for the package booktabs."""
     special = {c: f"\\{c}" for c in "&%$#_{}"}
     special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"[": "{[}", "*": "{*}"}  # of a first cell: they would belong to the \\ before it
     special |= {"±": r"$\pm$", "\N{MINUS SIGN}": "$-$", ABSENT: "--"}
     escapes = {ord(letter): text for letter, text in special.items()}
 
     def line(cells: list[str]) -> str:
-        return " & ".join(plain(text).translate(escapes) for text in cells) + r" \\"
+        return " & ".join(printable(text).translate(escapes) for text in cells) + r" \\"
 
     heads = ["method", *headings(results).values()]
     lines = [
-        f"% {plain(title(results))}",
+        f"% {printable(title(results))}",
         f"% {explanation(results)}",
         r"\begin{tabular}{l" + "r" * (len(heads) - 1) + "}",
         r"\toprule",
@@ -181,8 +189,11 @@ def csv_text(results: Mapping[str, Any]) -> str:
     writer.writerow(["method", "seed", *names])
     for method in results["methods"]:
         figures = [method["figures"][name] for name in names]
+        label = printable(method["name"])
+        if label.startswith(("=", "+", "-", "@")):  # a spreadsheet would compute it
+            label = f"'{label}"
         for k, seed in enumerate(method["seeds"]):
-            writer.writerow([method["name"], seed, *(figure["values"][k] for figure in figures)])
+            writer.writerow([label, seed, *(figure["values"][k] for figure in figures)])
         for kind in ("mean", "std"):
-            writer.writerow([method["name"], kind, *(figure[kind] for figure in figures)])
+            writer.writerow([label, kind, *(figure[kind] for figure in figures)])
     return text.getvalue()

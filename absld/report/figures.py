@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from absld.report import summary
+from absld.text import clip, columns
 
 FOLDER = Path(__file__).parent
 CSS = (FOLDER / "templates/report.css").read_text(encoding="utf-8")
@@ -153,7 +154,7 @@ def confusion_matrix(axes: Axes, results: Mapping[str, Any]) -> None:
     names = [name_of(results, k, 10) for k in range(count)]
     axes.set_yticks(range(count), [name_of(results, k) for k in range(count)])
     axes.set_xticks(range(count), names)
-    if max(map(summary.columns, names)) > 3:
+    if max(map(columns, names)) > 3:
         axes.tick_params(axis="x", rotation=90)
         for label in axes.get_xticklabels():
             label.set(ha="right", va="center", rotation_mode="anchor")
@@ -163,7 +164,7 @@ def confusion_matrix(axes: Axes, results: Mapping[str, Any]) -> None:
 
 def name_of(results: Mapping[str, Any], k: int, width: int = NAME) -> str:
     """Return a class name in at most `width` columns."""
-    return summary.clip(results["data"]["classes"][k], width)
+    return clip(results["data"]["classes"][k], width)
 
 
 # --- Training ---

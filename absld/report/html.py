@@ -12,8 +12,11 @@ from absld.errors import CheckpointError, UsageError
 from absld.evaluation.results import read_results, warnings
 from absld.report import figures, summary
 from absld.report.picture import picture
+from absld.storage.environment import read_sessions
 from absld.storage.files import replacing
+from absld.storage.opening import refuse_links
 from absld.storage.run_directory import RunDirectory
+from absld.text import columns, printable
 
 NARROW = 12  # more classes than these take the whole width
 
@@ -36,11 +39,13 @@ def write_report(source: str, out: str | None = None) -> Path:
     if suffix not in (".html", ".png", ".pdf"):
         raise UsageError(f"{out}: a report is .html, .png or .pdf", "needed: --out report.html")
     path, results = find_results(Path(source))
-    records = training_records(path, results)
+    records, counts = training_records(path, results), training_counts(path, results)
     target = Path(out) if out else path.with_name("report.html")
+    if not out and Path(source) in target.parents:
+        refuse_links(target.parent, Path(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".html":
-        content = render_page(results, records).encode()
+        content = render_page(results, records, counts).encode()
     else:
         content = picture(results, records, suffix[1:])
     with replacing(target) as file:
@@ -63,20 +68,43 @@ def find_results(source: Path) -> tuple[Path, dict[str, Any]]:
 
 def training_records(path: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the records of the network's training; none if its run is not there."""
-    runs = [*path.resolve().parents[2:3], Path(results["network"]["target"])]
+    runs = training_runs(path, results)
     return next((records for run in runs if (records := RunDirectory(run).records())), [])
+
+
+def training_counts(path: Path, results: Mapping[str, Any]) -> list[int]:
+    """Return the training images of each class, if they differ; empty if they are not known."""
+    runs = training_runs(path, results)
+    latest = next((sessions[-1] for run in runs if (sessions := read_sessions(run))), {})
+    counts: list[int] = latest.get("class_counts", {}).get("train", [])
+    known = len(counts) == len(results["data"]["classes"])
+    return counts if known and min(counts) < max(counts) else []
+
+
+def training_runs(path: Path, results: Mapping[str, Any]) -> list[Path]:
+    """Return where the run of the network may be."""
+    return [*path.resolve().parents[2:3], Path(results["network"]["target"])]
 
 
 # --- The page ---
 
 
-def render_page(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the report as HTML. records: those of metrics.jsonl, if there are any."""
+def render_page(
+    results: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    training_counts: Sequence[int] = (),
+) -> str:
+    """Return the report as HTML.
+
+    records: those of metrics.jsonl, if there are any. training_counts: images of each class (C,),
+    if they are to be shown.
+    """
     count = len(results["data"]["classes"])
     trajectories = summary.trajectories(records, count)
     return page_template().render(
         results=results,
         failed=warnings(results),
+        training_counts=training_counts,
         wide=count > NARROW,
         class_charts=class_charts(results),
         confusion_chart=confusion_chart(results) if count <= summary.MANY else None,
@@ -87,11 +115,11 @@ def render_page(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 
 @functools.cache
 def page_template() -> jinja2.Template:
-    """Return the page's template, which escapes texts and cleans them of control characters."""
+    """Return the page's template, which escapes all texts."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("absld.report"),
         autoescape=True,
-        finalize=lambda value: summary.plain(value) if type(value) is str else value,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -142,4 +170,4 @@ def trajectory_chart(trajectory: summary.Trajectory, results: Mapping[str, Any])
 def name_width(results: Mapping[str, Any]) -> float:
     """Return the room for class names in a figure, in points."""
     names = [figures.name_of(results, k) for k in range(len(results["data"]["classes"]))]
-    return 12 + 6.8 * max(map(summary.columns, names))
+    return 12 + 6.8 * max(map(columns, names))

@@ -11,6 +11,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from absld.report import figures, summary
 from absld.report.figures import QUIET, RED, TEXT
+from absld.text import clip, printable
 
 WIDTH = 8.27  # of the page, in inches, as are all lengths here; the height is as needed
 MARGIN, COLUMN = 0.35, 3.65
@@ -86,10 +87,10 @@ def write_head(axes: Axes, results: Mapping[str, Any]) -> None:
     def say(x: float, y: float, text: str, size: float, color: str, weight: str = "normal") -> None:
         axes.text(x, y, drawable(text), size=size, color=color, weight=weight, va="center")
 
-    say(MARGIN, 0.33, summary.clip(summary.title(results), 62), 15, TEXT, "bold")
+    say(MARGIN, 0.33, clip(summary.title(results), 62), 15, TEXT, "bold")
     for k, (name, text) in enumerate(summary.facts(results).items()):
         say(MARGIN, 0.62 + 0.17 * k, name, 8, QUIET)
-        say(MARGIN + 0.6, 0.62 + 0.17 * k, summary.clip(text, 118), 8, TEXT)
+        say(MARGIN + 0.6, 0.62 + 0.17 * k, clip(text, 118), 8, TEXT)
     if warning := summary.check_warning(results):
         say(MARGIN, 1.33, f"WARN: {warning}", 8, RED, "bold")
     elif results["checks"] is None:
@@ -99,7 +100,7 @@ def write_head(axes: Axes, results: Mapping[str, Any]) -> None:
         say(x, 1.6, value, 15, TEXT, "bold")
         say(x, 1.78, interval, 6.5, QUIET)
         say(x, 1.91, label, 6.5, TEXT, "bold")
-        say(x, 2.04, summary.clip(note, 26), 6.5, QUIET)
+        say(x, 2.04, clip(note, 26), 6.5, QUIET)
     say(MARGIN, 2.21, summary.TERMS, 6.5, QUIET)
     say(MARGIN, 2.21 + LINE, summary.INTERVALS, 6.5, QUIET)
 
@@ -153,7 +154,7 @@ def difference_texts(against: Mapping[str, Any]) -> list[str]:
 
 def confusion_texts(results: Mapping[str, Any]) -> list[str]:
     """Return the most frequent confusions."""
-    names = [summary.clip(name, 24) for name in results["data"]["classes"]]
+    names = [clip(name, 24) for name in results["data"]["classes"]]
     return [
         f"{names[true]} → {names[predicted]}: {images} of {of}"
         for true, predicted, images, of in summary.frequent_confusions(results, summary.MANY)
@@ -165,7 +166,7 @@ def wrapped(texts: Sequence[str]) -> list[str]:
     return [
         drawable(line)
         for text in texts
-        for line in textwrap.wrap(summary.plain(text), WRAP, subsequent_indent="   ")
+        for line in textwrap.wrap(printable(text), WRAP, subsequent_indent="   ")
     ]
 
 
@@ -185,7 +186,7 @@ def drawable(text: str) -> str:
 def with_drawable_names(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return results in which a class that the font cannot name has its number, from 0."""
     names = [
-        name if all(map(has, summary.plain(name))) else f"class {k}"
+        name if all(map(has, printable(name))) else f"class {k}"
         for k, name in enumerate(results["data"]["classes"])
     ]
     return {**results, "data": {**results["data"], "classes": names}}

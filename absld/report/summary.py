@@ -5,11 +5,11 @@ those of metrics.jsonl, from the training of the network.
 """
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absld.evaluation.results import warnings
+from absld.text import clip
 
 MANY = 20  # with more classes than these, some parts show only the worst
 HIGHLIGHTED = 3  # classes that stand out in a trajectory: those of least robust accuracy
@@ -41,35 +41,6 @@ ABSENT = "\N{EN DASH}"  # for a missing figure
 
 
 # --- Texts ---
-
-
-def plain(text: str) -> str:
-    """Return a text on one line, without the control characters that XML cannot hold."""
-    kept = "\N{NBSP}\u200c\u200d"  # the last two shape letters in some scripts
-    return "".join(
-        letter
-        if letter.isprintable() or letter in kept
-        else (" " if letter.isspace() else "\N{REPLACEMENT CHARACTER}")
-        for letter in text
-    )
-
-
-def columns(text: str) -> int:
-    """Return the width of a text in Latin letters; those of some scripts are twice as wide."""
-    marks = sum(unicodedata.combining(letter) > 0 for letter in text)
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    return len(text) - marks + wide
-
-
-def clip(text: str, width: int) -> str:
-    """Shorten a text to at most `width` columns in its middle: names often differ at their ends."""
-    text = plain(text)
-    if columns(text) <= width:
-        return text
-    head, tail = text[:width], text[-width:]
-    while columns(head) + columns(tail) >= width:
-        head, tail = (head[:-1], tail) if len(head) > 2 * len(tail) else (head, tail[1:])
-    return f"{head}…{tail}"
 
 
 def number(value: float | None, name: str = "", sign: str = "") -> str:

@@ -5,15 +5,17 @@ comparison. The results are plain values (docs/comparing.md) and the files made 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from absld.config.files import read_recipe, read_run_config
+from absld.config.imports import names_code
 from absld.config.recipes import METHOD_RECIPES
 from absld.config.resolve import SETTING_GROUPS, resolve
 from absld.config.settings import Config, EvaluationConfig
-from absld.data.dataset import Splits
-from absld.data.sources import load_data
+from absld.data.dataset import ImageSet
+from absld.data.sources import load_data, load_split
 from absld.errors import AbsldError, CheckpointError, Interrupted, UsageError
 from absld.evaluation.attacks import parse_attacks
 from absld.evaluation.runner import (
@@ -44,7 +46,7 @@ def build_configs(
     for name in methods:
         recipe: dict[str, Any] = {"method": name}
         if name.endswith(".toml"):
-            recipe = read_recipe(name)
+            recipe = read_recipe(name, common_settings)
             if other := [key for key in recipe if SETTING_GROUPS[key] not in METHOD_GROUPS]:
                 raise UsageError(
                     f"{name} sets {', '.join(other)}, which is not a method's",
@@ -130,7 +132,9 @@ def compare_methods(
             except AbsldError as error:
                 cause = f"{label}, seed {config.seed}: {error}"
                 raise type(error)(cause, error.hint) from error
-        members.append(evaluate_run(label, run.path, config, evaluation, splits, observer))
+        own = replace(evaluation, model=config.student)  # the user chose it, not a file
+        images = getattr(splits, evaluation.split)
+        members.append(evaluate_run(label, run.path, config, own, images, observer))
         observer.end_run(members[-1].figures(), members[-1].seconds, reused)
     return summarise(members, evaluation, baseline, Path(configs[0].out), notes)
 
@@ -155,12 +159,12 @@ def compare_runs(
             f"these runs are of {' and '.join(sorted({s[0] for s in sources}))}",
             "needed: runs on the same images",
         )
-    splits_of = {source: load_data(*source) for source in sources}
+    images_of = {source: load_split(*source, evaluation.split) for source in sources}
     members = []
     for number, (label, path, config) in enumerate(zip(labels, paths, configs, strict=True), 1):
         observer.begin_run(label, config.seed, number, len(paths))
-        splits = splits_of[config.dataset, config.data, config.image_size]
-        members.append(evaluate_run(label, Path(path), config, evaluation, splits, observer))
+        images = images_of[config.dataset, config.data, config.image_size]
+        members.append(evaluate_run(label, Path(path), config, evaluation, images, observer))
         observer.end_run(members[-1].figures(), members[-1].seconds, True)
     return summarise(members, evaluation, baseline, Path(out or Path(paths[0]).parent))
 
@@ -170,12 +174,13 @@ def evaluate_run(
     path: Path,
     config: Config,
     evaluation: EvaluationConfig,
-    splits: Splits,
+    data: ImageSet,
     observer: Observer,
 ) -> Member:
-    """Evaluate a finished run."""
+    """Evaluate a finished run; a network that is a factory counts if `evaluation.model` has it."""
+    trusted = names_code(config.student) and config.student in evaluation.model.split(",")
+    evaluation = replace(evaluation, model=config.student if trusted else "")
     own = complete_config(evaluation, str(path))
-    data = getattr(splits, evaluation.split)
     network = load_target(str(path), own, data)
     evaluation_run = run_network_evaluation(str(path), network, data, own, observer)
     seconds = sum(record.get("seconds", 0.0) for record in RunDirectory(path).records())

@@ -19,9 +19,8 @@ from absld.evaluation.runner import EvaluationRun
 from absld.metrics import METRICS, present, rho
 from absld.report.comparison_plot import plot
 from absld.report.comparison_tables import csv_text, latex, markdown
-from absld.runs.run_record import read_sessions
 from absld.runs.training_run import SELECTED_ON_TEST
-from absld.storage.environment import environment
+from absld.storage.environment import environment, read_sessions
 from absld.storage.files import key_of, write_text
 
 SCHEMA = "absld-comparison-1"
@@ -77,7 +76,7 @@ def summarise(
         "data": first["data"],
         "settings": first["settings"],
         "baseline": baseline,
-        "notes": [*notes, *inequalities(groups)],
+        "notes": [*notes, *network_notes(members), *inequalities(groups)],
         "methods": [
             method_results(label, list(of_label.values()), pair_by_seed(of_label, groups[baseline]))
             for label, of_label in groups.items()
@@ -187,6 +186,11 @@ def run_difference(run: Member, baseline: Member) -> dict[str, float]:
         present(member.evaluation_run.evaluation.robust_accuracy) for member in (run, baseline)
     ]
     return {name: ours[name] - base[name] for name in FIGURES} | {"rho": rho(*robust).item()}
+
+
+def network_notes(members: Sequence[Member]) -> list[str]:
+    """Return the notes on loading the networks, such as on classes that are read by position."""
+    return [note for each in members for note in each.evaluation_run.results["network"]["notes"]]
 
 
 def inequalities(groups: Mapping[str, Mapping[int, Member]]) -> list[str]:

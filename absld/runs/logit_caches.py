@@ -5,8 +5,8 @@ from pathlib import Path
 
 from absld.config.settings import Config
 from absld.data.augmentation import Views
-from absld.data.dataset import Splits
-from absld.data.sources import load_data
+from absld.data.dataset import ImageSet
+from absld.data.sources import load_split
 from absld.engine.logit_cache import (
     cache_bytes,
     cache_rows,
@@ -17,17 +17,20 @@ from absld.engine.logit_cache import (
 from absld.engine.precision import float32_precision, resolve_device
 from absld.engine.techniques import choose_techniques
 from absld.errors import UsageError
+from absld.evaluation.class_names import check_class_names
 from absld.evaluation.validation import check_network
 from absld.models.loading import Network, load_network
 from absld.stepper import freeze_teacher
 
 
-def load_teacher(config: Config, splits: Splits) -> Network:
-    """Load the teacher of `--teacher`. Raises CheckpointError if it does not fit the images."""
-    classes, key = splits.train.num_classes, (config.seed, "teacher")
-    teacher = load_network(config.teacher, classes, key, config.teacher_model)
-    check_network(teacher.model, splits.train, config.teacher)
-    return teacher
+def load_teacher(config: Config, train: ImageSet) -> Network:
+    """Load the teacher of `--teacher`. Raises CheckpointError if it does not fit the data."""
+    classes, key = train.num_classes, (config.seed, "teacher")
+    teacher = load_network(
+        config.teacher, classes, key, config.teacher_model, config.teacher_weights
+    )
+    check_network(teacher.model, train, config.teacher)
+    return check_class_names(teacher, train, config.teacher, config.class_order)
 
 
 def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tuple[int, int]]:
@@ -40,19 +43,19 @@ def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tu
             "teacher cache needs a teacher", "--teacher FILE, a run or package.module:factory"
         )
     device = resolve_device(config.device)
-    splits = load_data(config.dataset, config.data, config.image_size)
-    teacher = load_teacher(config, splits)
+    train = load_split(config.dataset, config.data, config.image_size, "train")
+    teacher = load_teacher(config, train)
     for text in teacher.notes:
         note(text)
-    size = cache_size(config, splits)
+    size = cache_size(config, train)
     if size > config.logit_cache_gib * 2**30:
         raise UsageError(
             f"a cache of {size / 2**30:.2g} GiB is more than --logit-cache-gib "
             f"{config.logit_cache_gib:g}",
             "a larger --logit-cache-gib, or no cache: the teacher then evaluates every batch",
         )
-    note(describe_cache(config, splits))
-    views = Views(splits.train.to(device), config.padding)
+    note(describe_cache(config, train))
+    views = Views(train.to(device), config.padding)
     # As in a training, whose cache this is to be.
     techniques = choose_techniques(config, device)
     network = freeze_teacher(teacher.model.to(device), techniques)
@@ -72,18 +75,18 @@ def cache_folder(config: Config) -> Path:
     return Path(config.out) / "logit-caches"
 
 
-def cache_size(config: Config, splits: Splits) -> int:
+def cache_size(config: Config, train: ImageSet) -> int:
     """Return the size of the cache in bytes."""
-    rows = cache_rows(len(splits.train), config.padding, config.flip)
-    return cache_bytes(rows, splits.train.num_classes)
+    rows = cache_rows(len(train), config.padding, config.flip)
+    return cache_bytes(rows, train.num_classes)
 
 
-def describe_cache(config: Config, splits: Splits) -> str:
+def describe_cache(config: Config, train: ImageSet) -> str:
     """Describe the cache: its size, and whether it is within the limit."""
-    size = cache_size(config, splits)
+    size = cache_size(config, train)
     text = f"teacher's logits of all views: {size / 2**20:,.1f} MiB"
     if size <= config.logit_cache_gib * 2**30:
-        on_cpu = splits.train.labels.device.type == "cpu"
+        on_cpu = train.labels.device.type == "cpu"
         when = "" if on_cpu else "; used once all are there: `absld teacher cache` fills it"
         return f"{text} in {cache_folder(config)}{when}"
     limit = f"--logit-cache-gib {config.logit_cache_gib:g}"

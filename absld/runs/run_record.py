@@ -1,5 +1,6 @@
 """The record of a run, settings and sessions, and its identity, which names its directory."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -15,14 +16,18 @@ from absld.config.settings import Config, TrainConfig
 from absld.data.dataset import Splits
 from absld.engine.distributed import Distributed
 from absld.engine.techniques import NAMES, NEUTRAL, Techniques, choose_techniques
-from absld.errors import CheckpointError, UsageError
-from absld.storage.environment import environment
+from absld.errors import AbsldError, UsageError
+from absld.storage.environment import environment, read_sessions
 from absld.storage.files import digest, key_of
 from absld.storage.run_directory import ReadOnlyRunDirectory, RunDirectory
 from absld.storage.training_checkpoint import compare_settings
 
 # Settings that say where things are, not what is computed; a given teacher counts by its weights.
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
+PLACES |= {"class_order", "teacher_weights"}
+# What the last digits depend on, and with the number of processes more: each has a part of a batch.
+CONDITIONS = ("processes", "device", "instructions", "cuda", "cudnn", "torch", "threads")
+SHOWN = 5  # differences to another run
 
 
 class RunRecord:
@@ -33,13 +38,10 @@ class RunRecord:
         run: RunDirectory,
         config: Config,
         techniques: Techniques,
-        device: torch.device,
-        inputs: Mapping[str, str],
-        distributed: Distributed,
+        session: Mapping[str, Any],
     ) -> None:
         self.run = run
-        session = environment(device) | {"processes": distributed.world_size, "inputs": inputs}
-        self.sessions = [*read_sessions(run.path), session]
+        self.sessions = [*read_sessions(run.path), dict(session)]
         self.write()
         run.write(
             "config.toml", to_toml(config, asdict(techniques))
@@ -56,18 +58,35 @@ class RunRecord:
         return sha
 
 
-def read_sessions(folder: Path) -> list[dict[str, Any]]:
-    """Read environment.json: an entry for each time that the run was started or resumed."""
-    path = folder / "environment.json"
-    sessions: list[dict[str, Any]] = []
-    if path.exists():
-        try:
-            sessions = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path}: damaged ({error})", "copy the run again from where it came from"
-            ) from error
-    return sessions
+def describe_session(
+    device: torch.device, splits: Splits, inputs: Mapping[str, str], distributed: Distributed
+) -> dict[str, Any]:
+    """Describe what this process computes with and on, for environment.json."""
+    return environment(device) | {
+        "processes": distributed.world_size,
+        "inputs": dict(inputs),
+        "class_counts": splits.class_counts(),
+    }
+
+
+def changed_conditions(run: RunDirectory, session: Mapping[str, Any]) -> list[str]:
+    """Describe in a line the conditions in which an unfinished run has been computed, if unlike."""
+    if not run.exists() or run.status() == "finished":
+        return []
+    sessions = [*read_sessions(run.path), session]
+    known = [name for name in CONDITIONS if name in session]
+    values = {name: [str(s[name]) for s in sessions if name in s] for name in known}
+    changes = [
+        f"{name}: {', '.join(dict.fromkeys(before))}, now {now}"
+        for name, (*before, now) in values.items()
+        if {*before, now} != {now}
+    ]
+    if not changes:
+        return []
+    return [
+        f"this run was computed otherwise before ({'; '.join(changes)}): its weights will not be "
+        "those of a run without interruption"
+    ]
 
 
 def deciding_settings(config: TrainConfig) -> dict[str, Any]:
@@ -106,33 +125,34 @@ def run_directory(
     return RunDirectory(path) if distributed.is_main else ReadOnlyRunDirectory(path)
 
 
-def check_resume(
-    run: RunDirectory, config: Config, inputs: Mapping[str, str], resume: bool
-) -> None:
-    """Raise UsageError if the run exists and is not to be resumed, or the other way round."""
-    if run.exists() and not resume:
+def refuse_to_restart(run: RunDirectory) -> None:
+    """Raise UsageError if the run exists."""
+    if run.exists():
         raise UsageError(
             f"{run.path} holds a run with these settings ({run.status()})",
             "--resume continues it, or shows its result; another --out starts anew",
         )
-    if resume and not run.exists():
-        raise nothing_to_resume(config, inputs)
 
 
-def nothing_to_resume(config: Config, inputs: Mapping[str, str]) -> UsageError:
-    """Build the error for a missing run, with the differences of the nearest one."""
-    differences = {}
+def describe_new_run(run: RunDirectory, config: Config, inputs: Mapping[str, str]) -> list[str]:
+    """Describe in a line that --resume begins a run, and how the nearest other one differs.
+
+    config: with no technique left open. Empty if the run exists.
+    """
+    if run.exists():
+        return []
+    current = {**deciding_settings(config), **inputs}
+    others = {}
     for path in sorted(Path(config.out).glob("*/config.toml")):
-        sessions = read_sessions(path.parent)
-        if "-teacher-" not in path.parent.name and sessions:
-            saved = deciding_settings(read_run_config(path)) | sessions[-1]["inputs"]
-            current = {**deciding_settings(config), **inputs}
-            differences[path.parent] = compare_settings(saved, current)
-    if not differences:
-        return UsageError(f"nothing to resume in {config.out}", "leave out --resume to start a run")
-    nearest = min(differences, key=lambda path: len(differences[path]))
-    return UsageError(
-        f"no run with these settings in {config.out}; in {nearest} "
-        f"{'; '.join(differences[nearest])}",
-        "give the settings of that run, or leave out --resume to start a new one",
-    )
+        with contextlib.suppress(AbsldError):  # another run, which need not be readable
+            sessions = read_sessions(path.parent)
+            if "-teacher-" not in path.parent.name and sessions:
+                saved = deciding_settings(read_run_config(path)) | sessions[-1]["inputs"]
+                others[path.parent] = compare_settings(saved, current)
+    text = f"--resume: there is no run with these settings in {config.out}, so a new one begins"
+    if others:
+        nearest = min(others, key=lambda path: len(others[path]))
+        differences = others[nearest]
+        more = f"; {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        text += f"; in {nearest} {'; '.join(differences[:SHOWN])}{more}"
+    return [text]

@@ -1,6 +1,9 @@
 """A whole training run: data, teacher, student, test."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +23,8 @@ from absld.engine.precision import (
     with_precision,
 )
 from absld.engine.techniques import Techniques, describe, with_techniques
+from absld.evaluation.class_names import check_class_names
+from absld.evaluation.sanity_checks import check_teacher_scale
 from absld.evaluation.validation import check_network, check_teacher, validate
 from absld.methods.base import Method
 from absld.methods.registry import build_method
@@ -29,17 +34,22 @@ from absld.progress import Observer, Role, plain
 from absld.runs.logit_caches import cache_folder, describe_cache, load_teacher
 from absld.runs.run_record import (
     RunRecord,
-    check_resume,
+    changed_conditions,
     deciding_settings,
+    describe_new_run,
+    describe_session,
     image_digests,
+    refuse_to_restart,
     run_directory,
     techniques_of_run,
 )
-from absld.storage.checkpoint import load
 from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
+from absld.storage.training_checkpoint import load_of_program
+from absld.text import printable
 from absld.trainer import fit
 
+WAIT = 0.5  # seconds between two attempts to lock a run directory
 SELECTED_ON_TEST = (
     "warning: the best epoch is selected on the test images: reported accuracies are optimistic"
 )
@@ -100,7 +110,10 @@ def plan(
     method = build_method(config, splits.train.num_classes)
     student = load_network(config.student, splits.train.num_classes, (config.seed, "student"))
     check_network(student.model, splits.train, config.student)
-    teacher = load_teacher(config, splits) if method.needs_teacher and config.teacher else None
+    student = check_class_names(student, splits.train, config.student, config.class_order)
+    teacher = (
+        load_teacher(config, splits.train) if method.needs_teacher and config.teacher else None
+    )
     inputs = image_digests(splits) | {"initial_weights": digest(student.model.state_dict())}
     if teacher:
         inputs["teacher_weights"] = digest(teacher.model.state_dict())
@@ -110,12 +123,16 @@ def plan(
     return Plan(device, techniques, splits, method, student, teacher, inputs, run)
 
 
-def describe_start(config: Config, techniques: Techniques, device: torch.device) -> list[str]:
-    """Describe what a run computes with, in lines."""
+def describe_start(
+    config: Config, techniques: Techniques, device: torch.device, splits: Splits
+) -> list[str]:
+    """Describe what a run computes with and on, in lines."""
     return [
         f"seed {config.seed}, device {device}, torch {torch.__version__}",
         f"engine {config.engine}: {describe(techniques)}",
         *emulation_warnings(asdict(techniques).values(), device),
+        *splits.describe(),
+        *([SELECTED_ON_TEST] if config.select_on == "test" else []),
     ]
 
 
@@ -136,30 +153,28 @@ def train(
     device, techniques, splits, method, student, loaded_teacher, inputs, run = plan(
         config, splits, distributed
     )
-    check_resume(run, config, inputs, resume)
+    session = describe_session(device, splits, inputs, distributed)
+    notes = [*describe_start(config, techniques, device, splits), *student.notes]
+    notes += loaded_teacher.notes if loaded_teacher else ()
+    notes += changed_conditions(run, session)
+    if resume:
+        notes += describe_new_run(run, config, inputs)
+    else:
+        refuse_to_restart(run)
     distributed.barrier()  # now all know what is there, and one may write
-    notes = [*student.notes, *(loaded_teacher.notes if loaded_teacher else ())]
-    for note in [*describe_start(config, techniques, device), *notes]:
+    for note in notes:
         observer.note(note)
     splits = splits.to(device)
     with run:
-        record = RunRecord(run, config, techniques, device, inputs, distributed)
-        if config.select_on == "test":
-            observer.note(SELECTED_ON_TEST)
+        record = RunRecord(run, config, techniques, session | {"notes": [*map(printable, notes)]})
         teacher = teacher_sha = None
         if method.needs_teacher:
-            name = config.teacher
-            if loaded_teacher:
-                teacher = loaded_teacher.model
-            else:
-                teacher, name = train_teacher(config, splits, observer, distributed)
-            observer.note(f"teacher: {name}")
-            with float32_precision(techniques.precision):
-                teacher.to(device)
-                check_teacher(teacher, splits.validation, name, config.allow_weak_teacher)
+            teacher = find_teacher(
+                loaded_teacher, config, splits, techniques, observer, distributed
+            )
             teacher_sha = record.add_teacher(teacher)
             if method.caches_teacher:
-                observer.note(describe_cache(config, splits))
+                observer.note(describe_cache(config, splits.train))
         student.model.to(device)
         train_network(
             "student", student, teacher, splits, with_techniques(config.training(), techniques),
@@ -180,12 +195,37 @@ def train(
     return result
 
 
+def find_teacher(
+    given: Network | None,
+    config: Config,
+    splits: Splits,
+    techniques: Techniques,
+    observer: Observer,
+    distributed: Distributed,
+) -> nn.Module:
+    """Return the given teacher, or one trained here, on the device of the images.
+
+    Raises CheckpointError if it is not fit to teach.
+    """
+    if given:
+        teacher, name = given.model, config.teacher
+    else:
+        teacher, name = train_teacher(config, splits, observer, distributed)
+    observer.note(f"teacher: {name}")
+    with float32_precision(techniques.precision):
+        teacher.to(splits.train.labels.device)
+        if given:
+            check_teacher_scale(teacher, splits.validation, name, config.allow_weak_teacher)
+        check_teacher(teacher, splits.validation, name, config.allow_weak_teacher)
+    return teacher
+
+
 def train_teacher(
     config: Config, splits: Splits, observer: Observer, distributed: Distributed
 ) -> tuple[nn.Module, str]:
     """Train a teacher by TRADES, resume its training, or load it if it is finished.
 
-    Returns the teacher and its run directory.
+    Waits for another process that trains it. Returns the teacher and its run directory.
     """
     device = splits.train.labels.device
     teacher = load_network(config.teacher_model, splits.train.num_classes, (config.seed, "teacher"))
@@ -194,18 +234,41 @@ def train_teacher(
     inputs = image_digests(splits) | {"initial_weights": digest(teacher.model.state_dict())}
     identity = deciding_settings(training) | inputs
     run = run_directory(config, "teacher", identity, distributed)
-    techniques = techniques_of_run(training, run, device)
-    finished = run.exists() and run.status() == "finished"
-    distributed.barrier()
-    if finished:
-        load_state(teacher.model, load(run.best)["model"], run.best)
-    else:
-        with run:
+    with locked(run, observer, distributed):
+        techniques = techniques_of_run(training, run, device)
+        finished = run.exists() and run.status() == "finished"
+        distributed.barrier()  # now all know, and one may write
+        if finished:
+            weights = load_of_program(run.best, "model")["model"]
+            load_state(teacher.model, weights, run.best)
+        else:
+            session = describe_session(device, splits, inputs, distributed)
+            for note in changed_conditions(run, session):
+                observer.note(f"teacher: {note}")
             own_config = replace(config, **vars(training), student=config.teacher_model)
-            RunRecord(run, own_config, techniques, device, inputs, distributed)
             training = with_techniques(training, techniques)
-            train_network("teacher", teacher, None, splits, training, observer, run, distributed)
+            with run:
+                RunRecord(run, own_config, techniques, session)
+                train_network(
+                    "teacher", teacher, None, splits, training, observer, run, distributed
+                )
     return teacher.model, str(run.path)
+
+
+@contextmanager
+def locked(run: RunDirectory, observer: Observer, distributed: Distributed) -> Iterator[None]:
+    """Lock a run directory, once the process that works in it has finished or is gone."""
+    waits = False
+    # All processes wait in short turns: their messages have a time limit.
+    while distributed.all_reduce_max(int(not run.lock())):
+        if not waits:
+            observer.wait(f"waiting for another process, which trains {run.path}")
+        waits = True
+        time.sleep(WAIT)
+    try:
+        yield
+    finally:
+        run.unlock()
 
 
 def train_network(

@@ -1,28 +1,50 @@
 """Checkpoints: files of tensors and plain values, sealed with their SHA-256.
 
-They are read with `weights_only=True`: nothing in a file is executed.
+They are read with `weights_only=True`: nothing in a file is executed. What is read takes no more
+memory than a few times the file's size.
 """
 
 import errno
 import hashlib
 import io
-import re
+import os
+import struct
+import threading
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from absld.errors import CheckpointError, UsageError
 from absld.storage.files import raw_bytes, replacing
+from absld.storage.opening import COPY_AGAIN, open_regular
+from absld.storage.pickles import RefusedContentError, check_pickle
 
 SEAL = "content_sha256"
-MOST_VALUES = 1_000_000  # in a file; a network of a thousand tensors has a few thousand
 SLACK = 2**20  # bytes that a file may take beyond its size
 EXPORT = "where you trust it, export torch.save(model.state_dict(), FILE) from it"
+MOST_PICKLED = 2**24  # bytes of all but the tensors
+ZIP = b"PK\x03\x04"
+OLD_FORMAT = 5  # pickles, before the bytes of the tensors
+PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+# torch.load takes these values of numpy where it is told to. Files by numpy 1 name them otherwise.
+NUMPY_CALLS: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
+NUMPY: list[Any] = [
+    np.dtype,
+    np.ndarray,
+    *[
+        (call, f"numpy.{core}.multiarray.{call.__name__}")
+        for call in NUMPY_CALLS
+        for core in ("core", "_core")
+    ],
+    *{type(np.dtype(letter)) for letter in "?bhilqBHILQefdgFDGSUO"},
+]
+LOADING = threading.Lock()  # torch's list is one of the process
 
 
 def content_digest(content: Any) -> str:
@@ -42,6 +64,8 @@ def content_digest(content: Any) -> str:
         elif isinstance(value, Tensor):
             sha.update(f"tensor {value.dtype}{tuple(value.shape)}".encode())
             sha.update(raw_bytes(value))
+        elif isinstance(value, (np.generic, np.ndarray)):
+            sha.update(f"array {value.dtype.str}{value.shape}".encode() + value.tobytes())
         else:
             sha.update(f"{type(value).__name__} {value!r}".encode())
 
@@ -68,78 +92,113 @@ def load(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            content = load_safetensors(path)
-        else:
-            refuse_compressed(path)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about formats: the content decides
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        refuse_inflated(content, path)
+        with open_regular(path) as file:
+            content = read_content(file, path)
+            refuse_inflated(content, file_size(file))
         sealed = content.pop(SEAL, None) if isinstance(content, dict) else None
         changed = sealed is not None and sealed != content_digest(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "check the path") from None
     except (UsageError, CheckpointError):
         raise
+    except RefusedContentError as error:
+        raise CheckpointError(f"{path}: {error}", EXPORT) from error
     except Exception as error:  # a broken file can make the unpickler raise anything
         raise CheckpointError(*diagnose(path, error)) from error
     if changed:
         raise CheckpointError(
-            f"{path}: its content has changed since its SHA-256 was taken",
-            "copy it again from where it came from",
+            f"{path}: its content has changed since its SHA-256 was taken", COPY_AGAIN
         )
     return content
 
 
-def refuse_compressed(path: Path) -> None:
-    """Raise CheckpointError for a compressed archive, which may unpack to any size.
+def file_size(file: IO[bytes]) -> int:
+    return os.fstat(file.fileno()).st_size
 
-    torch.save does not compress.
+
+def read_content(file: IO[bytes], path: Path) -> Any:
+    """Read what a file holds. Raises RefusedContentError, and others for a damaged file."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(file, path)
+    if file.read(len(ZIP)) == ZIP:
+        check_archive(file)
+        file.seek(0)
+        reader = torch._C.PyTorchFileReader(file)  # the one by which torch.load reads
+        check_pickle(io.BytesIO(reader.get_record("data.pkl")))
+    else:
+        file.seek(0)
+        pickles = io.BytesIO(file.read(MOST_PICKLED))
+        for _ in range(OLD_FORMAT):
+            check_pickle(pickles)
+    file.seek(0)
+    with LOADING, warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY):
+        warnings.simplefilter("ignore")  # about formats: the content decides
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def check_archive(file: IO[bytes]) -> None:
+    """Raise RefusedContentError for an archive that would become larger than its file.
+
+    Raises BadZipFile if its directory is not at its end: readers could find different ones.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > path.stat().st_size + SLACK:
-            raise CheckpointError(
-                f"{path}: its {path.stat().st_size:,} bytes would become {unpacked:,}",
-                "needed: a file by torch.save, which compresses nothing",
-            )
+    size = file_size(file)
+    file.seek(max(size - 98, 0))
+    # By the ZIP format: a record of 64 bits (56 bytes), its locator (20), and the old record (22).
+    tail = file.read().rjust(98)
+    place, length, offset = size - 22, *struct.unpack("<LL", tail[88:96])
+    at_end = tail[76:80] == b"PK\x05\x06" and tail[96:] == b"\0\0"  # no comment
+    if tail[56:60] == b"PK\x06\x07":
+        place, length, offset = size - 98, *struct.unpack("<QQ", tail[40:56])
+        at_end &= tail[:4] == b"PK\x06\x06" and struct.unpack("<Q", tail[64:72]) == (place,)
+    if not at_end or offset + length != place:
+        raise zipfile.BadZipFile("its directory is not at its end")
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise RefusedContentError("a TorchScript program, not weights")
+    if (unpacked := sum(entry.file_size for entry in entries)) > size:
+        raise RefusedContentError(f"its {size:,} bytes would become {unpacked:,}")
+    if any(e.file_size > MOST_PICKLED for e in entries if e.filename.lower().endswith(".pkl")):
+        raise RefusedContentError(f"holds more than {MOST_PICKLED:,} bytes beside its tensors")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise RefusedContentError("compressed, which torch.save does not do")
 
 
-def refuse_inflated(content: Any, path: Path) -> None:
-    """Raise CheckpointError for a content that is larger than its file.
+def refuse_inflated(content: Any, size: int) -> None:
+    """Raise RefusedContentError for values that are not plain, or claim more than `size` bytes.
 
-    It may hold itself, the same part many times, or tensors that repeat their bytes.
+    Tensors may share all of their bytes, but not a part.
     """
-    pending = [content]
-    for _ in range(MOST_VALUES):
-        if not pending:
-            return
+    pending, claimed = [content], dict[Any, int]()
+    while pending:  # it ends: check_pickle has bounded the number of values
         value = pending.pop()
         if isinstance(value, Mapping):
             pending += [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple, set)):
             pending += value
-        elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
-            claimed = value.numel() * value.element_size()
-            if claimed > value.untyped_storage().nbytes() and claimed > SLACK:
-                raise CheckpointError(
-                    f"{path}: a tensor of {tuple(value.shape)} repeats the bytes that it has",
-                    "where you trust it, save a .clone() of it",
-                )
-    raise CheckpointError(
-        f"{path}: holds more than {MOST_VALUES:,} values, or holds itself", "needed: weights"
-    )
+        elif isinstance(value, Tensor):
+            if value.layout == torch.strided and not value.is_meta:
+                view = (value.data_ptr(), value.shape, value.stride())
+                claimed[view] = value.numel() * value.element_size()
+        elif isinstance(value, (np.generic, np.ndarray)) and value.dtype.kind in "biufcSU":
+            claimed[id(value)] = value.nbytes
+        elif not isinstance(value, PLAIN):
+            raise RefusedContentError(f"holds {type(value).__name__}, not tensors and plain values")
+    if (total := sum(claimed.values())) > size + SLACK:
+        raise RefusedContentError(f"repeats the bytes of its tensors: {size:,} become {total:,}")
 
 
-def load_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Tensor]:
     """Read a file of the format safetensors. Raises UsageError if its library is missing."""
     try:
         from safetensors.torch import load_file
     except ImportError as error:
         raise UsageError(f"{path}: {error}", "pip install safetensors") from error
-    tensors: dict[str, Tensor] = load_file(path)
+    length = int.from_bytes(file.read(8), "little")
+    if length > file_size(file) or file.read(1) != b"{":  # before the whole is read
+        raise ValueError("its header is not there")
+    opened = Path(f"/dev/fd/{file.fileno()}")  # the file that was looked at; not on Windows
+    tensors: dict[str, Tensor] = load_file(opened if opened.exists() else path)
     return tensors
 
 
@@ -149,11 +208,7 @@ def diagnose(path: Path, error: Exception) -> tuple[str, str]:
     # EINVAL does not come from the disk: a damaged archive made the reader seek before its start.
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return f"{path}: {error.strerror or error}", "needed: a file of weights, or a run"
-    if "TorchScript" in str(error):
-        return f"{path}: a TorchScript program, not weights", EXPORT
-    if kinds := re.findall(r"GLOBAL (\S+)", str(error)):
-        return f"{path}: refused, it would run code or build objects ({kinds[0]})", EXPORT
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(64)
     if not head:
         return f"{path}: the file is empty", again

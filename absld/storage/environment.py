@@ -1,4 +1,4 @@
-"""The environment of a run: command, versions, device, commit."""
+"""The environment of a run: command, versions, device, commit; and environment.json."""
 
 import datetime
 import importlib.metadata
@@ -7,16 +7,36 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from absld.storage.json_files import read_json
+from absld.text import printable
+
 PACKAGES = ("torch", "torchvision", "scikit-learn", "numpy")
+SESSIONS = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {
+            "inputs": {"type": "object", "additionalProperties": {"type": "string"}},
+            "teacher_sha256": {"type": "string"},
+            "class_counts": {
+                "type": "object",
+                "additionalProperties": {"type": "array", "items": {"type": "integer"}},
+            },
+        },
+    },
+}
 
 
 def environment(device: torch.device) -> dict[str, object]:
     """Return the environment as plain values, for environment.json."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": printable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "absld": version("absld"),
         "commit": commit(),
@@ -74,3 +94,12 @@ def commit(package: Path = Path(__file__).parents[1]) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changes else "")
+
+
+def read_sessions(folder: Path) -> list[dict[str, Any]]:
+    """Read environment.json: an entry for each time that the run was started or resumed."""
+    path = folder / "environment.json"
+    if not path.exists() and not (folder / "config.toml").exists():
+        return []
+    sessions: list[dict[str, Any]] = read_json(path, SESSIONS)
+    return sessions

@@ -10,6 +10,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from absld.storage.opening import irregular
+
 
 def digest(state: Mapping[str, Tensor]) -> str:
     """Compute the SHA-256 of a state dict: sorted names, each with dtype, shape and raw bytes."""
@@ -33,10 +35,14 @@ def key_of(settings: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file to write, which gets the name `path` once it is whole and on the disk."""
-    # The same name every time, so that the file of a killed process is overwritten.
+    # The same name every time, so that the file of a killed process is replaced.
     temporary = path.with_name(f".{path.name}.partial")
+    for name in (path, temporary):
+        if name.is_dir() and not name.is_symlink():
+            raise irregular(name, "wb")
+    temporary.unlink(missing_ok=True)  # it may be a link: the name goes, not the file behind it
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # never through a link
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -54,4 +60,5 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as file:
-        file.write(text.encode())
+        # A text may name a path with bytes that are not UTF-8, and is not to be lost for that.
+        file.write(text.encode(errors="backslashreplace"))

@@ -12,7 +12,24 @@ from filelock import FileLock, Timeout
 from absld.errors import CheckpointError, Interrupted
 from absld.storage.checkpoint import save
 from absld.storage.files import write_text
+from absld.storage.json_files import parse_json
+from absld.storage.opening import COPY_AGAIN, open_regular, read_of_run, refuse_links
 
+MOST_RECORDS = 2**28  # bytes of metrics.jsonl: a thousand epochs of a thousand classes
+RECORD = {
+    "type": "object",
+    "required": ["epoch"],
+    "properties": {
+        "epoch": {"type": "integer", "minimum": 1},
+        "is_best": {"type": "boolean"},
+        "seconds": {"type": "number", "minimum": 0},
+    },
+    # Metrics, and lists of one value for each class.
+    "additionalProperties": {
+        "type": ["number", "null", "array"],
+        "items": {"type": ["number", "null"]},
+    },
+}
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -23,21 +40,27 @@ class RunDirectory:
     ended. The lock of a process that was killed is free.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, root: Path | None = None) -> None:
+        """Name the directory.
+
+        root: a folder above it that the user gave; below it, no folder may be a link.
+        """
+        self.path, self.root = Path(path), root
         self.best, self.last = self.path / "best.pt", self.path / "last.pt"
         self.metrics = self.path / "metrics.jsonl"
         self._lock = FileLock(self.path / ".lock", timeout=0)
 
-    def __enter__(self) -> "RunDirectory":
+    def lock(self) -> bool:
+        """Lock the directory; return False if another process has. Locks of one process nest."""
+        if self.root:
+            refuse_links(self.path, self.root)
         self.path.mkdir(parents=True, exist_ok=True)
+        if not self._lock.is_locked:
+            open_regular(self.path / ".lock", "ab").close()  # the library may write through links
         try:
             self._lock.acquire()
         except Timeout:
-            raise CheckpointError(
-                f"{self.path}: another process is at work in this run",
-                "wait for it, or give another --out",
-            ) from None
+            return False
         except (NotImplementedError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
@@ -45,6 +68,18 @@ class RunDirectory:
                 f"{self.path}: its file system has no file locks ({error})",
                 "give an --out on another file system",
             ) from error
+        return True
+
+    def unlock(self) -> None:
+        """Undo a `lock`."""
+        self._lock.release()
+
+    def __enter__(self) -> "RunDirectory":
+        if not self.lock():
+            raise CheckpointError(
+                f"{self.path}: another process is at work in this run",
+                "wait for it, or give another --out",
+            )
         self.set_status("running")
         return self
 
@@ -60,14 +95,14 @@ class RunDirectory:
             if error is None:
                 raise
         finally:
-            self._lock.release()
+            self.unlock()
 
     def exists(self) -> bool:
         """Return whether a run was started here."""
         return (self.path / "STATUS").exists()
 
     def status(self) -> str:
-        return (self.path / "STATUS").read_text().strip()
+        return read_of_run(self.path / "STATUS").decode(errors="replace").strip()
 
     def set_status(self, status: str) -> None:
         self.write("STATUS", status + "\n")
@@ -80,8 +115,8 @@ class RunDirectory:
 
     def append_record(self, record: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl; it is on the disk when this returns."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with open_regular(self.metrics, "ab") as file:
+            file.write((json.dumps(record) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -92,15 +127,11 @@ class RunDirectory:
         """
         if not self.metrics.exists():
             return []
-        *whole, _ = self.metrics.read_bytes().split(b"\n")
+        *whole, _ = read_of_run(self.metrics, MOST_RECORDS).split(b"\n")
         try:
-            records: list[dict[str, Any]] = [json.loads(line) for line in whole]
-            _ = [(record["epoch"], record.get("seconds")) for record in records]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.metrics}: damaged ({error})", "copy the run again from where it came from"
-            ) from error
-        return records
+            return [parse_json(line, RECORD) for line in whole]
+        except ValueError as error:
+            raise CheckpointError(f"{self.metrics}: damaged ({error})", COPY_AGAIN) from error
 
     def drop_records_after(self, epochs: int) -> None:
         """Drop the records of later epochs, which the checkpoint does not contain."""
@@ -110,6 +141,12 @@ class RunDirectory:
 
 class ReadOnlyRunDirectory(RunDirectory):
     """A run directory in a process that leaves the lock and all writing to another one."""
+
+    def lock(self) -> bool:
+        return True
+
+    def unlock(self) -> None:
+        pass
 
     def __enter__(self) -> "ReadOnlyRunDirectory":
         return self

@@ -1,10 +1,14 @@
 """The checkpoints of a training in its run directory, and which training they belong to."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from absld.errors import CheckpointError
 from absld.storage.checkpoint import load
+from absld.storage.opening import COPY_AGAIN
 from absld.storage.run_directory import RunDirectory
 
 
@@ -48,7 +52,7 @@ class TrainingCheckpoint:
         self.run.path.mkdir(parents=True, exist_ok=True)
         if not self.run.last.exists():
             return None
-        state: dict[str, Any] = load(self.run.last)
+        state = load_of_program(self.run.last, "identity")
         if differences := compare_settings(state["identity"], self.identity):
             raise CheckpointError(
                 f"{self.run.path} holds another training: {'; '.join(differences)}",
@@ -56,11 +60,30 @@ class TrainingCheckpoint:
             )
         return state
 
-    def load_best(self, epochs: int) -> dict[str, Any]:
-        """Read the best weights of `epochs` finished epochs, and drop the records of later ones."""
+    def load_best(self, epochs: int, student: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Read the best weights of `epochs` finished epochs, and drop the records of later ones.
+
+        student: its weights, of whose names and shapes they are.
+        """
         self.run.drop_records_after(epochs)
-        weights: dict[str, Any] = load(self.run.best)["model"] if epochs else {}
-        return weights
+        if not epochs:
+            return {}
+        best: dict[str, Any] = load_of_program(self.run.best, "model")["model"]
+        if shapes(best) != shapes(student):
+            raise CheckpointError(f"{self.run.best}: is of another network", COPY_AGAIN)
+        return best
+
+
+def shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
+
+
+def load_of_program(path: Path, name: str) -> dict[str, Any]:
+    """Load a checkpoint that a training has written. Raises CheckpointError if `name` is missing."""
+    content = load(path)
+    if not isinstance(content, dict) or not isinstance(content.get(name), dict):
+        raise CheckpointError(f"{path}: not a checkpoint of a training by absld", COPY_AGAIN)
+    return content
 
 
 def compare_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

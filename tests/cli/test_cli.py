@@ -23,6 +23,7 @@ import torch
 from helpers.image_files import make_folder
 from helpers.processes import processes
 from helpers.program import QUICK, digests, few_digits, load_few, main, refused, the_run
+from rich.console import Console
 from rich.live import Live
 
 import absld
@@ -30,8 +31,10 @@ import absld.runs.training_run
 import absld.stepper
 from absld.cli import app as cli
 from absld.cli.options import format_value
+from absld.cli.printing import say, standard_streams
 from absld.cli.signals import StopRequest
 from absld.cli.training_view import temperature_table
+from absld.cli.view import progress_row
 from absld.config.recipes import RECIPES
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
@@ -41,6 +44,7 @@ from absld.models.architectures import build_model
 from absld.progress import EpochReport
 from absld.storage.checkpoint import load, save
 from absld.storage.files import digest
+from absld.storage.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("few_digits_in_an_empty_folder")
 SOURCE = str(Path(absld.__file__).parents[1])
@@ -228,7 +232,7 @@ USAGE = [
     ["--epochs"], ["--dataset", "imagenet"], ["--student", "vgg"], ["--teacher-model", "vgg"],
     ["--fidelity", "free"], ["--epoch", "3"], ["--no-such-flag"], ["more"], ["--max-steps", "0"],
     ["--milestones", "2"], ["--milestones", "a,b"], ["--recipe", "none.toml"], ["--recipe", "."],
-    ["--device", "cuda:99"], ["--device", "toaster"], ["--device", "meta"], ["--resume"],
+    ["--device", "cuda:99"], ["--device", "toaster"], ["--device", "meta"],
     ["--student", "no.such:network"], ["--teacher-model", "no.such:network"],
 ]  # fmt: skip
 
@@ -361,7 +365,7 @@ def test_the_run_of_a_factory_teaches_with_that_factory(capfd):
     assert train("--teacher", run, "--teacher-model", f"{module}:plain") == 0
     assert digests(capfd.readouterr().out)["teacher"] == first
     flags = ["train", *QUICK, "--seed", 2, "--student", run]
-    refused(capfd, 4, f"{module}:plain", "package.module:factory", *flags)
+    refused(capfd, 4, f"{module}:plain", "--model", *flags)
 
 
 # --- A run ---
@@ -571,14 +575,18 @@ def signal_at_step(monkeypatch, number, step):
     monkeypatch.setattr("absld.stepper.train_step", signalled)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+STOPPING = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+
+
+@pytest.mark.parametrize("name", STOPPING)
 def test_a_signal_saves_the_step_and_names_the_command_to_continue(
-    number, code, teacher, capfd, monkeypatch
+    name, teacher, capfd, monkeypatch
 ):
+    number = getattr(signal, name)
     flags = ["--epochs", "4", "--max-steps", "2", "--teacher", teacher]
     with monkeypatch.context() as patch:
         signal_at_step(patch, number, 5)
-        assert train(*flags) == code
+        assert train(*flags) == 128 + number
     command = shlex.join(["absld", "train", *QUICK, *flags, "--resume"])
     assert capfd.readouterr().err.splitlines() == [
         "stopping after this step; a second signal stops at once",
@@ -591,6 +599,59 @@ def test_a_signal_saves_the_step_and_names_the_command_to_continue(
     assert train(*flags, "--out", "whole") == 0
     assert digests(capfd.readouterr().out) == resumed
     assert records(the_run()) == records(the_run(out="whole"))
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_a_signal_that_was_ignored_stays_ignored(name, monkeypatch):
+    """As SIGHUP by nohup."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            stop.training = True
+            os.kill(os.getpid(), number)
+            stop.check()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPIPE"])
+def test_signals_that_come_repeatedly_do_not_end_the_step(name):
+    """A shell and the kernel both send SIGHUP; the kernel sends SIGXCPU every second."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with StopRequest() as stop:
+            stop.training = True
+            for _ in range(3):
+                os.kill(os.getpid(), number)
+            with pytest.raises(Interrupted, match=f"signal {int(number)}$"):
+                stop.check()
+    finally:
+        signal.signal(number, before)
+
+
+def test_signals_that_a_platform_lacks_are_left_out(monkeypatch):
+    """Windows has only the first two."""
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPIPE"):
+        monkeypatch.delattr(signal, name)
+    with StopRequest(ignore_pipes=True) as stop:
+        assert stop.before.keys() == {signal.SIGINT, signal.SIGTERM}
+        stop.training = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+
+
+def test_a_signal_after_the_terminal_is_gone_is_kept(monkeypatch):
+    with open("gone", "w") as gone:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), gone.fileno())
+        monkeypatch.setattr(sys, "stderr", gone)
+        with StopRequest() as stop:
+            stop.training = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == signal.SIGHUP
+        os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())
 
 
 def test_a_second_signal_stops_at_once():
@@ -611,8 +672,14 @@ def test_a_second_signal_stops_at_once():
         assert stop.received == signal.SIGINT
 
 
-def test_resume_without_a_run_is_refused(capfd):
-    refused(capfd, 2, "nothing to resume in runs", "--resume", "train", *QUICK, "--resume")
+def test_resume_begins_a_run_that_is_not_there_yet(teacher, capfd):
+    """So a loop that restarts a job has one command."""
+    assert train("--teacher", teacher, "--resume") == 0
+    first = capfd.readouterr().out
+    assert "--resume: there is no run with these settings in runs, so a new one begins\n" in first
+    assert train("--teacher", teacher, "--resume") == 0
+    again = capfd.readouterr().out
+    assert "a new one begins" not in again and digests(again) == digests(first)
 
 
 @pytest.mark.parametrize(
@@ -624,23 +691,65 @@ def test_resume_without_a_run_is_refused(capfd):
         (["--epochs", 2], "epochs is 1 in the run, 2 now"),
     ],
 )
-def test_resuming_with_other_settings_is_refused(flags, difference, teacher, capfd):
+def test_a_run_begun_by_resume_is_told_apart_from_the_nearest(flags, difference, teacher, capfd):
     assert train("--teacher", teacher) == 0
-    capfd.readouterr()
-    flags = ["train", *QUICK, "--teacher", teacher, "--resume", *flags]
-    refused(capfd, 2, f"{the_run()} {difference}", "give the settings of that run", *flags)
+    other = the_run()
+    assert train("--teacher", teacher, "--resume", *flags) == 0
+    text = capfd.readouterr().out
+    assert f"so a new one begins; in {other} {difference}" in text
+    assert len(list(Path("runs").glob("digits-absld-*"))) == 2
+    note = next(line for line in text.splitlines() if "a new one begins" in line)
+    run = next(run for run in Path("runs").glob("digits-absld-*") if run != other)
+    assert note in json.loads((run / "environment.json").read_text())[0]["notes"]
 
 
-def test_resuming_with_other_images_or_another_teacher_is_refused(teacher, capfd, monkeypatch):
+def test_resuming_with_other_images_or_another_teacher_begins_another_run(
+    teacher, capfd, monkeypatch
+):
     shutil.copy(teacher, "teacher.pt")
-    assert train("--teacher", "teacher.pt") == 0
-    capfd.readouterr()
-    flags = ["train", *QUICK, "--teacher", "teacher.pt", "--resume"]
+    flags = ["--teacher", "teacher.pt", "--resume"]
+    assert train(*flags) == 0
     save({"model": build_model("convnet", 10, "another").state_dict()}, Path("teacher.pt"))
-    refused(capfd, 2, "teacher_weights is '", "give the settings of that run", *flags)
+    assert train(*flags) == 0
+    assert "teacher_weights is '" in capfd.readouterr().out
     other = few_digits()._replace(train=few_digits().test)
     monkeypatch.setattr(absld.runs.training_run, "load_data", lambda *given: other)
-    refused(capfd, 2, "train_images is '", "give the settings of that run", *flags)
+    assert train(*flags) == 0
+    assert "train_images is '" in capfd.readouterr().out
+    assert len(list(Path("runs").glob("digits-absld-*"))) == 3
+
+
+@pytest.mark.parametrize("name", ["config.toml", "environment.json"])
+def test_a_damaged_run_beside_it_does_not_keep_a_run_from_beginning(name, teacher, capfd):
+    assert train("--teacher", teacher) == 0
+    (the_run() / name).write_text("{")
+    assert train("--teacher", teacher, "--resume", "--seed", 1) == 0
+    assert "so a new one begins\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["absld", "teacher"])
+@pytest.mark.parametrize(
+    ("name", "before", "change"),
+    [("processes", 2, "processes: 2, now 1"), ("torch", "2.0", "torch: 2.0, now 2."),
+     ("threads", 64, "threads: 64, now 1")],
+)  # fmt: skip
+def test_a_run_resumed_under_other_conditions_says_so(
+    name, before, change, kind, capfd, monkeypatch
+):
+    flags = ["--epochs", "2", "--teacher-epochs", "2", "--max-steps", "1"]
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, signal.SIGTERM, 4 if kind == "absld" else 2)
+        assert train(*flags) == 143
+    path = the_run(kind) / "environment.json"
+    (session,) = json.loads(path.read_text())
+    path.write_text(json.dumps([session | {name: before}]))
+    capfd.readouterr()
+    assert train(*flags, "--resume") == 0
+    text = capfd.readouterr().out
+    assert f"computed otherwise before ({change}" in text
+    assert text.count("computed otherwise") == 1
+    assert train(*flags, "--resume") == 0
+    assert "computed otherwise" not in capfd.readouterr().out  # it is finished
 
 
 # --- The terminal ---
@@ -686,10 +795,15 @@ def child(flags, folder, out, err, environment, slow):
     os.chdir(folder)
     os.environ.update(environment)
     for number, path in ((1, out), (2, err)):
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY)
-        os.dup2(opened, number)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
+        if path:
+            opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY)
+            os.dup2(opened, number)
+            os.close(opened)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False) if out else None  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False) if err else None  # noqa: SIM115
+    for number, path in ((1, out), (2, err)):
+        if not path:
+            os.close(number)
     torch.set_num_threads(1)
     absld.runs.training_run.load_data = load_few
     if slow:
@@ -787,6 +901,45 @@ def test_an_interrupted_teacher_continues(capfd, start):
 
 
 @pytest.mark.slow
+def test_a_run_waits_for_its_teacher_and_takes_over_if_the_other_is_killed(capfd, start):
+    flags = ["train", *QUICK, "--teacher-epochs", "2"]
+    first = start(*flags, slow=True)
+    until(lambda: list(Path("runs").glob("digits-teacher-*/last.pt")))
+    second = start(*flags, "--method", "rslad", out="out2")
+    third = start(*flags, "--method", "ard", out="out3")
+    wait = "waiting for another process, which trains runs/digits-teacher-"
+    until(lambda: wait in text_of("out2") and wait in text_of("out3"))
+    os.kill(third.pid, signal.SIGINT)
+    assert ended(third, 10) == 130
+    assert second.is_alive() and text_of("out2").count("waiting") == 1
+    first.kill()
+    assert ended(second) == 0
+    assert len(digests(text_of("out2"))) == 2
+    assert main(*flags, "--resume") == 0
+    assert digests(capfd.readouterr().out)["teacher"] == digests(text_of("out2"))["teacher"]
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_teacher_that_another_process_finishes_meanwhile_is_used(command, capfd, monkeypatch):
+    """Said also by compare, which prints no other notes of its runs."""
+    lock = RunDirectory.lock
+
+    def busy_at_first(self):
+        if "-teacher-" not in self.path.name:
+            return lock(self)
+        monkeypatch.setattr(RunDirectory, "lock", lock)
+        assert train("--method", "trades") == train("--method", "rslad") == 0
+        return False
+
+    monkeypatch.setattr(RunDirectory, "lock", busy_at_first)
+    flags = ["--methods", "ard,adaad", "--attacks", "clean"] if command == "compare" else []
+    assert main(command, *QUICK, *flags) == 0
+    text = capfd.readouterr().out
+    assert text.count(f"waiting for another process, which trains {the_run('teacher')}\n") == 1
+    assert text.count("teacher by trades") == 1
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once_and_a_second_process_is_refused(teacher, capfd, start):
     """In one test, for both need a process that hangs in a step."""
     flags = [*LONGER, "--teacher", teacher]
@@ -806,12 +959,102 @@ def test_a_second_signal_ends_it_at_once_and_a_second_process_is_refused(teacher
 
 
 @pytest.mark.slow
-def test_output_into_head_is_quiet(teacher, start):
+def test_output_into_head_is_quiet_and_ends_the_run_with_its_step_saved(teacher, start):
     os.mkfifo("pipe")
     process = start(*LONGER, "--teacher", teacher, out="pipe")
     with open("pipe") as pipe:
         assert pipe.readline().startswith("seed 0")
-    assert ended(process) != 0 and text_of("err") == ""
+        until(lambda: list(Path("runs").glob("digits-absld-*/best.pt")))
+    assert ended(process) == 128 + signal.SIGPIPE and text_of("err") == ""
+    assert (the_run() / "STATUS").read_text() == "interrupted\n"
+
+
+@pytest.mark.slow
+def test_progress_that_nobody_reads_does_not_end_a_run_with_json(teacher, start):
+    os.mkfifo("pipe")
+    process = start(*LONGER, "--teacher", teacher, "--json", err="pipe")
+    with open("pipe") as pipe:
+        assert pipe.readline().startswith("seed 0")
+    process.join(60)
+    assert process.exitcode == 0
+    assert strict_json(text_of("out"))["run"] == str(the_run())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["out", "err", "both"])
+def test_streams_that_are_closed_lose_no_result(closed, teacher, start, tmp_path):
+    """A file that got the number of stderr would take what libraries in C print there."""
+    streams = {"out": {"out": None}, "err": {"err": None}, "both": {"out": None, "err": None}}
+    process = start("train", *QUICK, "--teacher", teacher, "--json", **streams[closed])
+    process.join(60)
+    assert process.exitcode == 0, text_of("err")
+    result = json.loads((the_run() / "result.json").read_text())
+    if closed == "err":
+        assert strict_json(text_of("out")).items() >= result.items()
+    if closed == "out":
+        assert "student by absld" in text_of("err")
+    assert digest(load(the_run() / "best.pt")["model"]) == result["student_sha256"]
+
+
+def write_to_all_streams_in(folder):
+    """Close the standard streams of this child process; exit with 0 if a file stays empty."""
+    os.chdir(folder)
+    for number in range(3):
+        os.close(number)
+    sys.stdin = sys.stdout = sys.stderr = None
+    with standard_streams(), open("file", "wb") as file:
+        number = file.fileno()
+        subprocess.run(["sh", "-c", "read line; echo out; echo err >&2"])
+        os.write(2, b"from a library")
+        print("from Python", file=sys.stderr)
+    os._exit(0 if number > 2 and Path("file").read_bytes() == b"" else 1)
+
+
+def test_a_file_never_gets_the_number_of_a_closed_stream():
+    process = processes.Process(target=write_to_all_streams_in, args=(os.getcwd(),))
+    process.start()
+    assert ended(process) == 0
+
+
+def test_a_letter_that_stdout_lacks_is_escaped(monkeypatch):
+    with open("latin", "w", encoding="latin-1") as latin:
+        monkeypatch.setattr(sys, "stdout", latin)
+        with standard_streams():
+            say("été 日本", sys.stdout)
+    assert Path("latin").read_text(encoding="latin-1") == "été \\u65e5\\u672c\n"
+
+
+def test_what_cannot_be_written_in_the_end_is_dropped(monkeypatch):
+    """Otherwise Python would end with exit code 120."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with standard_streams():
+            full.write("a result")
+        full.flush()
+
+
+def test_json_on_a_full_disk_is_an_error(teacher, capfd, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert train("--teacher", teacher, "--json") == 1
+    assert "No space left on device" in capfd.readouterr().err
+    assert (the_run() / "result.json").exists()
+
+
+def test_json_is_all_of_stdout_whatever_a_network_prints(capfd):
+    """Python, a child process, and a library that writes to file 1."""
+    prints = "import os\nprint('py')\nos.system('echo child')\nos.write(1, b'lib\\n')\n"
+    module = module_of(prints + NETWORKS)
+    assert train("--method", "trades", "--student", f"{module}:plain", "--json") == 0
+    printed = capfd.readouterr()
+    assert strict_json(printed.out)["classes"] == list("0123456789")
+    assert {"py", "child", "lib"} <= set(printed.err.splitlines())
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_training(teacher, capfd, monkeypatch):
+    monkeypatch.setattr("absld.cli.view.say", failing(OSError(5, "Input/output error")))
+    assert train("--teacher", teacher) == 0
+    assert len(digests(capfd.readouterr().out)) == 2
 
 
 @pytest.mark.slow
@@ -867,3 +1110,70 @@ def test_json_is_ascii_so_any_terminal_can_print_it(tmp_path, capfd):
     assert train(*flags, "--student", "convnet", "--teacher-model", "convnet") == 0
     output = capfd.readouterr().out
     assert output.isascii() and json.loads(output)["classes"] == ["café", "x😀"]
+
+
+# --- Texts from outside ---
+
+HOSTILE = ("a\x1b[31m", "b\nb", "c\u202ed", "e\u2066", ":cat:", "[red]")
+SHOWN = (r"a\x1b[31m", r"b\nb", r"c\u202ed", r"e\u2066", ":cat:", "[red]")
+
+
+def no_control(text):
+    return all(letter.isprintable() or letter in "\n\N{NBSP}" for letter in text)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_hostile_names_are_escaped_by_every_command(live, tmp_path, capfd, monkeypatch):
+    """Also where the live region would take them for markup or an emoji."""
+    data = make_folder(tmp_path / "da\x1bta", HOSTILE, train=8)
+    if live:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("COLUMNS", "150")
+        monkeypatch.setattr(Live, "update", functools.partialmethod(Live.update, refresh=True))
+    folder = ["--dataset", "folder", "--data", data, "--image-size", "8"]
+    flags = [*folder, "--student", "convnet", "--teacher-model", "convnet", "--out", "o\x1but"]
+    assert train(*flags, "--batch-size", 8, "--attack-steps", 1) == 0
+    (run,) = Path("o\x1but").glob("folder-absld-*")
+    assert main("evaluate", run, "--attacks", "fgsm", "--no-checks", "--device", "cpu") == 0
+    main("teacher", "check", run, "--device", "cpu")
+    assert main("report", run) == 0
+    (data / "test" / HOSTILE[0] / "bad\x1b.png").write_text("no image")
+    assert main("evaluate", run, "--attacks", "clean", "--device", "cpu") == 3
+    printed = capfd.readouterr()
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", printed.out).replace("\r", "\n")
+    assert no_control(plain) and no_control(printed.err)
+    for name in SHOWN:
+        assert plain.count(f"\n{name} ") >= 3, name
+    assert r"o\x1but" in plain and r"bad\x1b.png" in printed.err
+
+
+def test_a_live_row_shows_markup_as_text():
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(progress_row("[/] [red]x :cat:", 1, 2, "a\x1b[0m"))
+    assert "[/] [red]x :cat:" in capture.get() and r"a\x1b[0m" in capture.get()
+
+
+@pytest.mark.parametrize("flag", ["--data", "--out", "--teacher"])
+def test_a_path_of_other_bytes_than_utf_8_is_refused_before_a_run_begins(flag, capfd):
+    refused(capfd, 2, r"takes a text, not 'im\udcff'", "", "train", *QUICK, flag, "im\udcff")
+    assert not list(Path().glob("runs/*"))
+
+
+def test_an_evaluation_of_a_path_of_other_bytes_than_utf_8_is_not_lost(teacher, capfd):
+    """It is refused, or shown and stored with the bytes escaped."""
+    shutil.copy(teacher, "b\udcff.pt")
+    flags = ["evaluate", "b\udcff.pt", "--dataset", "digits", "--attacks", "clean"]
+    assert main(*flags, "--no-checks", "--device", "cpu") == 0
+    (path,) = Path().glob("**/evaluation.json")
+    assert json.loads(path.read_bytes())["network"]["target"] == r"b\udcff.pt"
+    assert main("report", path) == 0
+    page = path.with_name("report.html").read_text(encoding="utf-8")
+    assert r"b\udcff.pt" in page
+
+
+def test_a_traceback_is_escaped(capfd):
+    assert main("--debug", "train", "--recipe", "no\x1bne.toml") == 2
+    text = capfd.readouterr().err
+    assert "Traceback" in text and r"no\x1bne.toml" in text and no_control(text)

@@ -10,7 +10,7 @@ from helpers.small_networks import network
 import absld
 import absld.evaluation.evaluate
 from absld.config.settings import EvaluationConfig
-from absld.data.dataset import ImageSet, Splits
+from absld.data.dataset import ImageSet
 from absld.evaluation import sanity_checks
 from absld.evaluation.attacks import SquareSearch, parse_attack
 from absld.evaluation.evaluate import evaluate
@@ -80,7 +80,7 @@ def test_a_teacher_is_checked(cuda, tmp_path, monkeypatch):
     data = absld.load_data("digits", "")
     images, labels = data.test.images[:40], data.test.labels[:40]
     few = absld.ImageSet(images, labels, data.test.classes)
-    monkeypatch.setattr("absld.evaluation.runner.load_data", lambda *_: Splits(few, few, few))
+    monkeypatch.setattr("absld.evaluation.runner.load_split", lambda *_: few)
     path = tmp_path / "teacher.pt"
     save({"model": absld.build_model("convnet", 10, "teacher").state_dict()}, path)
 

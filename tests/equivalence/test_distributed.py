@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ from absld.engine import distributed as module
 from absld.engine.distributed import (
     SINGLE_PROCESS,
     Distributed,
+    Launch,
     check_devices,
+    find_launch,
     init_distributed,
     parse_device,
 )
@@ -170,23 +173,28 @@ def test_processes_that_would_share_a_gpu_are_refused(
     assert hint in caught.value.hint
 
 
+TORCHRUN_VARIABLES = {
+    **{"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+}
+
+
 @pytest.fixture
 def torchrun(monkeypatch):
     """Stand for torchrun, two GPUs and their processes; return what is called."""
     calls = []
 
-    def record(owner, name, result=None):
-        monkeypatch.setattr(owner, name, lambda *given: calls.append((name, *given)) or result)
+    def record(owner, name):
+        monkeypatch.setattr(
+            owner, name, lambda *given, **named: calls.append((name, *given, *named.values()))
+        )
 
-    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "1"), ("RANK", "5")):
+    for name, value in TORCHRUN_VARIABLES.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(module, "resolve_device", torch.device)
     record(torch.cuda, "set_device")
     record(torch.distributed, "init_process_group")
-    record(torch.distributed, "get_rank", 5)
-    record(torch.distributed, "get_world_size", 6)
     record(torch.distributed, "destroy_process_group")
     return calls
 
@@ -196,7 +204,7 @@ def test_processes_on_gpus_reduce_flags_among_their_cpus(torchrun):
         assert second == Distributed(5, 6, local_rank=1)
     assert torchrun[:2] == [
         ("set_device", torch.device("cuda:1")),
-        ("init_process_group", "cpu:gloo,cuda:nccl"),
+        ("init_process_group", "cpu:gloo,cuda:nccl", 5, 6),
     ]
     assert torchrun[-1] == ("destroy_process_group",)
 
@@ -212,7 +220,7 @@ def test_the_only_process_of_a_machine_keeps_the_gpu_that_it_was_given(torchrun,
 def test_processes_on_cpus_have_one_group(torchrun):
     with init_distributed("cpu"):
         pass
-    assert torchrun[0] == ("init_process_group", "gloo")
+    assert torchrun[0] == ("init_process_group", "gloo", 5, 6)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
@@ -220,6 +228,108 @@ def test_a_device_that_torch_does_not_know_is_refused_before_processes_join(name
     with pytest.raises(UsageError, match=f"--device {name}: "), init_distributed(name):
         pass
     assert torchrun == []
+
+
+# --- Launchers ---
+
+SLURM = {"SLURM_PROCID": "4", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "2"}
+SLURM |= {"SLURM_STEP_TASKS_PER_NODE": "2(x2),3", "SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
+ALONE = Launch(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, ALONE),
+        (TORCHRUN_VARIABLES, Launch(5, 6, 1, 2)),
+        (SLURM | TORCHRUN_VARIABLES, Launch(5, 6, 1, 2)),
+        (SLURM, Launch(4, 7, 1, 3)),
+        (SLURM | {"WORLD_SIZE": "7"}, Launch(4, 7, 1, 3)),
+        (SLURM | {"RANK": "4", "WORLD_SIZE": "7"}, Launch(4, 7, 1, 3)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Launch(1, 2, None, None)),
+        ({name: SLURM[name] for name in SLURM if name != "SLURM_STEP_ID"}, ALONE),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Launch(0, 1, 1, 3)),
+        (SLURM | {"RANK": "0", "WORLD_SIZE": "1"}, Launch(0, 1, 1, 3)),
+        (SLURM | OPEN_MPI, Launch(3, 4, 1, 3)),
+        (
+            OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            Launch(3, 4, 1, 2),
+        ),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+            Launch(1, 2, 1, 2),
+        ),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Launch(1, 2, None, None)),
+        ({"RANK": "3"}, ALONE),
+    ],
+)
+def test_ranks_are_those_that_the_launcher_gave(variables, found):
+    assert find_launch(variables) == found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"RANK": "x"}, {"WORLD_SIZE": ""}, {"RANK": "6"}, {"RANK": "-1"}, {"LOCAL_RANK": "first"},
+        {"RANK": "0", "WORLD_SIZE": "0"}, {"SLURM_STEP_TASKS_PER_NODE": "2(y3)"},
+    ],
+)  # fmt: skip
+def test_ranks_that_cannot_be_are_refused_by_the_name_of_the_variable(changes):
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "SLURM_NODEID": "0"} | changes
+    with pytest.raises(UsageError, match=next(iter(changes))) as caught:
+        find_launch(variables)
+    assert "torchrun --nproc-per-node" in caught.value.hint
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_processes_that_cannot_find_each_other_are_refused(missing, torchrun, monkeypatch):
+    monkeypatch.delenv(missing)
+    cause = f"started as one of 6 processes, without {missing}$"
+    with pytest.raises(UsageError, match=cause) as caught, init_distributed("cpu"):
+        pass
+    assert "torchrun --nproc-per-node 6 -m absld train" in caught.value.hint and not torchrun
+
+
+@pytest.mark.parametrize("missing", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_without_a_rank_on_the_machine_only_cpus_are_shared(missing, torchrun, monkeypatch):
+    monkeypatch.delenv(missing)
+    with pytest.raises(UsageError, match="which GPU is whose"), init_distributed("cuda"):
+        pass
+    assert torchrun == []
+    with init_distributed("cpu") as distributed:
+        assert distributed.rank == 5
+
+
+def test_an_address_that_cannot_be_used_is_named(torchrun, monkeypatch):
+    def refuse(*given, **named):
+        raise torch.distributed.DistNetworkError("Connection refused")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    cause = "6 processes cannot join at 127.0.0.1:29500: Connection refused"
+    with pytest.raises(UsageError, match=cause), init_distributed("cpu"):
+        pass
+
+
+@pytest.mark.slow
+def test_processes_of_srun_compute_what_those_of_torchrun_do(tmp_path, single_thread):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    ours = single_thread | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_NTASKS": "2"}
+    flags = command("--epochs", "2", "--out")
+    children = [
+        subprocess.Popen(
+            [sys.executable, *flags, str(tmp_path / "srun")],
+            env=ours | {"SLURM_PROCID": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [child.communicate(timeout=300)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0] and outputs[1] == ""
+    theirs = launch([*flags, tmp_path / "torchrun"], single_thread)
+    assert digests(theirs.communicate(timeout=300)[0]) == digests(outputs[0]) != []
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

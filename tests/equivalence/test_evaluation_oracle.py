@@ -239,7 +239,7 @@ def test_an_attack_that_raises_leaves_the_network_as_it_was():
         assert not any(parameter.requires_grad for parameter in model.parameters())
         raise Stop
 
-    model = absld.build_model("convnet", C, "test").double().train()
+    model = absld.build_model("convnet", C, "test").train()
     model[1].eval()
     modes = [module.training for module in model.modules()]
     data = absld.ImageSet(draw.images(0, 3), torch.arange(3), NAMES)
@@ -255,7 +255,7 @@ def test_an_attack_that_raises_leaves_the_network_as_it_was():
 
 
 @pytest.mark.parametrize("each", [False, True])
-def test_going_on_is_the_same_with_random_numbers_of_batches_too(each):
+def test_going_on_is_the_same_with_random_numbers_of_batches_too(each, double_precision):
     """A search draws for a whole batch; stopped after every batch there is."""
     model, x = network(), draw.images(1, 14)
     labels = model(x).argmax(1)

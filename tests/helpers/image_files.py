@@ -10,13 +10,13 @@ from PIL import Image
 
 
 def make_folder(root, classes=("cat", "dog"), train=12, test=4, side=10, suffix="png"):
-    """Write DIR/{train,test}/CLASS/NN.png; the first channel holds 200 * the class."""
+    """Write DIR/{train,test}/CLASS/NN.png; the first channel holds 200 * the class, modulo 256."""
     for part, count in (("train", train), ("test", test)):
         for k, name in enumerate(classes):
             (root / part / name).mkdir(parents=True)
             for i in range(count):
                 pixels = np.full((side, side, 3), 8 * i, np.uint8)
-                pixels[:, :, 0] = 200 * k
+                pixels[:, :, 0] = 200 * k % 256
                 Image.fromarray(pixels).save(root / part / name / f"{i:02}.{suffix}")
     return root
 

@@ -29,6 +29,19 @@ def load_few(dataset, folder, image_size):
     return few_digits() if dataset == "digits" else load_data(dataset, folder, image_size)
 
 
+def load_few_split(dataset, folder, image_size, name):
+    """One set of them."""
+    return getattr(load_few(dataset, folder, image_size), name)
+
+
+def use_few_digits(monkeypatch):
+    """Let every command read only a few of the digits."""
+    monkeypatch.setattr("absld.runs.training_run.load_data", load_few)
+    monkeypatch.setattr("absld.runs.comparison.load_data", load_few)
+    for module in ("evaluation.runner", "runs.comparison", "runs.logit_caches"):
+        monkeypatch.setattr(f"absld.{module}.load_split", load_few_split)
+
+
 def main(*flags):
     """The program in this process: its exit code."""
     argv, pipe = sys.argv, signal.getsignal(signal.SIGPIPE)

@@ -3,6 +3,7 @@
 In tests/: torchrun --nproc-per-node 2 -m helpers.two_processes FILE
 """
 
+import contextlib
 import sys
 from dataclasses import replace
 
@@ -16,7 +17,6 @@ from absld.seeding import global_generator
 from helpers.small_training import CONFIG, image_set, train
 
 METHODS = ["absld", "absld-weights", "absld-margins", "trades"]
-DATA = image_set(16, seed=5, dtype=torch.float64), image_set(9, seed=6, dtype=torch.float64)
 
 
 class FrozenNorm(nn.BatchNorm2d):
@@ -36,13 +36,25 @@ def network(key):
     return net.double()
 
 
+@contextlib.contextmanager
+def float64():
+    """Compute in float64, also on images: sets of them have torch's default type."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@float64()
 def results(distributed=SINGLE_PROCESS):
     """Train by each method; return weights, temperatures, losses and accuracies."""
+    data = image_set(16, seed=5, dtype=torch.float64), image_set(9, seed=6, dtype=torch.float64)
     by_method = {}
     for method in METHODS:
         config = replace(CONFIG, method=method, batch_size=8, epochs=4, attack_steps=3)
         student, reports = train(
-            config, network("student"), network("teacher"), DATA, distributed=distributed
+            config, network("student"), network("teacher"), data, distributed=distributed
         )
         by_method[method] = {
             "weights": dict(student.state_dict()),

@@ -1,5 +1,8 @@
 """The laws of projected gradient descent (D2)."""
 
+import inspect
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,6 +76,48 @@ def test_result_is_in_ball_and_box(impl, dtype, seed, epsilon, step_size, steps)
     assert ((x_adv >= x_nat - epsilon) & (x_adv <= x_nat + epsilon)).all()
     if epsilon == 0:
         assert torch.equal(x_adv, x_nat)
+
+
+@given(draw.seeds, st.floats(0, 0.5), st.integers(-1, 0))
+def test_a_start_without_a_step_is_in_ball_and_box(seed, epsilon, steps):
+    x_nat = draw.images(seed)
+    noise = noise_like(x_nat, seed, size=1.0)
+    x_adv = climb(absld, lambda x: x, lambda z: z.sum(), x_nat, noise, epsilon, steps=steps)
+    assert torch.equal(x_adv, absld.project_linf(x_nat + noise, x_nat, epsilon))
+    assert ((x_adv - x_nat).abs() <= epsilon + 1e-9).all() and ((x_adv >= 0) & (x_adv <= 1)).all()
+
+
+NEGATIVE = torch.tensor([0.1, 0.1, -0.1, 0.1], dtype=draw.DTYPE).view(4, 1, 1, 1)
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, -1e-9, float("nan"), NEGATIVE], ids=str)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_negative_radius_is_refused(epsilon, steps):
+    x_nat, labels = draw.images(0), soft_labels(4)
+    noise = torch.zeros_like(x_nat)
+    with pytest.raises(ValueError, match="epsilon must be 0 or more, not"):
+        climb(absld, network(absld), kl(absld, labels), x_nat, noise, epsilon, steps=steps)
+    with pytest.raises(ValueError, match="epsilon must be 0 or more, not"):
+        absld.project_linf(x_nat, x_nat, epsilon)
+    with pytest.raises(ValueError, match="epsilon must be 0 or more, not"):
+        absld.TrainingAttack(epsilon, 0.1, steps)(network(absld), attack.kl(labels), x_nat, noise)
+
+
+def test_radii_and_noise_of_other_shapes_are_refused():
+    """(8,) would be a radius for each column of pixels, (1,3,8,8) the same noise for all images."""
+    x_nat, pgd = draw.images(0), inspect.unwrap(absld.pgd)
+    with pytest.raises(ValueError, match=r"epsilon must be \(4,1,1,1\), not \(8,\)"):
+        inspect.unwrap(attack.check_radius)(torch.full((8,), 0.1), x_nat)
+    with pytest.raises(ValueError, match=r"noise must be \(4,3,8,8\), not \(1, 3, 8, 8\)"):
+        pgd(torch.abs, torch.sum, x_nat, x_nat[:1], epsilon=0.1, step_size=0.1, steps=1)
+    with pytest.raises(ValueError, match=r"labels must be \(4\), not \(1,\)"):
+        inspect.unwrap(attack.margins)(torch.zeros(4, 3), torch.zeros(1).long())
+
+
+def test_radii_on_an_accelerator_are_not_read():
+    """The meta device has no values: whoever asks for one fails."""
+    x, radii = torch.zeros(4, 3, 8, 8, device="meta"), torch.zeros(4, 1, 1, 1, device="meta")
+    assert absld.project_linf(x, x, radii).device.type == "meta"
 
 
 @both
@@ -286,6 +331,87 @@ def test_the_package_attacks_under_no_grad_too():
     expected = climb(absld, *given)
     with torch.no_grad():
         assert torch.equal(climb(absld, *given), expected)
+
+
+def cut(x):
+    return x.detach().flatten(1)[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("mode", "forward"),
+    [
+        (torch.inference_mode, network(absld)),
+        (torch.no_grad, cut),
+        (torch.enable_grad, cut),
+        (torch.enable_grad, lambda x: torch.ones(4, 3, dtype=x.dtype, requires_grad=True)),
+    ],
+    ids=["inference_mode", "cut, no_grad", "cut", "another input"],
+)
+def test_an_attack_without_a_gradient_is_refused_by_name(mode, forward):
+    x_nat, objective = draw.images(0), attack.kl(soft_labels(4))
+    with mode(), pytest.raises(absld.UsageError, match="no gradient reaches the images"):
+        climb(absld, forward, objective, x_nat, torch.zeros_like(x_nat))
+
+
+# --- Threads ---
+
+
+def run_in_threads(function, count=3):
+    """Call function(number) in threads that begin together; return the results."""
+    results, start = [None] * count, threading.Barrier(count)
+
+    def run(number):
+        start.wait()
+        results[number] = function(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return results
+
+
+@pytest.mark.parametrize("wrap", [lambda net, n: net, lambda net, n: nn.Sequential(net)])
+def test_threads_have_a_network_one_after_another(wrap):
+    """Also networks that share a module. It is as before afterwards."""
+    model = mixed()
+    before, inside, most = trace(model), [], []
+
+    def use(number):
+        for _ in range(20):
+            with absld.frozen_eval(wrap(model, number)), absld.frozen_eval(model):
+                inside.append(number)
+                most.append(len(inside))
+                model(draw.images(0))
+                inside.remove(number)
+
+    run_in_threads(use)
+    assert len(most) == 60 and max(most) == 1 and same(trace(model), before)
+
+
+def test_threads_have_different_networks_at_once():
+    met = threading.Barrier(3)
+
+    def use(number):
+        with absld.frozen_eval(mixed(number)):
+            met.wait(30)
+
+    run_in_threads(use)
+    assert not met.broken
+
+
+def test_a_thread_that_fails_leaves_the_network_to_the_others():
+    model = mixed()
+    before = trace(model)
+
+    def use(number):
+        with pytest.raises(ZeroDivisionError), absld.frozen_eval(model):
+            raise ZeroDivisionError
+        return True
+
+    assert run_in_threads(use) == [True] * 3 and same(trace(model), before)
 
 
 @both

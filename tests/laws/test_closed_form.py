@@ -25,7 +25,7 @@ def is_robust(model, data, epsilon):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("epsilon", [0.0, 0.01, 0.05, 0.3])
-def test_every_attack_reaches_the_closed_form_of_two_classes(name, epsilon):
+def test_every_attack_reaches_the_closed_form_of_two_classes(name, epsilon, double_precision):
     model, data = sample(3, 2)
     evaluation = absld.evaluate(model, data, epsilon=epsilon, attacks=name)
     expected = is_robust(model, data, epsilon)
@@ -36,7 +36,9 @@ def test_every_attack_reaches_the_closed_form_of_two_classes(name, epsilon):
 
 @pytest.mark.parametrize("classes", [3, 5])
 @pytest.mark.parametrize("epsilon", [0.01, 0.03, 0.1])
-def test_attacks_together_reach_the_closed_form_of_several_classes(classes, epsilon):
+def test_attacks_together_reach_the_closed_form_of_several_classes(
+    classes, epsilon, double_precision
+):
     """The margin towards another class may be beyond the nearest one: the attacks together."""
     model, data = sample(1, classes)
     evaluation = absld.evaluate(
@@ -69,7 +71,7 @@ def test_autoattack_as_a_whole_reaches_the_closed_form(classes):
     assert torch.equal(evaluation.robust, is_robust(model, data, 0.04))
 
 
-def test_a_search_without_gradients_nearly_reaches_the_closed_form():
+def test_a_search_without_gradients_nearly_reaches_the_closed_form(double_precision):
     model, data = sample(3, 2)
     search = SquareSearch("search", queries=400)
     evaluation = absld.evaluate(model, data, epsilon=0.05, attacks=[search])

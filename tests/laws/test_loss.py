@@ -1,6 +1,7 @@
 """The laws of soft labels and loss (D1, D4)."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from helpers.implementations import both
 from helpers.tolerance import EPS, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
+
+import absld
+from absld import attack
 
 
 def entropy(p):
@@ -99,8 +103,54 @@ def test_a_label_outside_the_classes_is_refused(impl, label):
 @pytest.mark.parametrize("labels", [torch.zeros(2), torch.zeros(2, 1, dtype=torch.long)])
 def test_labels_of_another_type_or_shape_are_refused(impl, labels):
     # unwrap: by the computation itself, without the tests' check of the package's signatures.
-    with pytest.raises((RuntimeError, IndexError)):
+    with pytest.raises((RuntimeError, IndexError, ValueError)):
         inspect.unwrap(impl.soften)(torch.zeros(2, 3), labels, torch.ones(3))
+
+
+# --- Shapes that would be broadcast: the package refuses them, with both shapes ---
+
+LOGITS, SOFT, N_LABELS = torch.zeros(4, 3), torch.full((4, 3), 1 / 3), torch.zeros(4).long()
+shapes = pytest.mark.parametrize("shape", [(3,), (1, 3), (4, 1), (2, 3), (1, 4, 3)], ids=str)
+
+
+@shapes
+@pytest.mark.parametrize("position", range(4))
+def test_a_loss_of_other_shapes_is_refused(position, shape):
+    given = [LOGITS, LOGITS, SOFT, SOFT]
+    given[position] = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"must be \(.*\), not \(") as caught:
+        inspect.unwrap(absld.absld_loss)(*given)
+    assert ",".join(map(str, shape)) in str(caught.value).replace(" ", "")
+
+
+@shapes
+def test_a_divergence_of_other_shapes_is_refused(shape):
+    soft, message = torch.ones(shape), re.escape(f"soft_labels must be (4,3), not {shape}")
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(absld.soft_label_kl)(LOGITS, soft)
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(attack.kl_to)(soft, LOGITS)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(4, 1), torch.ones(1), torch.ones(())])
+def test_factors_of_other_shapes_are_refused(weights):
+    with pytest.raises(ValueError, match=r"weights must be \(4\), not"):
+        inspect.unwrap(absld.soft_label_kl)(LOGITS, SOFT, weights)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "temperature", "message"),
+    [
+        (LOGITS, N_LABELS[:1], torch.ones(3), r"labels must be \(4\), not \(1,\)"),
+        (LOGITS, N_LABELS[:, None], torch.ones(3), r"labels must be \(4\), not \(4, 1\)"),
+        (LOGITS, N_LABELS, torch.ones(5), r"temperature must be \(3\), not \(5,\)"),
+        (LOGITS, N_LABELS, torch.ones(()), r"temperature must be \(3\), not \(\)"),
+        (LOGITS[0], N_LABELS, torch.ones(3), r"teacher_logits must be \(N,C\), not \(3,\)"),
+    ],
+)
+def test_soft_labels_of_other_shapes_are_refused(logits, labels, temperature, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(absld.soften)(logits, labels, temperature)
 
 
 @both

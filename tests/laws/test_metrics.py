@@ -1,5 +1,6 @@
 """The laws of class-wise accuracy and fairness."""
 
+import inspect
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 import absld
 import absld_min
-from absld.metrics import METRICS, class_hits, rho, worst_tenth
+from absld.metrics import METRICS, class_hits, class_sums, present, rho, worst_tenth
 
 accuracies = draw.vectors(0.01, 1)
 
@@ -40,6 +41,32 @@ def test_class_hits_are_counted_and_add_up(pairs, cut):
     assert hits.tolist() == [pairs.count((k, k)) for k in range(5)]
     parts = [class_hits(predicted[i], labels[i], 5) for i in (slice(cut), slice(cut, None))]
     assert torch.equal(parts[0] + parts[1], hits)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(1), torch.zeros(4, 1), torch.zeros(())])
+def test_values_of_other_shapes_than_the_labels_are_refused(wrong):
+    """They would be broadcast: each value would count for every image."""
+    labels = torch.tensor([0, 1, 2, 0])
+    for function in (class_hits, class_sums):
+        with pytest.raises(ValueError, match=r"must be \(4\), not \("):
+            inspect.unwrap(function)(wrong, labels, 3)
+    with pytest.raises(ValueError, match=r"labels must be \(N\), not \(4, 1\)"):
+        inspect.unwrap(class_sums)(torch.zeros(4), labels[:, None], 3)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "message"),
+    [
+        (torch.ones(2, 3), r"class_accuracy must be \(C\), not \(2, 3\)"),
+        (torch.tensor(0.5), r"class_accuracy must be \(C\), not \(\)"),
+        (torch.full((3,), float("nan")), "no class has images"),
+        (torch.ones(0), "no class has images"),
+    ],
+)
+def test_fairness_of_anything_but_class_accuracies_is_refused(accuracy, message):
+    """Of rows in one tensor, all would count as one."""
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(present)(accuracy)
 
 
 def test_the_result_of_fairness_has_named_fields():

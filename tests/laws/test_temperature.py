@@ -1,5 +1,8 @@
 """The laws of class risks and temperatures (D5, D6)."""
 
+import inspect
+
+import pytest
 import torch
 from helpers import oracles
 from helpers import strategies as draw
@@ -168,6 +171,41 @@ def test_steps_from_one_to_the_bounds(impl):
             assert_close(temperature[0], 0.5)
     assert_close(temperature, [0.5, 5.0])
     assert_close(update(impl, temperature, risk), [0.5, 5.0])
+
+
+# --- What the package refuses ---
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "num_classes", "message"),
+    [
+        (torch.zeros(4, 3), torch.zeros(1).long(), 3, r"labels must be \(4\), not \(1,\)"),
+        (torch.zeros(4, 3), torch.zeros(4, 1).long(), 3, r"labels must be \(4\), not \(4, 1\)"),
+        (torch.zeros(4, 3), torch.full((4,), 2), 2, r"logits must be \(N,2\), not \(4, 3\)"),
+        (torch.zeros(3), torch.zeros(1).long(), 3, r"logits must be \(N,3\), not \(3,\)"),
+    ],
+)
+def test_class_risks_of_other_shapes_are_refused(logits, labels, num_classes, message):
+    """Images of a class beyond num_classes would not be counted."""
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(absld.class_risk_sums)(logits, labels, num_classes)
+
+
+@pytest.mark.parametrize(
+    ("risk", "settings", "message"),
+    [
+        (torch.ones(1), {}, r"class_risk must be \(3\), not \(1,\)"),
+        (torch.ones(2, 3), {}, r"class_risk must be \(3\), not \(2, 3\)"),
+        (torch.ones(3), {"rate": -0.1}, "rate must be 0 or more, not -0.1"),
+        (torch.ones(3), {"rate": float("nan")}, "rate must be 0 or more, not nan"),
+        (torch.ones(3), {"lower": 5.0, "upper": 0.5}, r"no temperature is in \[5.0, 0.5\]"),
+    ],
+)
+def test_an_update_out_of_shape_or_range_is_refused(risk, settings, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(absld.update_temperature)(
+            torch.ones(3), risk, **{"rate": 0.1, "lower": LOWER, "upper": UPPER} | settings
+        )
 
 
 # --- Both implementations, the class of the package and the oracle, side by side ---

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.plain_methods import ATTACK, C, batch, linear, one_hot, parameters, softmax
-from helpers.program import few_digits, main
+from helpers.program import few_digits, main, use_few_digits
 
 import absld_min
 from absld.config.files import read_recipe
@@ -34,8 +34,7 @@ def files(tmp_path, monkeypatch):
     assert set(blocks) == {"mart.py", "mart.toml", "noise.py"}
     for name, block in blocks.items():
         Path(name).write_text(block)
-    for module in ("runs.training_run", "evaluation.runner", "runs.comparison"):
-        monkeypatch.setattr(f"absld.{module}.load_data", lambda dataset, folder, size: few_digits())
+    use_few_digits(monkeypatch)
     yield
     for name in ("mart", "noise"):
         sys.modules.pop(name, None)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.program import load_few, main, refused
+from helpers.program import main, refused, use_few_digits
 
 import absld
 from absld.config.files import read_run_config, to_toml
@@ -44,8 +44,7 @@ def compared(tmp_path_factory):
     """The folder of a comparison of three methods and two seeds."""
     folder = tmp_path_factory.mktemp("compared") / "all runs"
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("runs.training_run", "evaluation.runner", "runs.comparison"):
-            patch.setattr(f"absld.{module}.load_data", load_few)
+        use_few_digits(patch)
         assert main("compare", *THREE, *SETTINGS, "--out", folder) == 0
     return folder
 
@@ -561,6 +560,30 @@ def test_latex_escapes_special_characters():
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(body) == 3 and all(len(re.findall(r"(?<!\\)&", line)) == 7 for line in body)
     assert text.count("tabular") == 2 and "±" not in "".join(body) and ABSENT not in "".join(body)
+
+
+def test_a_label_from_outside_acts_in_no_table():
+    """Labels hold settings, such as the student, of somebody else's config.toml."""
+    results = a_document()
+    label = "=1+1 \\| <img src=x> [a](b) `c` \x1b[0m\n\u202e"
+    shown = r"=1+1 \| <img src=x> [a](b) `c` \x1b[0m\n\u202e"
+    results["methods"][1]["name"] = results["baseline"] = label
+    text = comparison_tables.markdown(results)
+    head, *rows = [cells(line) for line in text.splitlines() if line.startswith("| ")][:3]
+    name = r"=1+1 \\\| \<img src=x\> [a\](b) \`c\` \\x1b[0m\\n\\u202e"
+    assert rows[-1][0] == name and {len(row) for row in rows} == {len(head)}
+    assert f"Differences to {name.replace(chr(92) + '|', '|')}," in text
+    row = next(csv.reader(line for line in comparison_tables.csv_text(results).splitlines()[5:]))
+    assert row[0] == f"'{shown}"
+    terminal = "\n".join(comparison_tables.terminal_lines(results))
+    assert shown in terminal and "\x1b" not in terminal
+
+
+@pytest.mark.parametrize("start", ["[1em]", "*"])
+def test_a_label_is_no_argument_of_the_latex_line_before_it(start):
+    results = a_document()
+    results["methods"][1]["name"] = f"{start} x"
+    assert f"{{{start[0]}}}{start[1:]} x &" in comparison_tables.latex(results)
 
 
 def test_the_csv_table_reads_back(compared):

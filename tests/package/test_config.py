@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from absld.config.files import read_recipe, to_toml
+from absld.config.files import MAY_NAME_CODE, read_recipe, to_toml
 from absld.config.parsing import choices_of, parse, strip_optional
 from absld.config.recipes import METHOD_RECIPES, RECIPES
 from absld.config.resolve import resolve, setting_source
@@ -30,6 +30,7 @@ VALUES = (
     {k: st.sampled_from(choices_of(kind)) for k, kind in TYPES.items() if choices_of(kind)}
     | {k: st.booleans() for k, kind in TYPES.items() if strip_optional(kind) is bool}
     | dict.fromkeys(("data", "student", "teacher", "teacher_model", "out", "device"), text)
+    | {"teacher_weights": text}
     | {"method": st.sampled_from([*METHOD_RECIPES, "mine.methods:Mart"])}
     | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))
     | dict.fromkeys(("learning_rate", "weight_decay", "kl_scale"), numbers(0, 1e300))
@@ -73,7 +74,7 @@ def test_a_recipe_file_reads_back_as_the_same_settings(tmp_path_factory, setting
     path = tmp_path_factory.getbasetemp() / "spaces ünd.toml"
     config = resolve(settings)
     path.write_bytes(to_toml(config).encode())
-    assert resolve(read_recipe(str(path))) == config
+    assert resolve(read_recipe(str(path), MAY_NAME_CODE)) == config
 
 
 @given(settings)
@@ -122,6 +123,25 @@ def test_a_line_that_is_not_a_setting(line, said, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(line)
     refused(said, of=lambda: resolve(read_recipe(str(path))))
+
+
+def test_every_setting_that_may_name_code_is_known_as_one():
+    """A run's settings name no code: a setting that is added must be among those."""
+    naming = {f.name for f in fields(Config) if "package.module:" in f.metadata["meaning"]}
+    assert naming == set(MAY_NAME_CODE)
+
+
+def test_a_recipe_of_the_user_s_own_may_name_code(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('student = "mine:net"\nmethod = "mine:Mart"\n')
+    assert resolve(read_recipe(str(path))).student == "mine:net"
+
+
+def test_a_run_s_settings_count_as_they_are_where_flags_replace_the_names_of_code(tmp_path):
+    path = tmp_path / "any name.toml"
+    path.write_text(to_toml(resolve({"student": "os:abort", "epochs": 7})))
+    refused("student is 'os:abort'", "--student os:abort", of=lambda: read_recipe(str(path)))
+    assert read_recipe(str(path), {"student": "convnet"})["epochs"] == 7
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])

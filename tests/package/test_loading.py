@@ -1,6 +1,7 @@
 """Networks from names, files, runs and factories, and what is refused."""
 
 import sys
+import time
 
 import pytest
 import torch
@@ -30,9 +31,14 @@ def file_of(folder, content):
     return str(path)
 
 
-def refused(spec, *patterns, kind=CheckpointError, architecture="", classes=C):
+def changes(network):
+    """The notes on changes: all but the one that only names and shapes tell the network."""
+    return tuple(note for note in network.notes if loading.NAMES_ALONE not in note)
+
+
+def refused(spec, *patterns, kind=CheckpointError, architecture="", classes=C, key=""):
     with pytest.raises(kind) as caught:
-        load_network(spec, classes, KEY, architecture)
+        load_network(spec, classes, KEY, architecture, key)
     said = f"{caught.value}\n{caught.value.hint}"
     assert said.count("\n") == 1 and caught.value.hint
     for pattern in patterns:
@@ -101,8 +107,11 @@ def test_a_file_whose_tensors_have_changed(tmp_path):
 def test_a_bare_state_dict_is_recognised_by_names_and_shapes(name, tmp_path):
     """Such as the single file saves."""
     state = absld_min.build_model(name, C, "min").state_dict()
-    network = load_network(file_of(tmp_path, state), C, KEY)
-    assert (network.architecture, network.notes) == (name, ())
+    path = file_of(tmp_path, state)
+    network = load_network(path, C, KEY)
+    (note,) = network.notes
+    assert note == f"{path}: recognised as {name} by names and shapes, {loading.NAMES_ALONE}"
+    assert network.architecture == name
     assert digest(network.model.state_dict()) == digest(state)
 
 
@@ -114,11 +123,11 @@ def test_a_resnet_with_the_published_name_of_shortcuts(name, tmp_path):
     network = load_network(file_of(tmp_path, published), C, KEY)
     assert network.architecture == name and renamed > 0
     assert digest(network.model.state_dict()) == digest(state)
-    (note,) = network.notes
+    (note,) = changes(network)
     assert note.endswith(f"{renamed} tensors of shortcuts, which torchvision calls downsample")
     wrapped = {f"module.{key}": value for key, value in published.items()}
     again = load_network(file_of(tmp_path, wrapped), C, KEY)
-    assert digest(again.model.state_dict()) == digest(state) and len(again.notes) == 2
+    assert digest(again.model.state_dict()) == digest(state) and len(changes(again)) == 2
 
 
 def test_a_resnet_with_two_names_of_a_shortcut_is_refused(tmp_path):
@@ -144,16 +153,19 @@ WRAPPERS = [
 def test_wrapped_state_dicts(wrap, tmp_path):
     network = load_network(file_of(tmp_path, wrap(weights())), C, KEY)
     assert digest(network.model.state_dict()) == digest(weights())
-    assert network.notes == ()
+    assert changes(network) == ()
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.model."])
+PREFIXES = ["module.", "_orig_mod.", "model.", "module.model.", "student.", "module.module.f."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefixes_are_stripped_and_said(prefix, tmp_path):
     state = {prefix + name: tensor for name, tensor in weights().items()}
     path = file_of(tmp_path, state)
     network = load_network(path, C, KEY)
     assert digest(network.model.state_dict()) == digest(weights())
-    (note,) = network.notes
+    (note,) = changes(network)
     assert note == f"{path}: {len(state)} tensors without their prefix, such as {min(state)}"
 
 
@@ -294,7 +306,7 @@ def test_the_published_teacher(tmp_path):
     unused = {f"sub_{k}": v for k, v in state.items() if k.startswith("block1.")}
     network = load_network(file_of(tmp_path, state | unused), 10, KEY)
     assert network.architecture == "wrn-34-10"
-    (note,) = network.notes
+    (note,) = changes(network)
     assert f"{len(unused)} tensors sub_block1.* left out: no forward uses them" in note
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(network.model.eval()(x), model(x))
@@ -313,7 +325,7 @@ def test_a_normalisation_inside_the_file_is_kept_inside_the_network(mean, std, t
     network = load_network(file_of(tmp_path, state), C, KEY)
     expected = model((x - of_data[0].view(3, 1, 1)) / of_data[1].view(3, 1, 1))
     assert torch.equal(network.model.eval()(x), expected)
-    assert network.architecture == "resnet18" and "normalisation" in network.notes[0]
+    assert network.architecture == "resnet18" and "normalisation" in changes(network)[0]
     # As a student of ours is saved, and read again.
     save({"model": network.model.state_dict(), "architecture": "resnet18"}, tmp_path / "own.pt")
     again = load_network(str(tmp_path / "own.pt"), C, KEY)
@@ -331,11 +343,96 @@ def test_prefixes_without_which_two_tensors_had_one_name_are_none(tmp_path):
     refused(file_of(tmp_path, state), "module.linear.bias", architecture="convnet")
 
 
-def test_of_two_state_dicts_in_a_file_one_is_read_and_the_other_named(tmp_path):
-    content = {"model": weights(), "ema": build_model("convnet", C, "ema").state_dict()}
+# --- Files with several state dicts ---
+
+
+def average():
+    return weights(seed=2)
+
+
+def prefixed(state):
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+SEVERAL = {  # content, and the key of the average
+    "state_dict": lambda: (
+        {"state_dict": weights(), "state_dict_ema": average()},
+        "state_dict_ema",
+    ),
+    "model": lambda: ({"ema": average(), "model": weights(), "epoch": 3}, "ema"),
+    "net": lambda: ({"net": weights(), "shadow": prefixed(average())}, "shadow"),
+    "": lambda: ({"student": weights(), "averaged": average()}, "averaged"),
+    "state_dict.model": lambda: (
+        {"state_dict": {"model": weights(), "swa": average()}, "optimizer": {"state": {}}},
+        "state_dict.swa",
+    ),
+}
+
+
+@pytest.mark.parametrize("read", SEVERAL)
+def test_another_state_dict_of_a_file_is_said_and_can_be_chosen(read, tmp_path):
+    content, key = SEVERAL[read]()
+    path = file_of(tmp_path, content)
+    if read:
+        network = load_network(path, C, KEY)
+        assert digest(network.model.state_dict()) == digest(weights())
+        assert (
+            f"{read!r} is read, {key!r} left out; to choose: --weights {key!r}" in network.notes[0]
+        )
+        assert "--teacher-weights" in network.notes[0]
+    else:  # none under a usual name
+        refused(path, "the state dicts 'student', 'averaged'", "--weights ")
+    network = load_network(path, C, KEY, weights=key)
+    assert digest(network.model.state_dict()) == digest(average())
+    refused(path, "has no state dict 'emma'", repr(key), key="emma")
+
+
+def test_an_average_of_parameters_alone_is_said_too(tmp_path):
+    parameters = dict(build_model("convnet", C, "average").named_parameters())
+    content = {"model": weights(), "shadow": {k: p.detach() for k, p in parameters.items()}}
     network = load_network(file_of(tmp_path, content), C, KEY)
+    assert "'shadow' left out" in network.notes[0]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": []}},
+        {"metric_sums": {"loss": torch.zeros(())}, "method": {"temperatures": torch.ones(2, C)}},
+        {"mean": torch.zeros(3), "std": torch.ones(3)},
+        {"callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9)}}},
+    ],
+    ids=lambda beside: next(iter(beside)),
+)
+def test_other_tensors_beside_the_weights_are_no_second_state_dict(beside, tmp_path):
+    network = load_network(file_of(tmp_path, {"model": weights()} | beside), C, KEY)
     assert digest(network.model.state_dict()) == digest(weights())
-    assert network.notes[0].endswith("'model' is read, 'ema' left out")
+    assert changes(network) == ()
+
+
+def test_the_one_state_dict_of_a_file_is_read_under_any_key(tmp_path):
+    path = file_of(tmp_path, {"student": weights(), "best_acc": torch.tensor(0.9)})
+    assert digest(load_network(path, C, KEY).model.state_dict()) == digest(weights())
+    assert digest(load_network(path, C, KEY, weights="student").model.state_dict()) == digest(
+        weights()
+    )
+
+
+def test_the_counter_of_an_averaged_model_is_left_out_and_said(tmp_path):
+    model = torch.optim.swa_utils.AveragedModel(build_model("convnet", C, "average"))
+    network = load_network(file_of(tmp_path, model.state_dict()), C, KEY)
+    assert digest(network.model.state_dict()) == digest(model.module.state_dict())
+    assert "n_averaged left out" in network.notes[0]
+
+
+def test_a_file_of_nested_wrappers_and_prefixes_is_read_in_bounded_time(tmp_path):
+    content = state = {"module." * 20_000 + name: tensor for name, tensor in weights().items()}
+    for _ in range(200):
+        content = {"model": content}
+    started = time.monotonic()
+    refused(file_of(tmp_path, state), "unknown")
+    refused(file_of(tmp_path, content), "not a named tensor")
+    assert time.monotonic() - started < 10
 
 
 def test_safetensors(tmp_path, monkeypatch):
@@ -377,7 +474,7 @@ def test_content_that_is_no_state_dict(content, tmp_path):
 
 def test_an_unknown_architecture(tmp_path):
     path = file_of(tmp_path, {"fc.weight": torch.zeros(3, 3)})
-    refused(path, "its network is unknown", "package.module:factory")
+    refused(path, "its network is unknown", "--model package.module:factory", "--teacher-model")
 
 
 def test_another_architecture_is_told_what_differs_and_what_is_near(tmp_path):
@@ -426,14 +523,43 @@ def normalised(classes):
     return network
 def text(): return "no module"
 def greedy(a, b): return a
+def by_keyword(**kwargs): return sized(kwargs["num_classes"])
+def by_keyword_only(*, weights=None, **kwargs): return pretrained(weights, **kwargs)
+def pretrained(pretrained=False, **kwargs):
+    if pretrained: raise RuntimeError("a download starts")
+    return sized(kwargs["num_classes"])
+def positional_only(classes, /, width=192): return nn.Sequential(nn.Flatten(), nn.Linear(width, classes))
+def with_rest(classes, **kwargs):
+    assert not kwargs
+    return sized(classes)
+def only_defaults(pretrained=False, classes=10): raise RuntimeError("called")
+def rest(*args): raise RuntimeError("called")
+class AtDepth(nn.Module):
+    def __init__(self, model, head):
+        super().__init__()
+        self.model, self.head = model, head
+    def forward(self, x): return self.head(self.model(x))
+def at_depth(classes): return AtDepth(nn.Flatten(), AtDepth(nn.Linear(192, 8), nn.Linear(8, classes)))
+class WithGroup(nn.Sequential):
+    def __init__(self, classes):
+        super().__init__(nn.Flatten(), nn.Linear(192, classes))
+        self.sub_block1 = nn.Sequential(nn.Linear(2, 2))
+        self.register_buffer("n_averaged", nn.Linear(1, 1).weight.detach()[0, 0])
+        self.register_buffer("mean", nn.Linear(1, 3).bias.detach())
+        self.register_buffer("std", nn.Linear(1, 3).bias.detach())
+    def forward(self, x): return self[1](self[0](x))
 def broken(classes): raise ValueError("not today")
 number = 3
 """
 
 
-@pytest.mark.parametrize("name", ["sized", "fixed", "Net"])
+TAKE_CLASSES = ["sized", "fixed", "Net", "by_keyword", "by_keyword_only", "pretrained"]
+TAKE_CLASSES += ["positional_only", "with_rest"]
+
+
+@pytest.mark.parametrize("name", TAKE_CLASSES)
 def test_a_factory_in_the_current_folder(name, tmp_path, monkeypatch):
-    """With and without an argument; its weights are drawn from the key."""
+    """The number of classes goes where it belongs; the weights are drawn from the key."""
     module = module_of(tmp_path, monkeypatch, FACTORIES)
     before = torch.get_rng_state()
     network = load_network(f"{module}:{name}", C, KEY)
@@ -469,7 +595,14 @@ def test_a_factory_that_is_not_there(spec):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("text", "returned str"), ("number", "number"), ("greedy", "'b'"), ("broken", "not today")],
+    [
+        ("text", "returned str"),
+        ("number", "number"),
+        ("broken", "not today"),
+        ("greedy", "takes (a, b): no place for the number of classes"),
+        ("only_defaults", "takes (pretrained=False, classes=10): no place"),
+        ("rest", "takes (*args): no place"),
+    ],
 )
 def test_a_factory_that_makes_no_network(name, said, tmp_path, monkeypatch):
     """The user's fault, and said to be: never an error of another type."""
@@ -494,6 +627,37 @@ def test_a_file_for_a_factory_whose_own_names_begin_with_model(tmp_path, monkeyp
     assert digest(network.model.state_dict()) == digest(state)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "net.", "student."])
+@pytest.mark.parametrize("factory", ["Wrapped", "at_depth", "WithGroup"])
+def test_the_names_of_a_known_target_decide(factory, prefix, tmp_path, monkeypatch):
+    """Some begin as a prefix does, or are those of tensors that other files have for nothing."""
+    module = module_of(tmp_path, monkeypatch, FACTORIES)
+    state = load_network(f"{module}:{factory}", C, KEY).model.state_dict()
+    path = file_of(tmp_path, {prefix + name: tensor for name, tensor in state.items()})
+    network = load_network(path, C, (1, "test"), f"{module}:{factory}")
+    assert digest(network.model.state_dict()) == digest(state)
+    assert len(network.notes) == bool(prefix)
+
+
+def test_a_file_that_does_not_fit_its_factory_is_compared_at_the_nearest_prefix(
+    tmp_path, monkeypatch
+):
+    module = module_of(tmp_path, monkeypatch, FACTORIES)
+    state = prefixed(load_network(f"{module}:at_depth", C, KEY).model.state_dict())
+    del state["module.head.head.bias"]
+    path = file_of(tmp_path, state)
+    refused(path, "lacks ['head.head.bias'], has besides []", architecture=f"{module}:at_depth")
+
+
+def test_torchvision_gets_the_number_of_classes_and_no_download(monkeypatch):
+    def refuse(*given, **settings):
+        raise AssertionError("a download starts")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
+    network = load_network("torchvision.models:squeezenet1_1", C, KEY)
+    assert network.model(torch.zeros(1, 3, 32, 32)).shape == (1, C)
+
+
 def test_a_factory_that_is_asked_for_is_not_replaced_by_a_known_network(tmp_path, monkeypatch):
     """Names and shapes are the convnet's, the function is another."""
     module = module_of(tmp_path, monkeypatch, FACTORIES)
@@ -502,14 +666,52 @@ def test_a_factory_that_is_asked_for_is_not_replaced_by_a_known_network(tmp_path
     assert type(network.model).__name__ == "Normalised"
 
 
-def test_a_file_does_not_choose_code(tmp_path, monkeypatch):
-    """A file that names a factory as its architecture does not have it imported."""
+@pytest.mark.parametrize("architecture", ["", "convnet", "mine.nets:other"])
+@pytest.mark.parametrize("state", [{"weight": torch.zeros(3, 3)}, weights()], ids=["odd", "known"])
+def test_a_file_does_not_choose_code(state, architecture, tmp_path, monkeypatch):
+    """Nor is its network guessed: a factory may compute otherwise with the names of a known one."""
     module = module_of(tmp_path, monkeypatch, "raise SystemExit('the file chose this code')")
-    content = {"model": {"weight": torch.zeros(3, 3)}, "architecture": f"{module}:net"}
-    refused(file_of(tmp_path, content), f"its network is {module}:net", "package.module:factory")
+    path = file_of(tmp_path, {"model": state, "architecture": f"{module}:net"})
+    if ":" not in architecture:
+        said = f"its network is '{module}:net', and no name in a file is imported"
+        refused(path, said, f"type --model {module}:net", architecture=architecture)
+    else:  # what is typed is imported, and nothing else
+        refused(path, "No module named 'mine", kind=UsageError, architecture=architecture)
     assert module not in sys.modules
-    content = {"model": weights(), "architecture": f"{module}:net"}
-    assert load_network(file_of(tmp_path, content), C, KEY).architecture == "convnet"
+    with pytest.raises(UsageError, match="the file chose this code"):
+        load_network(path, C, KEY, f"{module}:net")
+
+
+@pytest.mark.parametrize("stated", ["os:abort", "os.path:abspath", "builtins:exit"])
+def test_names_of_installed_code_in_a_file_are_not_imported(stated, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "import_object", lambda name: pytest.fail(name))
+    refused(file_of(tmp_path, {"model": weights(), "architecture": stated}), f"--model {stated}")
+
+
+@pytest.mark.parametrize("stated", ["resnet", "WRN-28-10", "os/abort", 3, ["os:abort"], None])
+def test_what_others_mean_by_architecture_is_left_alone(stated, tmp_path):
+    path = file_of(tmp_path, {"model": weights(), "architecture": stated})
+    assert load_network(path, C, KEY).architecture == "convnet"
+
+
+@pytest.mark.parametrize(
+    ("content", "classes"),
+    [
+        ({"classes": ["b", "a", "c"]}, ("b", "a", "c")),
+        ({"class_names": ("b", "a", "c")}, ("b", "a", "c")),
+        ({"class_to_idx": {"a": 1, "b": 0, "c": 2}}, ("b", "a", "c")),
+        ({"classes": 3}, ()),
+        ({"classes": []}, ()),
+        ({"classes": [0, 1, 2]}, ()),
+        ({"class_to_idx": {"a": [1]}}, ()),
+        ({"class_to_idx": {0: 1, 1: 0}}, ()),
+        ({}, ()),
+    ],
+    ids=str,
+)
+def test_the_names_of_classes_that_a_file_states(content, classes, tmp_path):
+    network = load_network(file_of(tmp_path, {"model": weights()} | content), C, KEY)
+    assert network.classes == classes
 
 
 def test_what_is_loaded_is_a_module_to_train():

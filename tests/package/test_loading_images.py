@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from absld.data.augmentation import Views, batches, steps_per_epoch
-from absld.data.dataset import ImageSet, pixels, stratified
-from absld.data.sources import hold_out, load_data
+from absld.data.dataset import ImageSet, Splits, describe_images, pixels, stratified
+from absld.data.sources import hold_out, load_data, load_split
 from absld.errors import DataError
 from absld.seeding import generator
 
@@ -36,6 +36,38 @@ def test_a_set(images):
     data = ImageSet(images, LABELS, CLASSES)
     assert (len(data), data.num_classes) == (4, 3)
     assert data.to("cpu").digest() == data.digest()
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_floating_images_become_float32(kind):
+    images = (numbered(4) / 255).to(kind)
+    data = ImageSet(images.requires_grad_(), LABELS, CLASSES)
+    assert data.images.dtype == torch.float32 and not data.images.requires_grad
+    assert torch.equal(data.images, images.detach().float())
+
+
+def test_a_description_has_sizes_and_counts_of_all_sets():
+    sets = Splits(*(ImageSet(IMAGES[:n], LABELS[:n], CLASSES, ("a note",)) for n in (4, 3, 2)))
+    assert sets.class_counts() == {"train": [1, 2, 1], "validation": [1, 1, 1], "test": [1, 1, 0]}
+    assert sets.describe() == [
+        "images of 3 classes, 8x8, RGB",
+        "train: 4 images; cat 1, dog 2, eel 1",
+        "validation: 3 images; 1 of each class",
+        "test: 2 images; cat 1, dog 1, eel 0",
+        "warning: no test images of eel: accuracy there is NaN, and does not count",
+        "a note",
+    ]
+
+
+def test_of_many_classes_the_rarest_and_the_most_frequent_are_described():
+    labels = torch.cat([torch.arange(2, 100).repeat_interleave(2), torch.tensor([0] * 9 + [1])])
+    names = [f"class\n{k}" for k in range(130)]
+    data = ImageSet(torch.zeros(len(labels), 1, 2, 2), labels, tuple(names))
+    first, counts, absent = describe_images({"test": data})
+    assert first == "images of 130 classes, 2x2, grey"
+    assert counts.startswith(r"test: 206 images; class\n100 0, ") and ", ..., " in counts
+    assert counts.endswith(r", class\n0 9") and counts.count("class") == 20
+    assert absent.endswith(r"class\n119, ...: accuracy there is NaN, and does not count")
 
 
 @pytest.mark.parametrize("label", [-1, 3, 2**40])
@@ -113,7 +145,7 @@ def test_a_set_that_lies_otherwise_in_memory_has_the_same_digest():
 def test_pixels_are_bytes_over_255():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(pixels(images).flatten(), torch.arange(256) / 255)
-    assert pixels(IMAGES) is IMAGES
+    assert torch.equal(pixels(IMAGES), IMAGES)
 
 
 # --- Sources ---
@@ -167,11 +199,34 @@ def test_classes_of_train_and_test_that_differ(tmp_path):
     unfit(root, "dog", "wolf", "both need the same folders")
 
 
-def test_a_class_with_one_image(tmp_path):
+def test_a_class_of_one_image_has_none_in_validation(tmp_path):
     root = make_folder(tmp_path)
     for path in sorted((root / "train" / "dog").iterdir())[1:]:
         path.unlink()
-    unfit(root, "1 member")
+    splits = load_data("folder", str(root))
+    assert splits.class_counts() == {"train": [11, 1], "validation": [1, 0], "test": [4, 4]}
+    assert any("no validation images of dog" in line for line in splits.describe())
+    for path in sorted((root / "train" / "cat").iterdir())[1:]:
+        path.unlink()
+    unfit(root, "no class has two images", "to validate on")
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_only_what_is_needed_has_to_be_there(part, tmp_path):
+    """The other part is not even looked at."""
+    root = make_folder(tmp_path)
+    names = ("test",) if part == "test" else ("train", "validation")
+    whole = load_data("folder", str(root))
+    other = root / ("train" if part == "test" else "test")
+    for fault in ("broken", "gone"):
+        if fault == "broken":
+            (other / "cat" / "00.png").write_text("no image")
+        else:
+            other.rename(root / "elsewhere")
+        for name in names:
+            found = load_split("folder", str(root), 32, name)
+            assert found.digest() == getattr(whole, name).digest()
+    unfit(root, other.name, "to train, test/CLASS/*")
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
@@ -188,17 +243,34 @@ def test_no_data_and_no_network(dataset, tmp_path, monkeypatch):
     assert time.monotonic() - start < 5
 
 
-@given(st.lists(st.integers(2, 200), min_size=2, max_size=5))
-def test_every_class_has_validation_images(counts):
-    """Also the rarest of an imbalance of 100:1; and training images are left of it."""
+@given(
+    st.lists(st.sampled_from([0, 1, 2, 3, 12, 30, 120, 1000]), min_size=2, max_size=6).map(
+        lambda counts: [2, *counts]
+    )
+)
+def test_every_class_has_its_share_of_the_validation_images(counts):
+    """Whatever the rarest class: about 5 %, at least one of two or more, none of one."""
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     images = torch.arange(len(labels)).view(-1, 1, 1, 1).float() / len(labels)
     data = ImageSet(images, labels, tuple(map(str, range(len(counts)))))
-    train, validation, test = hold_out(data, data, 0.05)
-    for part in (train, validation):
-        assert part.labels.bincount(minlength=len(counts)).min() >= 1
+    train, validation = hold_out(data, 0.05)
+    for count, held_out in zip(counts, validation.class_counts(), strict=True):
+        assert held_out == 0 if count < 2 else 1 <= held_out <= max(1, 0.05 * count + 1)
     kept = torch.cat([train.images, validation.images]).flatten().sort().values
-    assert torch.equal(kept, images.flatten()) and test is data
+    assert torch.equal(kept, images.flatten())
+
+
+@pytest.mark.parametrize(("count", "classes"), [(20, 10), (120, 10), (3, 7), (100, 100)])
+def test_balanced_classes_are_split_by_scikit_learn(count, classes):
+    """As in absld_min.py, and as ever: runs of before stay comparable."""
+    from sklearn.model_selection import train_test_split
+
+    labels = torch.arange(classes).repeat(count)
+    images = torch.rand(len(labels), 1, 1, 1)
+    size = max(round(0.05 * len(labels)), classes)
+    expected = train_test_split(images, test_size=size, stratify=labels, random_state=0)
+    found = hold_out(ImageSet(images, labels, tuple(map(str, range(classes)))))
+    assert all(torch.equal(x, part.images) for x, part in zip(expected, found, strict=True))
 
 
 # --- Views and batches ---

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import strategies as draw
 from helpers.processes import processes
-from helpers.program import few_digits, main, refused
+from helpers.program import few_digits, main, refused, use_few_digits
 from helpers.small_training import CONFIG, TRAIN, VALIDATION, bytes_of, image_set, network
 from hypothesis import given
 from hypothesis import strategies as st
@@ -401,23 +401,21 @@ def test_a_damaged_file_is_repaired_and_changes_no_training(tmp_path):
 
 
 def test_there_is_no_cache_where_it_does_not_fit_or_help(tmp_path):
-    """It is too large, it is not wanted, the method's teacher evaluates attacked images, or the
-    networks are not float32."""
+    """It is too large, it is not wanted, or the method's teacher evaluates attacked images."""
     small = cache_bytes(cache_rows(len(TRAIN), CONFIG.padding, CONFIG.flip), C) / 2**30
     assert trained(tmp_path, gib=0.0)[2] == trained(tmp_path, gib=small * 0.99)[2] > 2
     assert not list(tmp_path.iterdir())
     trained(tmp_path, replace(CONFIG, method="adaad", epochs=1))
     assert not list(tmp_path.iterdir())
-    double = Stepper(
-        network("s").double(),
-        network("t").double(),
-        absld.ImageSet(TRAIN.images.double() / 255, TRAIN.labels, TRAIN.classes),
-        CONFIG,
-        logit_cache=LogitCacheSettings(tmp_path, 1.0),
-    )
-    assert not isinstance(double.teacher, CachedTeacher) and not list(tmp_path.iterdir())
     trained(tmp_path, gib=small)
     assert len(list(tmp_path.glob("*.cache"))) == 1
+
+
+def test_there_is_no_cache_of_logits_that_are_not_float32(tmp_path, double_precision):
+    student, teacher = network("s").double(), network("t").double()
+    cache = LogitCacheSettings(tmp_path, 1.0)
+    stepper = Stepper(student, teacher, TRAIN, CONFIG, logit_cache=cache)
+    assert not isinstance(stepper.teacher, CachedTeacher) and not list(tmp_path.iterdir())
 
 
 def train_with_cache(folder, seed):
@@ -453,8 +451,7 @@ def test_two_processes_share_a_cache(tmp_path):
 @pytest.mark.parametrize("precision", [[], ["--teacher-precision", "fp32"]])
 def test_a_cache_that_is_filled_ahead_serves_all_runs(precision, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    for module in ("training_run", "logit_caches"):
-        monkeypatch.setattr(f"absld.runs.{module}.load_data", lambda *given: few_digits())
+    use_few_digits(monkeypatch)
     save({"model": absld.build_model("convnet", 10, "t").state_dict()}, Path("teacher.pt"))
     given = ["--teacher", "teacher.pt", "--batch-size", "16", "--device", "cpu", *precision]
     assert main("teacher", "cache", *given) == 0
@@ -484,7 +481,7 @@ def test_a_cache_that_is_filled_ahead_serves_all_runs(precision, tmp_path, monke
 
 def test_a_cache_that_cannot_be_made_is_refused(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("absld.runs.logit_caches.load_data", lambda *given: few_digits())
+    use_few_digits(monkeypatch)
     save({"model": absld.build_model("convnet", 10, "t").state_dict()}, Path("teacher.pt"))
     refused(capfd, 2, "teacher cache needs a teacher", "--teacher", "teacher", "cache")
     refused(capfd, 2, "is more than --logit-cache-gib 0", "larger --logit-cache-gib",

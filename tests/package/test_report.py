@@ -22,7 +22,8 @@ from absld.evaluation.evaluate import Evaluation, paired_differences
 from absld.report import figures, summary
 from absld.report.html import render_page, write_report
 from absld.report.picture import picture
-from absld.report.summary import budget, clip, columns, verdict
+from absld.report.summary import budget, verdict
+from absld.text import clip, columns
 
 ATTACKS = "fgsm,pgd20,cw30"
 DIGITS = tuple("0123456789")
@@ -378,7 +379,14 @@ def test_hostile_names_are_text():
         *HOSTILE[:6],
     ):
         assert text in page.text
-    assert "a\ufffdb\ufffd&amp; " in page.text, "NUL and a change of direction are gone"
+    assert r"a\x00b\u202e&amp;\n" in page.text
+
+
+def test_figures_show_hostile_names_escaped():
+    charts = " ".join(
+        re.findall(r"<svg.*?</svg>", render_page(results_of(HOSTILE), records(7)), re.S)
+    )
+    assert r"a\x00" in charts and "\u202e" not in charts and "\x00" not in charts
 
 
 def test_class_names_do_not_change_the_colours():
@@ -581,6 +589,18 @@ def test_the_run_is_that_of_the_target_where_the_json_is_elsewhere(run, tmp_path
 def test_the_same_results_make_the_same_page(run):
     one, other = write_report(str(run)), write_report(str(run), str(run / "b/c.HTML"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(("counts", "shown"), [([120, 2], True), ([60, 60], False)])
+def test_the_training_images_of_each_class_are_shown_where_they_differ(counts, shown, run, undrawn):
+    session = {"inputs": {}, "class_counts": {"train": counts, "validation": [6, 1]}}
+    (run / "environment.json").write_text(json.dumps([session]))
+    page = Page(write_report(str(run)).read_text(encoding="utf-8"))
+    head, *rows = page.tables[0]
+    assert ("trained on" in head) == shown and {len(row) for row in rows} == {len(head)}
+    if shown:
+        place = head.index("trained on")
+        assert {row[0].split()[0]: row[place] for row in rows} == {"cat": "120", "dog": "2"}
 
 
 def test_sources_that_are_not_evaluations(run, tmp_path):

@@ -311,13 +311,13 @@ def test_a_folder_of_images(tmp_path, capfd):
         (2, "--strict needs the checks", "one of them", ["n.pt", "--strict", "--no-checks"]),
         (2, "--device cuda", "--device cpu", ["n.pt", "--dataset", "digits", "--device", "cuda"]),
         (2, "No such option: --stric", "--help", ["n.pt", "--stric"]),
-        (3, "train", "needed in data", ["n.pt", "--dataset", "folder"]),
+        (3, "data/test", "needed in data", ["n.pt", "--dataset", "folder"]),
         (4, "gives (2, 9)", "these classes", ["nets:narrow", "--dataset", "digits"]),
         (4, "gives tuple", "these classes", ["nets:a_tuple", "--dataset", "digits"]),
         (4, "shape '[7, 7]'", "another network", ["nets:raising", "--dataset", "digits"]),
         (4, "NaN or infinity of clean", "finite", ["nets:nan", "--dataset", "digits"]),
         (4, "under fgsm", "finite", ["nets:nan_under_attack", "--dataset", "digits"]),
-        (4, "RuntimeError", "see --debug", ["nets:in_place", "--dataset", "digits"]),
+        (4, "writes into its input", "inplace=False", ["nets:in_place", "--dataset", "digits"]),
         (4, "torch.int64", "these classes", ["nets:whole_numbers", "--dataset", "digits"]),
         (2, "SystemExit: 3", "factory", ["nets:leaving", "--dataset", "digits"]),
         (4, "tensor a is torch.float8_e4m3fn", "float32", ["f8.pt", "--dataset", "digits"]),
@@ -360,6 +360,21 @@ def test_strict_ends_with_6_where_the_figure_is_not_to_be_trusted(net, check, ca
 
 
 # --- Two networks ---
+
+
+def test_the_time_left_of_a_second_network_is_by_its_own_clock(runs, monkeypatch):
+    """Of each network the first batch is the origin of time and cost."""
+    estimates = []
+
+    def record(spent, done, total):
+        estimates.append((spent, done))
+        return ""
+
+    monkeypatch.setattr("absld.cli.evaluation_view.time_left", record)
+    flags = "--attacks", "fgsm", "--no-checks", "--out", "clock"
+    assert main("evaluate", runs["absld"], "--against", runs["teacher"], *flags) == 0
+    assert [spent for spent, done in estimates if done == 0] == [0, 0]
+    assert estimates[0] == (0, 0) and len(estimates) > 2
 
 
 def test_against_another_network(runs, capfd):
@@ -500,7 +515,7 @@ def test_files_that_were_changed_are_refused(runs, capfd):
     refused(capfd, 4, "truncated or damaged", "anew", *flags)
     (path / "predictions.pt").write_bytes(whole)
     (path / "evaluation.json").write_text('{"schema": "absld-evaluation-0"}')
-    refused(capfd, 4, "its schema is 'absld-evaluation-0'", "absld evaluate", *flags)
+    refused(capfd, 4, 'schema is "absld-evaluation-0"', "absld evaluate", *flags)
 
 
 NOT_ONE = ["", "[]", "{}", "nonsense", '"text"', '{"schema": "absld-evaluation-1"}']

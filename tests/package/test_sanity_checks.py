@@ -97,6 +97,12 @@ def test_a_linear_network_passes_all(data):
         # CW is blind to this one's cross-entropy, so that what is robust stays so.
         (lambda net, x: 1000 * net(x), {GRADIENT, FALLS}),
         (lambda net, x: net(x).softmax(1), {LOGITS}),
+        (lambda net, x: net(x).softmax(1) - 0.25, {LOGITS}),
+        (lambda net, x: net(x).sigmoid(), {LOGITS}),
+        (lambda net, x: net(x.clamp(0, 1)).sigmoid(), {LOGITS}),
+        (lambda net, x: 10 * net(x).tanh() - 2, {LOGITS}),
+        (lambda net, x: nn.functional.softsign(net(x)), {LOGITS}),
+        (lambda net, x: net(x).clamp(-9, 9), {LOGITS}),
         (lambda net, x: net(x) + 0.005 * torch.randn(len(x), C), {REPEAT}),
         (lambda net, x: net(x) + 1000 + 0.005 * torch.randn(len(x), C), {REPEAT}),
         (lambda net, x: net(x) + 0.05 * torch.randn(len(x), C), {REPEAT, COMPANY}),
@@ -110,6 +116,12 @@ def test_a_linear_network_passes_all(data):
         "rounded",
         "saturated",
         "softmax",
+        "softmax less a number",
+        "sigmoid",
+        "sigmoid, pixels clipped",
+        "tanh, scaled",
+        "softsign",
+        "outputs clipped",
         "random output, slightly",
         "random output far from 0",
         "random output",
@@ -129,16 +141,14 @@ def test_every_fault_is_found_by_its_check(change, expected, data):
         lambda net, x: net(x) + 1e-5 * torch.randn(len(x), C),  # as a GPU may round
         lambda net, x: net(x).softmax(1).log(),
         lambda net, x: net(x) + 20,  # positive, but no probabilities
-        lambda net, x: net(x).softmax(1) - 0.25,
         lambda net, x: net(x) / 10 + 0.25,  # adds up to 1, but some are negative
-        lambda net, x: net(x) / 10 + 0.4,  # in [0,1], but adds up to more
+        lambda net, x: net(x) / 10 + 0.4,  # in [0,1], but not of every image
         lambda net, x: net(x + 0.03),
     ],
     ids=[
         "rounding",
         "log of softmax",
         "positive",
-        "sums to 0",
         "sums to 1",
         "in [0,1]",
         "a shift of its own",

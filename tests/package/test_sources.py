@@ -8,7 +8,7 @@ import torch
 from helpers.image_files import make_folder
 from PIL import Image
 
-from absld.data.sources import load_data
+from absld.data.sources import load_data, load_split
 from absld.errors import DataError
 
 
@@ -119,9 +119,51 @@ def test_tiny_imagenet_that_is_not_whole(tmp_path):
     broken.write_bytes(broken.read_bytes()[:100])
     refused(f"cannot read {broken}", "remove it", dataset="tiny-imagenet", root=tmp_path)
     broken.unlink()
-    assert len(load_data("tiny-imagenet", str(tmp_path)).train) == 18
+    assert len(load_data("tiny-imagenet", str(tmp_path)).train) == 19
     (root / "wnids.txt").write_text("n01443537\nn01641577\n")
     refused("n01629819 is not a class", dataset="tiny-imagenet", root=tmp_path)
+
+
+def test_tiny_imagenet_has_one_order_of_classes_whoever_reads_it(tmp_path):
+    """Sorted ids, whatever the order of wnids.txt: a network of one is a network of the other."""
+    root = tmp_path / "tiny-imagenet-200"
+    make_tiny_imagenet(root)
+    (root / "wnids.txt").write_text("\n".join(reversed(IDS)) + "\n")
+    tiny = load_data("tiny-imagenet", str(tmp_path)).train
+    (root / "test").rename(root / "unlabelled")
+    for wnid in IDS:
+        (root / "train" / wnid / f"{wnid}_boxes.txt").unlink()
+        (root / "test" / wnid).mkdir(parents=True)
+        (root / "train" / wnid / "images" / f"{wnid}_0.JPEG").rename(
+            root / "test" / wnid / "0.JPEG"
+        )
+    folder = load_data("folder", str(root)).train
+    for data in (tiny, folder):
+        brightness = data.images.float().mean((1, 2, 3)) / 60
+        assert torch.equal(brightness.round().long(), data.labels)
+    assert folder.classes == IDS and tiny.classes[0] == "goldfish"
+
+
+def test_what_tiny_imagenet_leaves_out_is_said(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    make_tiny_imagenet(root)
+    (root / "train" / "n00000000").mkdir()
+    (root / "train" / IDS[0] / "images" / ".DS_Store").write_text("")
+    (note,) = [n for n in load_data("tiny-imagenet", str(tmp_path)).train.notes if "skipped" in n]
+    assert "2 names that begin with a dot" in note
+    assert "n00000000" in note and f"{IDS[0]}/images/.DS_Store" in note
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+@pytest.mark.parametrize("dataset", ["digits", "svhn", "tiny-imagenet"])
+def test_a_set_that_is_read_alone_is_the_same(dataset, name, tmp_path, monkeypatch):
+    if dataset == "svhn":
+        make_svhn(tmp_path, monkeypatch)
+    if dataset == "tiny-imagenet":
+        make_tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    whole = getattr(load_data(dataset, str(tmp_path)), name)
+    alone = load_split(dataset, str(tmp_path), 32, name)
+    assert alone.digest() == whole.digest() and alone.notes == whole.notes
 
 
 def test_a_folder_in_another_size(tmp_path):

@@ -118,7 +118,7 @@ def dotted(node):
 
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 READERS = re.compile(
-    r"torch\.(load|jit\.load|hub\.load\w*|export\.load|package\..+|serialization\..+)"
+    r"torch\.(load|jit\.load|hub\.load\w*|export\.load|package\..+|serialization\.(?!safe).+)"
     r"|(np|numpy)\.(load|loadtxt|genfromtxt|fromregex)|pd\..+|yaml\..*load\w*|eval|exec|compile"
 )
 
@@ -143,4 +143,40 @@ def test_only_the_loading_function_reads_files_of_objects():
     assert not {pair for pair in imported if pair[1] in UNPICKLERS}
     assert {module for module, name in imported if name == "safetensors"} == {
         "storage/checkpoint.py"
+    }
+
+
+OPENERS = re.compile(
+    r"(.+\.)?(open|fdopen|read_text|read_bytes|write_text|write_bytes|touch|symlink_to|hardlink_to)"
+    r"|os\.(replace|rename|link|symlink|mkfifo)|shutil\.(copy\w*|move)|(torch|np)\.(from_file|fromfile)"
+    r"|np\.memmap|.+\.imread"
+)
+OWN = ("read_bytes", "write_text")  # functions of storage, which other modules import
+
+
+def test_only_the_functions_of_storage_open_files_of_a_run():
+    """They open nothing but regular files, and write through no link."""
+    calls = {
+        (module, ast.unparse(node.func))
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and OPENERS.fullmatch(name := ast.unparse(node.func))
+        and name not in OWN
+        and module not in ("storage/files.py", "storage/opening.py")
+    }
+    assert calls == {
+        # The package's own files, and the terminal.
+        ("evaluation/results.py", "Path(__file__).with_name('evaluation.schema.json').read_bytes"),
+        ("report/figures.py", "(FOLDER / 'templates/report.css').read_text"),
+        ("cli/output.py", "open"),
+        ("cli/printing.py", "open"),
+        ("cli/printing.py", "os.open"),
+        # Images, by an allow-list of formats, and the names of Tiny ImageNet's classes.
+        ("data/image_files.py", "Image.open"),
+        ("data/sources.py", "path.read_text"),
+        # A file that did not exist, and one that `open_regular` has looked at.
+        ("engine/logit_cache.py", "path.open"),
+        ("engine/logit_cache.py", "LogitCache.open"),
+        ("engine/logit_cache.py", "torch.from_file"),
     }

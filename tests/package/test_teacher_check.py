@@ -116,6 +116,13 @@ class Changed(nn.Module):
     def forward(self, x):
         return self.change(self.net(x))
 
+class Scaled(Changed):
+    def forward(self, x):
+        return self.net(self.change(x))
+
+def minus_one_to_one(): return Scaled(lambda x: (x + 1) / 2)
+def bytes_of_pixels(): return Scaled(lambda x: x / 255)
+
 def honest(): return Changed(lambda z: z)
 def sharp(): return Changed(lambda z: 1000 * z)
 def blind(): return Changed(lambda z: torch.cat([z[:, :9], z[:, 9:] - 100], 1))
@@ -129,6 +136,30 @@ def nets(teacher):
     Path("nets.py").write_text(NETS.format(teacher=teacher))
     yield
     sys.modules.pop("nets", None)
+
+
+SCALES = [("minus_one_to_one", "in [-1,1]"), ("bytes_of_pixels", "in [0,255]")]
+
+
+@pytest.mark.parametrize(("net", "scale"), SCALES)
+def test_a_teacher_made_for_another_scale_of_pixels_is_unfit(net, scale, nets, capfd):
+    """As it was trained: the scale that fits is named, and no training begins unasked."""
+    results, errors = checked(capfd, f"nets:{net}", *DIGITS, code=4)
+    (reason,) = results["reasons"]
+    assert results["verdict"] == "unfit" and f"made for pixels {scale}: clean accuracy" in reason
+    assert "put the normalisation inside the network" in reason and reason in errors
+    flags = ["train", "--teacher", f"nets:{net}", *CPU, "--epochs", "1", "--max-steps", "1"]
+    out = refused(capfd, 4, f"nets:{net}: made for pixels {scale}", "--allow-weak-teacher", *flags)
+    assert "epoch 1" not in out
+    assert main(*flags, "--allow-weak-teacher", "--resume") == 0
+
+
+def test_what_names_and_shapes_cannot_tell_is_said(teacher, capfd):
+    torch.save(load(f"{teacher}/best.pt")["model"], "bare.pt")
+    results, errors = checked(capfd, "bare.pt", *DIGITS)
+    (note,) = results["network"]["notes"]
+    assert "recognised as convnet by names and shapes, which tell nothing of" in note
+    assert note in errors
 
 
 def test_doubts_have_reasons(nets, capfd):
@@ -166,5 +197,5 @@ def test_what_was_stripped_is_said(teacher, capfd):
     state = {f"module.{k}": v for k, v in load(f"{teacher}/best.pt")["model"].items()}
     torch.save({"state_dict": state}, "wrapped.pt")
     results, errors = checked(capfd, "wrapped.pt", *DIGITS, "--examples", "20")
-    assert "without their prefix" in errors and len(results["network"]["notes"]) == 1
+    assert "without their prefix" in errors and len(results["network"]["notes"]) == 2
     assert few_digits().train.classes == tuple(results["data"]["classes"])

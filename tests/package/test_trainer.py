@@ -21,6 +21,7 @@ from absld import trainer
 from absld.attack import TrainingAttack
 from absld.data.augmentation import Views, batches
 from absld.data.dataset import ImageSet
+from absld.engine.logit_cache import LogitCacheSettings
 from absld.engine.precision import float32_precision, legacy_settings, with_precision
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
 from absld.methods import build_method
@@ -212,7 +213,7 @@ def test_a_batch_of_one_with_batch_norm_trains():
     assert np.isfinite(reports[0].loss)
 
 
-def test_networks_and_images_in_double_precision_train():
+def test_networks_and_images_in_double_precision_train(double_precision):
     sets = image_set(dtype=torch.float64), image_set(9, seed=1, dtype=torch.float64)
     student, reports = train(CONFIG, network("student").double(), network("teacher").double(), sets)
     assert all(p.dtype == torch.float64 for p in student.parameters())
@@ -266,6 +267,171 @@ def test_a_run_directory_is_made_where_there_is_none(tmp_path):
 def test_a_method_that_needs_a_teacher_says_so():
     with pytest.raises(UsageError, match="needs a teacher"):
         list(fit(network("student"), None, TRAIN, VALIDATION, CONFIG))
+
+
+# --- Networks and modes that cannot be trained ---
+
+
+def linked(share):
+    """A student and a teacher, of which `share` links a part."""
+    student, teacher = network("student"), network("teacher")
+    return student, share(student, teacher) or teacher
+
+
+def share_module(student, teacher):
+    teacher[0] = student[0]
+
+
+def share_memory(student, teacher):
+    teacher[4].weight.data = student[4].weight.data
+
+
+def share_statistics(student, teacher):
+    teacher[1].running_var = student[1].running_var
+
+
+def assign(student, teacher):
+    teacher.load_state_dict(student.state_dict(), assign=True)
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (lambda student, teacher: student, "are the same network"),
+        (lambda student, teacher: nn.Sequential(nn.Identity(), student), "share 0.weight and 7"),
+        (share_module, "share 0.weight and 1 more"),
+        (share_memory, "share 4.weight"),
+        (share_statistics, "share 1.running_var"),
+        (assign, "share 0.weight and 7 more"),
+    ],
+)
+def test_a_student_that_shares_weights_with_its_teacher_is_refused(share, message):
+    student, teacher = linked(share)
+    with pytest.raises(UsageError, match=f"student and teacher {message}") as caught:
+        train(student=student, teacher=teacher)
+    assert caught.value.hint == "copy.deepcopy one of them"
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_networks_may_share_what_training_does_not_change():
+    """A normalisation of pixels, an activation."""
+
+    class Normalise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
+
+        def forward(self, x):
+            return x - self.mean
+
+    normalise = Normalise()
+    student, teacher = (nn.Sequential(normalise, network(role)) for role in ("student", "teacher"))
+    _, reports = train(replace(CONFIG, epochs=1), student, teacher)
+    assert np.isfinite(reports[0].loss)
+
+
+class Fixed(nn.Module):
+    """Without parameters."""
+
+    def forward(self, x):
+        return 10 * x.flatten(1)[:, :C]
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (lambda: Fixed(), "it has no parameters"),
+        (lambda: network("student").requires_grad_(False), "its parameters are all frozen"),
+    ],
+)
+def test_a_student_with_nothing_to_train_is_refused(student, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        train(student=student())
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_teacher_without_parameters_teaches(cached, tmp_path):
+    cache = LogitCacheSettings(tmp_path, 1.0) if cached else None
+    _, reports = train(replace(CONFIG, epochs=1), teacher=Fixed(), logit_cache=cache)
+    assert np.isfinite(reports[0].loss) and any(tmp_path.iterdir()) == cached
+
+
+class Wrapped(nn.Module):
+    def __init__(self, forward, role="student"):
+        super().__init__()
+        self.net, self.wrapped = network(role), forward
+
+    def forward(self, x):
+        return self.wrapped(self, x)
+
+
+def constant_in_training(self, x):
+    logits = self.net(x)
+    return logits.detach() if self.training else logits
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda self, x: self.net(x.detach()), "no gradient reaches the images"),
+        (torch.no_grad()(lambda self, x: self.net(x)), "no gradient reaches the images"),
+        (constant_in_training, "the loss does not depend on the student's parameters"),
+    ],
+)
+def test_a_student_without_a_gradient_is_refused(forward, message):
+    with pytest.raises(UsageError, match=message):
+        train(student=Wrapped(forward))
+
+
+FLOATS = image_set(), image_set(9, seed=1)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("data", [(TRAIN, VALIDATION), FLOATS], ids=["bytes", "floats"])
+def test_a_network_that_writes_into_its_input_is_refused(role, data):
+    before = [part.images.clone() for part in data]
+    writer = Wrapped(lambda self, x: self.net(x.mul_(2).sub_(1)), role)
+    with pytest.raises(CheckpointError, match=f"{role} writes into its input"):
+        train(data=data, **{role: writer})
+    assert all(torch.equal(part.images, was) for part, was in zip(data, before, strict=True))
+
+
+def test_a_student_that_writes_into_its_input_in_training_only_is_refused():
+    writer = Wrapped(lambda self, x: self.net(x.add_(0.1) if self.training else x))
+    with pytest.raises(CheckpointError, match="the student or the teacher writes into its input"):
+        train(student=writer)
+
+
+def test_it_trains_under_no_grad():
+    with torch.no_grad():
+        student, _ = train()
+    assert digest(student.state_dict()) == digest(train()[0].state_dict())
+
+
+MODES = {
+    "inference_mode is on": torch.inference_mode,
+    "autocast is on": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_under_which_nothing_is_trained_as_set_are_refused(mode):
+    """At the start, and at the epoch at which somebody turns them on."""
+    with MODES[mode](), pytest.raises(UsageError, match=mode):
+        train()
+    reports = fit(network("student"), network("teacher"), TRAIN, VALIDATION, CONFIG)
+    next(reports)
+    with MODES[mode](), pytest.raises(UsageError, match=mode):
+        next(reports)
+
+
+def test_images_made_under_inference_mode_are_validated():
+    with torch.inference_mode():
+        validation = image_set(9, seed=1)
+    _, reports = train(data=(FLOATS[0], validation))
+    expected = train(data=FLOATS)[1]
+    assert same(tuple(reports[-1].accuracies), tuple(expected[-1].accuracies))
 
 
 # --- What it leaves unchanged ---

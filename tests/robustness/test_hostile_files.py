@@ -4,18 +4,22 @@ Every file goes through the one loading function (tests/package/test_structure.p
 the package unpickles); each command is tried with one such file.
 """
 
+import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
 import pickle
 import resource
 import shutil
+import socket
 import struct
 import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.processes import processes
@@ -23,10 +27,15 @@ from helpers.program import QUICK, load_few, main, refused
 from helpers.weight_files import Payload
 from torch import nn
 
+from absld.config.files import SEAL, read_run_config, to_toml
+from absld.config.resolve import resolve
 from absld.errors import CheckpointError
+from absld.evaluation.results import read_results
 from absld.models.architectures import build_model
 from absld.models.loading import load_network
 from absld.storage.checkpoint import load, save
+from absld.storage.environment import read_sessions
+from absld.storage.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("few_digits_in_an_empty_folder")
 
@@ -44,9 +53,10 @@ def as_bytes(content, **settings):
     return file.getvalue()
 
 
-def compressed():
-    """A good archive whose tensors are zeros, compressed."""
-    stored = zipfile.ZipFile(io.BytesIO(as_bytes({"model": {"w": torch.zeros(2**22)}})))
+def compressed(tensor=None):
+    """A good archive, compressed; by default its tensors are many zeros."""
+    tensor = torch.zeros(2**22) if tensor is None else tensor
+    stored = zipfile.ZipFile(io.BytesIO(as_bytes({"model": {"w": tensor}})))
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for entry in stored.infolist():
@@ -68,6 +78,67 @@ def billion_laughs():
     return as_bytes({"model": content})
 
 
+def nested(value, depth=45):
+    """Tuples of tuples: a text of 2^45 values, hashed or printed."""
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+def changed_pickle(change):
+    """A good file of weights with another pickle in it."""
+    given = zipfile.ZipFile(io.BytesIO(as_bytes({"model": {"w": torch.zeros(200)}})))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for entry in given.infolist():
+            raw = given.read(entry)
+            archive.writestr(entry.filename, change(raw) if "data.pkl" in entry.filename else raw)
+    return packed.getvalue()
+
+
+def pickled(operations):
+    return changed_pickle(lambda _: b"\x80\x02" + operations + b".")
+
+
+def tall_lists():
+    """Lists that are filled from the top down: each is small when it is put into the next."""
+    names = b"".join(b"]q%c" % number for number in range(41))
+    fill = b"".join(b"h%c(h%ch%ce" % (n, n + 1, n + 1) for n in range(40))
+    return pickled(names + fill + b"h\0")
+
+
+def one_record_many_names():
+    """Storages whose keys are one record, read without regard to case."""
+    keys = [f"{number:010b}".replace("0", "a").replace("1", "A") for number in range(1024)]
+    storages = b"".join(
+        b"(X\7\0\0\0storagectorch\nFloatStorage\nX\x0a\0\0\0%bX\3\0\0\0cpuK\xc8tQ" % key.encode()
+        for key in keys
+    )
+    return pickled(b"(" + storages + b"l")
+
+
+def two_directories():
+    """An archive whose directory is there twice: readers differ in which one they use."""
+    bomb = compressed()
+    (place,) = struct.unpack("<L", bomb[-6:-2])
+    return bomb[:-22] + bomb[place:]
+
+
+def overlapping():
+    """An archive whose entries all are the same bytes."""
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+        archive.writestr("a/data/0", bytes(2**20))
+        archive.filelist += archive.filelist[-1:] * 999
+    return raw.getvalue()
+
+
+def views_of_one():
+    storage = torch.zeros(2**20)
+    return as_bytes({"model": {str(n): storage[n : 2**20 - n] for n in range(50)}})
+
+
 def with_tensor(name, value):
     return as_bytes({"model": state() | {name: value}, "architecture": "convnet"})
 
@@ -87,12 +158,59 @@ HOSTILE = {
     ),
     "noise": (lambda: bytes(range(256)) * 40, "it starts with b'"),
     "zip bomb": (compressed, "would become 16,7"),
+    "zip bomb with bytes behind it": (lambda: compressed() + bytes(66_000), "truncated or damaged"),
+    "zip bomb with a comment": (
+        lambda: compressed()[:-2] + b"\5\0hello",
+        "truncated or damaged",
+    ),
+    "archive with two directories": (two_directories, "truncated or damaged"),
+    "entries that overlap": (overlapping, "would become"),
+    "compressed": (lambda: compressed(torch.rand(50)), "compressed, which torch.save does not do"),
+    "key of nested tuples": (
+        lambda: pickled(b"}K\1" + b"q\0h\0\x86" * 45 + b"K\1s"),
+        "holds more than 500,000",
+    ),
+    "value of nested tuples": (lambda: as_bytes({"model": nested("w")}), "holds more than 500,000"),
+    "nested tuples in an old format": (
+        lambda: as_bytes(nested("w"), _use_new_zipfile_serialization=False),
+        "holds more than 500,000 values",
+    ),
+    "key of a tuple": (lambda: as_bytes({(1, 2): 1}), "keys are not texts or numbers"),
+    "keys of one hash": (
+        lambda: as_bytes({(2**61 - 1) * n * 8: n for n in range(1000)}),
+        "keys are not texts or numbers",
+    ),
+    "lists filled from the top": (tall_lists, "holds itself"),
+    "call of nested tuples": (
+        lambda: pickled(b"K\1" + b"q\0h\0\x86" * 45 + b")R"),
+        "holds more than 500,000",
+    ),
+    "bytearray of 10 GB": (
+        lambda: pickled(b"c__builtin__\nbytearray\n\x8a\5\0\0\0\0\2\x85R"),
+        "bytearray",
+    ),
+    "codec": (
+        lambda: pickled(b"c_codecs\nencode\nX\1\0\0\0aX\x08\0\0\0punycode\x86R"),
+        "codec",
+    ),
+    "numpy array without values": (
+        lambda: pickled(
+            b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
+            b"\x8a\5\0\0\0\0\2\x85X\1\0\0\0b\x87R"
+        ),
+        "array without values",
+    ),
+    "another protocol": (lambda: as_bytes({"x": 1}, pickle_protocol=4), "pickled by protocol 4"),
+    "numpy objects": (lambda: as_bytes({"x": np.array([None])}), "holds ndarray"),
+    "class": (lambda: pickled(b"ctorch\nFloatStorage\n"), "holds StorageType"),
+    "one record, many names": (one_record_many_names, "storage without a number"),
+    "views of one storage": (views_of_one, "repeats the bytes"),
     "expanded tensor": (
         lambda: as_bytes({"model": {"w": torch.zeros(1).expand(10**6, 10**6)}}),
         "repeats the bytes",
     ),
     "dict that holds itself": (holding_itself, "holds itself"),
-    "billion laughs": (billion_laughs, "holds more than 1,000,000 values"),
+    "billion laughs": (billion_laughs, "holds more than 500,000 values"),
     "number": (lambda: as_bytes(3), "holds int"),
     "texts for tensors": (lambda: as_bytes({"model": {"w": "text"}}), "not a named tensor"),
     "NaN": (lambda: with_tensor("0.weight", torch.full((16, 3, 3, 3), torch.nan)), "holds NaN"),
@@ -165,17 +283,29 @@ def runs(tmp_path_factory, teacher):
     return sorted(folder.glob("runs/digits-*"))
 
 
+def make_payload(path):
+    path.unlink(missing_ok=True)
+    path.write_bytes(bytes_of("payload"))
+
+
+def make_fifo(path):
+    """Make a file that would keep a reader waiting."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(make_payload, "would run code"), (make_fifo, "not a regular file")]
+)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_refuses_a_hostile_file(command, runs, capfd):
+def test_every_command_refuses_a_hostile_file(command, make, message, runs, capfd):
     for run, copy in zip(runs, ("a run", "a broken run"), strict=True):
         shutil.copytree(run, copy)
     for path in (Path("tëacher.pt"), Path("a broken run") / "best.pt"):
-        path.write_bytes(bytes_of("payload"))
+        make(path)
     before = set(Path().rglob("*"))
     names = {"FILE": "tëacher.pt", "RUN": "a run", "BROKEN RUN": "a broken run"}
-    out = refused(
-        capfd, 4, "would run code", "", *[names.get(word, word) for word in COMMANDS[command]]
-    )
+    out = refused(capfd, 4, message, "", *[names.get(word, word) for word in COMMANDS[command]])
     assert "epoch" not in out and not PROOF.exists()
     new = {path for path in set(Path().rglob("*")) - before if "a run" not in path.parts}
     assert not [path for path in new if path.suffix in (".pt", ".cache", ".json")], new
@@ -206,6 +336,124 @@ def test_a_hostile_recipe_is_refused(content, message, capfd):
 def test_a_hostile_evaluation_is_not_reported(content, capfd):
     Path("evaluation.json").write_bytes(content)
     refused(capfd, 4, "evaluation.json", "", "report", "evaluation.json")
+
+
+# --- Files of a run that are damaged, or no files ---
+
+
+def socket_at(path):
+    """Bind by the relative name: a socket's path has at most 107 bytes."""
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(path.name)
+
+
+def huge(path):
+    with path.open("wb") as file:
+        file.truncate(10 * 2**30)  # takes no blocks
+
+
+DAMAGES = {
+    "a FIFO": (os.mkfifo, "not a regular file"),
+    "a socket": (socket_at, "not a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "a directory": (Path.mkdir, "a directory, not a file"),
+    "a link to itself": (
+        lambda path: path.symlink_to(path.name),
+        "regular file|No such file|no such",
+    ),
+    "10 GB of nothing": (huge, "10,737,418,240 bytes|starts with|header"),
+    "bytes of nothing": (lambda path: path.write_bytes(bytes(100) + b"\n"), "."),
+    "an empty object": (lambda path: path.write_text("{}\n"), "."),
+}
+# Any text is a status, and a file that is not there is that of a run which has not begun.
+NO_DAMAGE = [("STATUS", "bytes of nothing"), ("STATUS", "an empty object")]
+NO_DAMAGE += [(name, "a link to itself") for name in ("environment.json", "metrics.jsonl")]
+READERS = {
+    "config.toml": read_run_config,
+    "environment.json": lambda path: read_sessions(path.parent),
+    "metrics.jsonl": lambda path: RunDirectory(path.parent).records(),
+    "STATUS": lambda path: RunDirectory(path.parent).status(),
+    "evaluation.json": read_results,
+    "best.pt": load,
+    "best.safetensors": load,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_of_a_run_that_is_damaged_is_refused(name, damage):
+    make, message = DAMAGES[damage]
+    path = Path.cwd() / name
+    make(path)
+    if (name, damage) in NO_DAMAGE:
+        READERS[name](path)
+        return
+    with pytest.raises(CheckpointError, match=message) as caught:
+        READERS[name](path)
+    assert caught.value.exit_code == 4 and name in str(caught.value)
+
+
+def without_progress(path):
+    content = load(path)
+    save(content | {"progress": {"epoch": "two"}}, path)
+
+
+def of_another_network(path):
+    save({"model": build_model("convnet", 7).state_dict()}, path)
+
+
+RESUMED = {
+    "nothing": ("last.pt", lambda path: torch.save({}, path), "not a checkpoint of a training"),
+    "a number": ("last.pt", lambda path: torch.save(3, path), "not a checkpoint of a training"),
+    "weights": (
+        "last.pt",
+        lambda path: torch.save(state(), path),
+        "not a checkpoint of a training",
+    ),
+    "no settings": ("last.pt", lambda path: save({"identity": {}}, path), "another training"),
+    "no progress": ("last.pt", without_progress, "not one of this training"),
+    "a FIFO": ("last.pt", make_fifo, "not a regular file"),
+    "no best": ("best.pt", Path.unlink, "no such file"),
+    "best of another program": ("best.pt", lambda path: torch.save([], path), "not a checkpoint"),
+    "best of another network": ("best.pt", of_another_network, "is of another network"),
+    "records": ("metrics.jsonl", lambda path: path.write_text('{"epoch": "1"}\n'), "epoch is"),
+    "sessions": ("environment.json", lambda path: path.write_text("[3]"), "[0] is 3"),
+    "no sessions": ("environment.json", Path.unlink, "No such file"),
+    "settings": ("config.toml", lambda path: path.write_text("epochs = 1"), "cut short"),
+    "a linked lock": (".lock", lambda path: path.symlink_to("best.pt"), "a link"),
+}
+
+
+@pytest.mark.parametrize("fault", RESUMED)
+def test_a_training_is_not_resumed_from_what_another_program_wrote(fault, runs, teacher, capfd):
+    name, make, message = RESUMED[fault]
+    folder = Path(shutil.copytree(runs[0], Path("runs") / runs[0].name))
+    (folder / ".lock").unlink(missing_ok=True)
+    make(folder / name)
+    refused(capfd, 4, message, "", "train", *QUICK, "--teacher", teacher, "--resume")
+
+
+@pytest.fixture(scope="module")
+def config_bytes():
+    return to_toml(resolve({"epsilon": 0.1})).encode()
+
+
+def test_settings_of_a_run_that_are_cut_anywhere_are_refused(config_bytes):
+    path = Path("config.toml")
+    path.write_bytes(config_bytes)
+    assert read_run_config(path).epsilon == 0.1
+    for length in range(len(config_bytes) - 1):
+        path.write_bytes(config_bytes[:length])
+        with pytest.raises(CheckpointError, match=r"config\.toml: (cut short|has changed)"):
+            read_run_config(path)
+
+
+def test_settings_of_another_version_are_refused(config_bytes):
+    text = b"warp = 9\n"
+    seal = f"{SEAL}{hashlib.sha256(text).hexdigest()}\n".encode()
+    Path("config.toml").write_bytes(text + seal)
+    with pytest.raises(CheckpointError, match="warp"):
+        read_run_config(Path("config.toml"))
 
 
 # --- Memory ---

@@ -1,0 +1,90 @@
+"""`absld compare`: methods under the same conditions."""
+
+from typing import Annotated, Any
+
+import typer
+
+from absld.cli.options import AsJson, RecipeFile, explicit, seed_list, with_settings
+from absld.cli.output import SAME_COMMAND, command_output
+from absld.config.files import read_recipe
+from absld.config.parsing import parse_all
+from absld.config.settings import Config, EvaluationConfig
+from absld.errors import UsageError
+
+EVALUATION_OF_COMPARISON = ("attacks", "examples", "checks", "model")
+MODEL_OF_COMPARISON = (
+    "networks of the finished runs that are factories: package.module:factory, separated by commas"
+)
+
+
+@with_settings(
+    EvaluationConfig, only=EVALUATION_OF_COMPARISON, meanings={"model": MODEL_OF_COMPARISON}
+)
+@with_settings(Config, without=("method", "seed"), schedule_of_method=False)
+def compare(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN", help="directories of finished runs")
+    ] = None,
+    *,
+    methods: Annotated[
+        str, typer.Option(metavar="NAMES", help="methods, package.module:Class or recipe files")
+    ] = "",
+    seeds: Annotated[
+        str,
+        typer.Option(metavar="N", help=r"number of seeds, or a list such as 0,3,7 \[default: 1]"),
+    ] = "",
+    baseline: Annotated[
+        str, typer.Option(metavar="NAME", help=r"method to compare with \[default: the first]")
+    ] = "",
+    recipe: RecipeFile = None,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Compare methods: same images, same teachers, same schedule, several seeds.
+
+    [bold]Examples[/]
+
+    [cyan]absld compare --methods rslad,absld --seeds 5[/]
+    [cyan]absld compare --methods absld,mypackage.methods:Mart,warm.toml[/]
+    [cyan]absld compare RUN RUN RUN[/]
+
+    Prints means and standard deviations over the seeds and differences to the
+    baseline with confidence intervals. Settings apply to all methods. Finished
+    runs are used again; the same command continues after an interruption.
+    """
+    if bool(runs) == bool(methods):
+        raise UsageError("compare takes either --methods or finished runs", "see --help")
+    flags = explicit(settings)
+    if methods and "model" in flags:
+        raise UsageError("--model is for finished runs", "--student sets the network to train")
+    evaluation = take_evaluation(flags)
+    training_flags = (
+        flags | ({"seeds": seeds} if seeds else {}) | ({"recipe": recipe} if recipe else {})
+    )
+    if runs and (extra := sorted(training_flags.keys() - {"out", "device", "class_order"})):
+        raise UsageError(
+            f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
+        )
+
+    from absld.cli.comparison_view import ComparisonView, comparison_lines
+    from absld.runs import comparison
+
+    with command_output(as_json, continue_with=SAME_COMMAND) as output:
+        with ComparisonView(output) as view:
+            if runs:
+                out = flags.get("out", "")
+                result = comparison.compare_runs(runs, evaluation, baseline, out, view)
+            else:
+                names = [name.strip() for name in methods.split(",") if name.strip()]
+                of_all = (read_recipe(recipe, flags) if recipe else {}) | flags
+                result = comparison.compare_methods(
+                    names, seed_list(seeds), of_all, evaluation, baseline, view
+                )
+        output.present(result.results, comparison_lines(result))
+
+
+def take_evaluation(flags: dict[str, Any]) -> EvaluationConfig:
+    """Return the settings of the evaluations, and remove from `flags` those of them alone."""
+    chosen = {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
+    chosen |= {name: flags[name] for name in ("device", "class_order") if name in flags}
+    return EvaluationConfig(**parse_all(chosen, EvaluationConfig))

@@ -1,0 +1,68 @@
+"""Settings as fields of frozen dataclasses: group, meaning, source and range of each."""
+
+import math
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+from absld.config.parsing import SEE_HELP, parse
+from absld.config.recipes import OWN
+from absld.errors import UsageError
+
+T = TypeVar("T")
+
+# Groups of settings, in the order in which help and recipes list them.
+GROUPS = ("Attacks", "Data", "Augmentation", "Network", "Networks", "Method", "Training", "Attack",
+          "Speed", "Run")  # fmt: skip
+
+
+def setting(
+    default: T,
+    group: str,
+    meaning: str,
+    source: str = OWN,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+) -> T:
+    """Make a field of a settings class.
+
+    Args:
+        default: the value without a recipe, CIFAR-10's.
+        group: one of GROUPS, a heading in the help.
+        meaning: one line for the help and for recipes; "[default: ...]" ends it where the default
+            depends on other settings.
+        source: where the default comes from.
+        low, high: bounds of a number, which must also be finite.
+    """
+    metadata = {"group": group, "meaning": meaning, "source": source, "range": (low, high)}
+    value: T = field(default=default, metadata=metadata)
+    return value
+
+
+def group_of(setting_field: "Field[Any]") -> str:
+    """Return the group of a setting."""
+    return str(setting_field.metadata["group"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Fields made by `setting`. Raises UsageError for a value of another type or out of range."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = parse(f.name, getattr(self, f.name), type(self))
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, (int, float)):
+                    check_range(f.name, number, *f.metadata["range"])
+            object.__setattr__(self, f.name, value)  # 1 where a float is meant is 1.0
+
+
+def check_range(name: str, number: int | float, low: float, high: float) -> None:
+    """Raise UsageError if a number is not finite or not in [low, high]."""
+    if low <= number <= high and number < math.inf:  # NaN is in no range
+        return
+    hint = SEE_HELP
+    if name == "epsilon" and 1 < number <= 255:
+        hint = f"pixels are in [0,1]; did you mean {number:g}/255?"
+    allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
+    raise UsageError(f"{name} must be {allowed}, not {number:.12g}", hint)

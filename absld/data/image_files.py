@@ -1,0 +1,189 @@
+"""Image files: which files of a folder count, and their pixels as RGB of 8 bits.
+
+Only this module opens images. What it changes or skips is said in the notes of a set.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from absld.errors import DataError
+from absld.text import printable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Pillow goes by the content, whatever the suffix, and opens PostScript by running it.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
+SHOWN = 10  # names in a message
+
+
+class ImageReader:
+    """Reads the files of a data set as squares of `side` pixels.
+
+    Files that are not images are remembered, and refused together by `check`.
+    """
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+        self.faults: list[str] = []
+
+    def read(self, part: str, paths: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
+        """Read files as (N,3,side,side) uint8, and describe what was read, for `part` of a set."""
+        from torchvision.transforms.v2.functional import pil_to_tensor, resize
+
+        images = torch.zeros(len(paths), 3, self.side, self.side, dtype=torch.uint8)
+        traits: Counter[str] = Counter()
+        sizes: set[tuple[int, int]] = set()
+        for image, path in zip(images, paths, strict=True):
+            try:
+                picture, found = open_image(path)
+            except Exception as error:  # Pillow raises many kinds, and seldom names the file
+                self.faults.append(f"{printable(path)}: {str(error).replace(f' {path!r}', '')}")
+                continue
+            sizes.add((picture.height, picture.width))
+            traits.update(found)
+            image.copy_(resize(pil_to_tensor(picture), [self.side, self.side]))
+        traits["of one constant colour"] = int(
+            (images.amin((2, 3)) == images.amax((2, 3))).all(1).sum()
+        )
+        return images, (f"{part}: {len(paths)} images {self.describe(sizes, traits)}",)
+
+    def describe(self, sizes: set[tuple[int, int]], traits: Counter[str]) -> str:
+        """Describe the sizes of image files, and how many had traits that reading changed."""
+        ends = [min(sizes, key=area), max(sizes, key=area)] if sizes else []
+        text = " to ".join(dict.fromkeys(f"{height}x{width}" for height, width in ends))
+        text = f"from {text}" if len(sizes) > 1 else f"of {text}"
+        if sizes != {(self.side, self.side)}:
+            text += f", resized to {self.side}x{self.side}"
+        if any(height != width for height, width in sizes):
+            text += " whatever their aspect ratio"
+        return "; ".join([text, *(f"{n} {trait}" for trait, n in traits.items() if n)])
+
+    def check(self) -> None:
+        """Raise DataError for all files that could not be read: the first ten, and the number."""
+        if self.faults:
+            files = f"{len(self.faults)} files: " if len(self.faults) > 1 else ""
+            more = "; ..." if len(self.faults) > SHOWN else ""
+            raise DataError(
+                f"cannot read {files}{'; '.join(self.faults[:SHOWN])}{more}",
+                f"remove it or save it anew, as {', '.join(FORMATS)}",
+            )
+
+
+def area(size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    return size[0] * size[1], size
+
+
+def open_image(path: str) -> tuple["Image.Image", list[str]]:
+    """Open an image file as RGB, upright; and name what this changed or left out."""
+    from PIL import Image, ImageOps
+
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise OSError("not a regular file")
+    traits = []
+    with Image.open(path, formats=FORMATS) as image:
+        if getattr(image, "is_animated", False):
+            traits.append("of several frames, of which the first is read")
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            ImageOps.exif_transpose(image, in_place=True)
+            traits.append("turned upright, as EXIF says")
+        if Image.getmodebase(image.mode) == "L":
+            traits.append("grey, read as RGB")
+        elif image.mode != "RGB":
+            traits.append(f"{image.mode}, read as RGB")
+        if image.mode.endswith("A") or "transparency" in image.info:
+            traits.append("whose transparency is dropped")
+        if image.mode[0] in "IF":
+            traits.append(f"of more than 8 bits ({image.mode}), scaled to 8")
+            return to_8_bits(image).convert("RGB"), traits
+        return image.convert("RGB"), traits
+
+
+def to_8_bits(image: "Image.Image") -> "Image.Image":
+    """Scale a grey image of 16 bits, or of floats in [0,1], to 8 bits.
+
+    By the range of its type, not that of its values: the same for every image of a set. Raises
+    ValueError for types without a range, and for values outside it.
+    """
+    import numpy as np
+    from PIL import Image
+
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if image.mode == "I" and tags:
+        raise ValueError("mode I, integers of 32 bits, which have no range of grey")
+    values = np.asarray(image, dtype=np.float64)
+    # Integers are of 16 bits but in a TIFF, which may have 12.
+    top = 1.0 if image.mode == "F" else 2.0 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    if not (values.min() >= 0 and values.max() <= top):  # NaN is neither
+        raise ValueError(
+            f"mode {image.mode} with {values.min():g}..{values.max():g}, not 0..{top:g}"
+        )
+    if tags.get(PHOTOMETRIC) == 0:  # white is 0, which Pillow heeds in 8 bits only
+        values = top - values
+    return Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+
+
+# --- Folders ---
+
+
+def list_files(folder: str, skipped: list[str], seen: set[str]) -> list[str]:
+    """List the regular files in a folder and the folders below, in the order of ImageFolder.
+
+    Names that begin with a dot, and what is neither file nor folder, are added to `skipped`. Links
+    are followed; DataError if they lead to a folder of `seen`, to which all folders are added.
+    """
+    return sorted(walk(folder, skipped, seen), key=os.path.split)
+
+
+def walk(folder: str, skipped: list[str], seen: set[str]) -> Iterator[str]:
+    """Yield the files of `list_files`, in any order."""
+    here = os.path.realpath(folder)
+    if here in seen:
+        raise DataError(
+            f"{folder} is reached twice, by a link to it or a link to a folder that holds it",
+            "remove the link: its images would count twice",
+        )
+    seen.add(here)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or not (entry.is_dir() or entry.is_file()):
+                skipped.append(entry.path)
+            elif entry.is_dir():
+                yield from walk(entry.path, skipped, seen)
+            else:
+                yield entry.path
+
+
+def list_classes(folder: str, skipped: list[str]) -> list[str]:
+    """List the folders in a folder, sorted, which are its classes; all else is skipped."""
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    classes = [entry.name for entry in found if entry.is_dir() and entry.name[0] != "."]
+    skipped += [entry.path for entry in found if entry.name not in classes]
+    for name in classes:
+        check_utf8(os.path.join(folder, name))
+    return classes
+
+
+def check_utf8(path: str) -> None:
+    """Raise DataError for a path that no record or page could hold."""
+    if path != path.encode(errors="replace").decode():
+        raise DataError(f"{printable(path)}: this name is not UTF-8", "rename it")
+
+
+def describe_skipped(part: str, folder: str, skipped: Sequence[str]) -> tuple[str, ...]:
+    """Describe the names that were skipped in a folder; nothing if there are none."""
+    if not skipped:
+        return ()
+    names = sorted(printable(os.path.relpath(path, folder)) for path in skipped)
+    more = ", ..." if len(skipped) > SHOWN else ""
+    return (
+        f"{part}: skipped {len(skipped)} names that begin with a dot, are no files or are beside "
+        f"the classes: {', '.join(names[:SHOWN])}{more}",
+    )
