@@ -5,8 +5,7 @@ The attack takes a forward function and an objective of its outputs; teachers, l
 are in the objective. Pixels, epsilon and step size are in [0,1] units.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from absld.errors import UsageError
+from absld.module_locks import hold
 from absld.shapes import check_shape
 
 Objective = Callable[[Tensor], Tensor]
@@ -96,30 +96,6 @@ def input_gradient(value: Tensor, x: Tensor) -> Tensor:
             "a forward without detach, rounding or no_grad, called outside of inference_mode",
         )
     return gradient
-
-
-_released = threading.Condition()
-_holders: dict[int, int] = {}  # the thread that holds a module, by the id of the module
-
-
-@contextmanager
-def hold(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Hold modules for this thread inside the context; wait while another thread holds one of them.
-
-    All are taken at once, so that two threads cannot wait for each other.
-    """
-    thread = threading.get_ident()
-    with _released:
-        _released.wait_for(lambda: all(_holders.get(id(m), thread) == thread for m in modules))
-        taken = [id(module) for module in modules if id(module) not in _holders]
-        _holders.update(dict.fromkeys(taken, thread))
-    try:
-        yield
-    finally:
-        with _released:
-            for module in taken:
-                del _holders[module]
-            _released.notify_all()
 
 
 @contextmanager

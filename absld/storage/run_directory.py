@@ -24,11 +24,8 @@ RECORD = {
         "is_best": {"type": "boolean"},
         "seconds": {"type": "number", "minimum": 0},
     },
-    # Metrics, and lists of one value for each class.
-    "additionalProperties": {
-        "type": ["number", "null", "array"],
-        "items": {"type": ["number", "null"]},
-    },
+    # Metrics, and lists of one number for each class, which `parse_record` checks.
+    "additionalProperties": {"type": ["number", "null", "array"]},
 }
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -129,7 +126,7 @@ class RunDirectory:
             return []
         *whole, _ = read_of_run(self.metrics, MOST_RECORDS).split(b"\n")
         try:
-            return [parse_json(line, RECORD) for line in whole]
+            return [parse_record(line) for line in whole]
         except ValueError as error:
             raise CheckpointError(f"{self.metrics}: damaged ({error})", COPY_AGAIN) from error
 
@@ -162,3 +159,12 @@ class ReadOnlyRunDirectory(RunDirectory):
 
     def append_record(self, record: Mapping[str, Any]) -> None:
         pass
+
+
+def parse_record(line: bytes) -> dict[str, Any]:
+    """Parse a line of metrics.jsonl. Raises ValueError that names the field which is wrong."""
+    record: dict[str, Any] = parse_json(line, RECORD)
+    for name, value in record.items():
+        if isinstance(value, list) and not {*map(type, value)} <= {int, float, type(None)}:
+            raise ValueError(f"{name}: not a list of numbers")
+    return record

@@ -7,7 +7,7 @@ from helpers.small_training import TRAIN, bytes_of, network
 import absld
 from absld.config.resolve import resolve
 from absld.data.augmentation import Views
-from absld.data.dataset import ImageSet, Splits
+from absld.data.dataset import ImageSet
 from absld.engine.logit_cache import DeviceCachedTeacher, LogitCacheSettings, cached_epoch, fill
 from absld.engine.precision import float32_precision
 from absld.engine.techniques import Techniques
@@ -30,9 +30,9 @@ def test_a_batch_size_has_a_cache_of_its_own(cuda, tmp_path):
 
 
 def test_a_run_on_a_device_says_that_it_needs_a_whole_cache(cuda):
-    config, here = resolve({"padding": 1}), Splits(TRAIN, TRAIN, TRAIN)
-    assert describe_cache(config, here).endswith("in runs/logit-caches")
-    text = describe_cache(config, here.to(cuda.device))
+    config = resolve({"padding": 1})
+    assert describe_cache(config, TRAIN).endswith("in runs/logit-caches")
+    text = describe_cache(config, TRAIN.to(cuda.device))
     assert text.endswith("; used once all are there: `absld teacher cache` fills it")
 
 

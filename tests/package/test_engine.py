@@ -209,14 +209,13 @@ def test_the_student_itself_is_converted_to_synchronised_batch_norm(monkeypatch)
 
 # --- Trainings ---
 
-DOUBLE = image_set(12, dtype=torch.float64), image_set(9, seed=1, dtype=torch.float64)
 
-
-def trained(data=DOUBLE, double=True, **settings):
-    """Train networks with batch norm: weights after each step, reports, and the student."""
-    student, teacher = (absld.build_model("convnet", 3, role) for role in ("ours", "theirs"))
-    if double:
-        student, teacher = student.double(), teacher.double()
+def trained(**settings):
+    """Train networks with batch norm in float64: weights after each step, reports, the student."""
+    data = [image_set(n, seed=seed, dtype=torch.float64) for n, seed in ((12, 0), (9, 1))]
+    student, teacher = (
+        absld.build_model("convnet", 3, role).double() for role in ("ours", "theirs")
+    )
     weights = []
     _, reports = train(
         replace(CONFIG, epochs=2, **settings),
@@ -228,6 +227,7 @@ def trained(data=DOUBLE, double=True, **settings):
     return weights, reports, student
 
 
+@pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("method", ["absld", "trades", "adaad", "absld-margins", "fair-rslad"])
 @pytest.mark.parametrize(
     "settings", [{"fold_batch_norm": True}, {"check_every": 2}, {"check_every": 99}]
@@ -241,6 +241,7 @@ def test_a_training_is_bit_equal_in_float64(method, settings):
         assert report.record() | no_times == expected.record() | no_times
 
 
+@pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("settings", [{"channels_last": True}, {"compile": True}], ids=str)
 def test_another_order_of_sums_differs_by_rounding_only(settings):
     """Convolutions in another memory format, or compiled, sum in another order."""
