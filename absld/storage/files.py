@@ -22,9 +22,9 @@ def digest(state: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def raw_bytes(tensor: Tensor) -> bytes:
-    """Return the values of a tensor as bytes, row by row."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the values of a tensor as bytes, row by row; a view where the tensor is in that order."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
