@@ -163,6 +163,7 @@ def cifar(dataset: str, folder: str, parts: Sequence[Part]) -> list[ImageSet]:
     from torchvision import datasets
 
     source = getattr(datasets, dataset.upper())
+    check_regular(folder, "cifar-*", "cifar-*/*")
     with socket_timeout(10):
         found = [source(folder, train=part == "train", download=True) for part in parts]
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in found]
@@ -176,6 +177,7 @@ def svhn(folder: str, parts: Sequence[Part]) -> list[ImageSet]:
     """
     from torchvision import datasets
 
+    check_regular(folder, "*_32x32.mat")
     with socket_timeout(10):
         found = [datasets.SVHN(folder, split=part, download=True) for part in parts]
     return [image_set(part.data, part.labels, "0123456789") for part in found]
@@ -232,7 +234,15 @@ def tiny_validation_files(folder: Path, label_of: Mapping[str, int]) -> Files:
 
 def lines(path: Path) -> list[str]:
     """Read the lines of a text file that are not empty."""
+    check_regular(path.parent, path.name)
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def check_regular(folder: str | Path, *patterns: str) -> None:
+    """Raise DataError if a name that matches a pattern is a pipe or the like: reading would wait."""
+    for path in (path for pattern in patterns for path in Path(folder).glob(pattern)):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path}: not a regular file", "remove it")
 
 
 # --- Folders of images ---

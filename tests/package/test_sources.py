@@ -1,6 +1,7 @@
 """Data sets in the formats of their archives, made here: SVHN and Tiny ImageNet; sizes of images."""
 
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -179,3 +180,25 @@ def test_every_fault_of_the_data_has_a_way_out(tmp_path):
     (root / "wnids.txt").write_text(f"{IDS[0]}\n")
     (root / "val" / "val_annotations.txt").write_text(f"val_0.JPEG\t{IDS[0]}\n")
     refused("two classes or more", "tiny-imagenet-200/", dataset="tiny-imagenet", root=tmp_path)
+
+
+# --- Pipes, whose reading would wait for ever ---
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cifar100", "cifar-100-python/meta"),
+        ("svhn", "test_32x32.mat"),
+        ("tiny-imagenet", "wnids.txt"),
+        ("tiny-imagenet", "tiny-imagenet-200/words.txt"),
+    ],
+)
+def test_a_pipe_among_the_files_of_an_archive_is_refused(dataset, name, tmp_path):
+    pipe = tmp_path / name
+    pipe.parent.mkdir(exist_ok=True)
+    (pipe.parent / "wnids.txt").write_text("a\nb\n")
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    refused(f"{pipe}: not a regular file", dataset=dataset, root=tmp_path)
