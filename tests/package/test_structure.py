@@ -180,3 +180,22 @@ def test_only_the_functions_of_storage_open_files_of_a_run():
         ("engine/logit_cache.py", "LogitCache.open"),
         ("engine/logit_cache.py", "torch.from_file"),
     }
+
+
+def test_only_names_that_a_user_typed_are_imported():
+    """`load_network` and `build_method` are given no name of a file: test_names_from_files.py."""
+    calls = {
+        (module, name)
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and re.fullmatch(
+            r"(importlib\.)?import_module|__import__|runpy\..+|import_object",
+            name := dotted(node.func),
+        )
+    }
+    assert calls == {
+        ("config/imports.py", "importlib.import_module"),
+        ("methods/registry.py", "import_object"),
+        ("models/loading.py", "import_object"),
+    }
