@@ -10,13 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from absld.data.dataset import ImageSet, Splits
-from absld.data.image_files import (
-    ImageReader,
-    check_utf8,
-    describe_skipped,
-    list_classes,
-    list_files,
-)
+from absld.data.folders import check_utf8, describe_skipped, list_classes, list_files
+from absld.data.image_files import ImageReader
 from absld.errors import DataError
 from absld.seeding import generator
 from absld.text import printable

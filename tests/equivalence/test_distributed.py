@@ -17,12 +17,11 @@ from absld.engine import distributed as module
 from absld.engine.distributed import (
     SINGLE_PROCESS,
     Distributed,
-    Launch,
     check_devices,
-    find_launch,
     init_distributed,
     parse_device,
 )
+from absld.engine.launchers import Launch, find_launch
 from absld.errors import UsageError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
