@@ -5,6 +5,7 @@ The attack takes a forward function and an objective of its outputs; teachers, l
 are in the objective. Pixels, epsilon and step size are in [0,1] units.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,13 @@ def check_radius(epsilon: Budget, x_nat: Tensor) -> None:
         raise ValueError(f"epsilon must be 0 or more, not {epsilon:g}")
 
 
+def check_noise(noise: Tensor, x_nat: Tensor) -> None:
+    """Raise ValueError for noise of another shape than the images, or, on a CPU, not finite."""
+    check_shape("noise", noise, *x_nat.shape)
+    if noise.device.type == "cpu" and noise.numel() and not math.isfinite(sum(noise.aminmax())):
+        raise ValueError("noise must be finite")
+
+
 def pgd(
     forward: Callable[[Tensor], Tensor],
     objective: Objective,
@@ -70,10 +78,12 @@ def pgd(
     D2.
 
     Raises:
-        ValueError: for a negative epsilon, or noise of another shape.
+        ValueError: for a negative epsilon, step size or number of steps; see also `check_noise`.
         UsageError: if no gradient reaches the images.
     """
-    check_shape("noise", noise, *x_nat.shape)
+    check_noise(noise, x_nat)
+    if not 0 <= step_size < math.inf or steps < 0:
+        raise ValueError(f"step_size and steps must be 0 or more, not {step_size:g} and {steps}")
     x_adv = x_nat + noise
     for _ in range(steps):
         x_adv.requires_grad_()
@@ -82,7 +92,7 @@ def pgd(
             gradient = input_gradient(objective(forward(x_adv)), x_adv)
         step = step_size * gradient.sign()
         x_adv = project_linf(x_adv.detach() + step, x_nat, epsilon)  # D2
-    return x_adv if steps > 0 else project_linf(x_adv, x_nat, epsilon)
+    return x_adv if steps else project_linf(x_adv, x_nat, epsilon)
 
 
 def input_gradient(value: Tensor, x: Tensor) -> Tensor:
@@ -133,8 +143,9 @@ def kl_to(soft_labels: Float[Tensor, "n c"], logits: Float[Tensor, "n c"]) -> Fl
 
 
 def cross_entropy(labels: Int[Tensor, " n"]) -> Objective:
-    """Make the objective cross-entropy with hard labels, summed over the batch.
+    """Make the objective cross-entropy with hard labels in 0..C-1, summed over the batch.
 
+    By torch's convention an image of label -100 is left out, and so not attacked.
     Source: arXiv 1706.06083.
     """
     return partial(cross_entropy_of, labels)

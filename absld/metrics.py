@@ -107,7 +107,10 @@ def rho(ours: Tensor, base: Tensor) -> Tensor:
 def class_sums(
     values: Num[Tensor, " n"], labels: Int[Tensor, " n"], num_classes: int
 ) -> tuple[Num[Tensor, " c"], Int[Tensor, " c"]]:
-    """Sum the values of each class, and count its images; both add up over batches."""
+    """Sum the values of each class, and count its images; both add up over batches.
+
+    An image whose label is outside 0..C-1 is of no class, and counts nowhere.
+    """
     check_shape("labels", labels, "N")
     check_shape("values", values, len(labels))
     member = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)

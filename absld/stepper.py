@@ -1,6 +1,6 @@
 """The steps of one training: networks, method, attack, optimiser and augmented images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ from absld.engine.precision import (
 )
 from absld.engine.techniques import Techniques, choose_techniques, with_techniques
 from absld.errors import DataError, UsageError
-from absld.evaluation.validation import check_network, freeze, read_only
+from absld.evaluation.validation import check_network, check_state, freeze, read_only
 from absld.methods.base import Method
 from absld.methods.registry import build_method
 from absld.metrics import ClassMean
 from absld.progress import Role
 from absld.seeding import global_generator
+from absld.shapes import is_dense
 
 
 def train_step(
@@ -82,28 +83,42 @@ def check_modes(device: torch.device) -> None:
 def check_roles(student: nn.Module, teacher: nn.Module | None) -> None:
     """Raise UsageError unless the student has parameters to train, and the teacher others.
 
-    Also under modes that `check_modes` refuses.
+    Also under modes that `check_modes` refuses. CheckpointError for what `check_state` refuses.
     """
+    check_state(student, "student")
+    if teacher is not None:
+        check_state(teacher, "teacher")
     parameters = list(student.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
-        cause = "its parameters are all frozen" if parameters else "it has no parameters"
-        raise UsageError(f"the student cannot be trained: {cause}", "student.requires_grad_(True)")
+        cause, hint = "it has no parameters", "another network"
+        if parameters:
+            cause, hint = "its parameters are all frozen", "student.requires_grad_(True)"
+        raise UsageError(f"the student cannot be trained: {cause}", hint)
     check_modes(parameters[0].device)
-    if teacher is None:
-        return
-    of_student = trained_tensors(student)
-    shared = [name for at, name in of_student.items() if at in trained_tensors(teacher)]
-    if shared:
-        also = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
-        share = "are the same network" if student is teacher else f"share {shared[0]}{also}"
+    if teacher is not None:
+        refuse_shared(shared_tensors(student.named_parameters(), teacher), student is teacher)
+
+
+def shared_tensors(
+    named: Iterable[tuple[str, Tensor]], teacher: nn.Module | None
+) -> dict[str, Tensor]:
+    """Return the tensors, by name, whose storage is also one of the teacher's, whole or in part."""
+    tensors = () if teacher is None else (*teacher.parameters(), *teacher.buffers())
+    of_teacher = {storage_address(tensor) for tensor in tensors} - {0}
+    return {name: tensor for name, tensor in named if storage_address(tensor) in of_teacher}
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Return the address of a tensor's storage; 0 where there is none, as of a sparse one."""
+    return tensor.untyped_storage().data_ptr() if is_dense(tensor) else 0
+
+
+def refuse_shared(names: Collection[str], same: bool = False) -> None:
+    """Raise UsageError if there are names of tensors that student and teacher share."""
+    if names:
+        also = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        share = "are the same network" if same else f"share {next(iter(names))}{also}"
         raise UsageError(f"student and teacher {share}", "copy.deepcopy one of them")
-
-
-def trained_tensors(network: nn.Module) -> dict[int, str]:
-    """Return the names, by address, of what training changes: parameters and running statistics."""
-    running = (pair for pair in network.named_buffers() if "running_" in pair[0])
-    named = (*network.named_parameters(), *running)
-    return {tensor.data_ptr(): name for name, tensor in named if tensor.numel()}
 
 
 def freeze_teacher(teacher: nn.Module, techniques: Techniques) -> nn.Module:
@@ -157,6 +172,9 @@ class Stepper:
         self.attack = training_attack(config, self.techniques)
         self.method = build_method(config, train.num_classes).to(self.device)
         self.teacher = self.prepare_teacher(teacher, logit_cache)
+        # Which of them training changes, such as the statistics of a batch norm, a step shows.
+        shared = shared_tensors(student.named_buffers(), teacher)
+        self.shared = {name: (buffer, buffer.clone()) for name, buffer in shared.items()}
         self.optimizer = torch.optim.SGD(
             student.parameters(),
             lr=config.learning_rate,
@@ -173,7 +191,8 @@ class Stepper:
             if self.method.needs_teacher:
                 raise UsageError(f"{config.method} needs a teacher", "pass one, or method='trades'")
             return None
-        check_network(teacher.to(self.device), self.views.data, "teacher")
+        teacher.to(self.device)
+        check_network(teacher, self.views.data, "teacher")
         frozen = freeze_teacher(teacher, self.techniques)
         if logit_cache and self.method.caches_teacher:
             precision = self.techniques.teacher_precision
@@ -218,7 +237,10 @@ class Stepper:
     def step(
         self, draw: Draw, epoch: int, number: int, check: Callable[[dict[str, Tensor]], None]
     ) -> None:
-        """Take step `number` (from 0) of an epoch; check: see `train_step`."""
+        """Take step `number` (from 0) of an epoch; check: see `train_step`.
+
+        Raises UsageError if the first one changes a buffer of the teacher.
+        """
         # Nothing here draws from torch's global generators, but a student with dropout does.
         key = *self.key(epoch), number, "student", *self.distributed.key()
         with global_generator(*key, device=self.device):
@@ -231,6 +253,9 @@ class Stepper:
                 self.optimizer,
                 check,
             )
+        if self.shared:
+            pairs, self.shared = self.shared.items(), {}
+            refuse_shared([name for name, (now, before) in pairs if not torch.equal(now, before)])
         self.distributed.all_reduce_mean_(self.student.buffers())
 
     def class_means(self) -> list[ClassMean]:

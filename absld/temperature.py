@@ -40,12 +40,13 @@ def class_risk_sums(
 ) -> tuple[Float[Tensor, " c"], Int[Tensor, " c"]]:
     """Sum the hard-label cross-entropies of each class, in nats, and count its images.
 
-    Both add up over batches, in any order. No gradient. Raises ValueError for other shapes.
-    Source: D5.
+    Both add up over batches, in any order. No gradient. Labels outside 0..C-1 and other shapes are
+    refused as by `soften`. Source: D5.
     """
     check_shape("logits", logits, "N", num_classes)
     check_shape("labels", labels, len(logits))
-    risk = F.cross_entropy(logits.detach(), labels, reduction="none")
+    # Not F.cross_entropy, which leaves out images of label -100.
+    risk = -F.log_softmax(logits.detach(), dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
     return class_sums(risk, labels, num_classes)  # D5
 
 

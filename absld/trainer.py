@@ -19,14 +19,23 @@ from absld.engine.logit_cache import LogitCacheSettings, cached_epoch
 from absld.engine.precision import float32_precision, with_precision
 from absld.engine.step_metrics import StepMetrics
 from absld.engine.techniques import NEUTRAL
-from absld.errors import CheckpointError, Interrupted, NonFiniteError
-from absld.evaluation.validation import validate
+from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError
+from absld.evaluation.class_names import list_difference
+from absld.evaluation.validation import check_network, validate
 from absld.metrics import ClassAccuracies
 from absld.progress import EpochReport, OnStep, Role, StepReport
 from absld.stepper import Stepper, check_modes, check_roles
 from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
 from absld.storage.training_checkpoint import TrainingCheckpoint
+from absld.temperature import ClassTemperature
+
+
+def describe_temperatures(method: nn.Module) -> str:
+    """Describe the range of the class temperatures of a method, for an error; "" if it has none."""
+    found = [module for module in method.modules() if isinstance(module, ClassTemperature)]
+    ends = [(name, *getattr(t, name).aminmax()) for t in found for name in ("adv", "nat")]
+    return "".join(f", {name} temperatures {low:.3g} to {high:.3g}" for name, low, high in ends)
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
@@ -73,8 +82,8 @@ def fit(
         distributed: the processes that share every batch and yield the same reports.
 
     Raises:
-        UsageError: if method, techniques, networks or modes of torch do not go together.
-        DataError: if the images do not fill a batch.
+        UsageError: if method, techniques, networks or modes do not fit, or `run` is not locked.
+        DataError: if the images do not fill a batch, or the sets have other classes.
         CheckpointError: if a network does not fit the images, or `run` holds another training.
         NonFiniteError: if the loss, its gradient or the student becomes NaN or infinite.
     """
@@ -102,6 +111,16 @@ def fit(
         yield report
     if training.best:
         student.load_state_dict(training.best)
+
+
+def check_classes(train: ImageSet, validation: ImageSet) -> None:
+    """Raise DataError unless both sets have the same classes in the same order."""
+    if train.classes != validation.classes:
+        ours, theirs = list_difference(train.classes, validation.classes)
+        raise DataError(
+            f"classes of the training images are {ours}, of the validation images {theirs}",
+            "needed: the same classes in the same order",
+        )
 
 
 def training_identity(
@@ -139,6 +158,8 @@ class Training:
     def __init__(self, stepper: Stepper, validation: ImageSet, on_step: OnStep) -> None:
         self.stepper, self.on_step, self.config = stepper, on_step, stepper.config
         self.validation = validation.to(stepper.device)
+        check_classes(stepper.views.data, validation)
+        check_network(stepper.student, self.validation, "student")
         self.techniques = stepper.techniques
         self.validated_network = with_precision(stepper.student, self.techniques.precision)
         self.progress = Position()
@@ -157,7 +178,8 @@ class Training:
                     self.remaining_steps()
                 accuracies = self.validate()
         except NonFiniteError as error:
-            raise NonFiniteError(f"epoch {number}, {error}", error.hint) from error
+            temperatures = describe_temperatures(method)
+            raise NonFiniteError(f"epoch {number}, {error}{temperatures}", error.hint) from error
         self.stepper.sum_class_means()
         decayed = temperature_rate(config, number)
         means = self.metrics.means(count)

@@ -1,5 +1,6 @@
 """The commands. Heavy imports are inside the commands, so that help and completion are fast."""
 
+import errno
 import sys
 import traceback
 from dataclasses import asdict
@@ -29,6 +30,7 @@ from absld.config.recipes import METHOD_RECIPES, RECIPES
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
 from absld.errors import AbsldError, UnreliableError, UsageError
+from absld.text import clip
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -241,6 +243,9 @@ app.add_typer(teacher_app, name="teacher")
 
 # --- Errors and exit codes ---
 
+# Errors of a path, not of the disk behind it.
+PATH_ERRORS = ("ENAMETOOLONG", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ELOOP")
+
 
 def main() -> None:
     """Run a command. An error is two lines on stderr; each kind has its exit code."""
@@ -276,6 +281,8 @@ def explain(error: BaseException) -> tuple[int, str, str]:
         return error.exit_code, cause, error.hint
     if "out of memory" in cause.lower() or "can't allocate memory" in cause.lower():
         return 1, cause, "a smaller --batch-size needs less; what was saved before is kept"
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in PATH_ERRORS:
+        return 2, clip(cause, 200), "check this path"
     if isinstance(error, OSError):
         return 1, cause, "check free space and permissions of --out; saved checkpoints are kept"
     return (

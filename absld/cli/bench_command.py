@@ -7,6 +7,8 @@ import typer
 from absld.cli.options import AsJson
 from absld.cli.output import command_output
 
+BATCH_SIZE = r"images per step \[default: 128 on CUDA, 16 elsewhere]"
+
 
 def bench(
     *,
@@ -16,19 +18,18 @@ def bench(
     ] = "wrn-34-10",
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=2, help=r"images per step \[default: 128 on CUDA, 16 elsewhere]"
-        ),
+        typer.Option(metavar="N", min=2, max=2**16, help=BATCH_SIZE),
     ] = None,
     image_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="side of the images in pixels")
+        int, typer.Option(metavar="N", min=1, max=4096, help="side of the images in pixels")
     ] = 32,
     rounds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="measure at most N steps for each row")
+        int,
+        typer.Option(metavar="N", min=1, max=10**6, help="measure at most N steps for each row"),
     ] = 5,
     minutes: Annotated[
         float,
-        typer.Option(metavar="N", min=0, help="after N minutes, leave out the remaining rows"),
+        typer.Option(metavar="N", min=0, max=10**6, help="leave out the rows after N minutes"),
     ] = 10,
     device: Annotated[
         str, typer.Option(metavar="TEXT", help="torch device; auto: cuda if there is one, else cpu")

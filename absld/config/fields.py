@@ -1,14 +1,16 @@
 """Settings as fields of frozen dataclasses: group, meaning, source and range of each."""
 
-import math
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from absld.config.parsing import SEE_HELP, parse
 from absld.config.recipes import OWN
 from absld.errors import UsageError
+from absld.text import clip
 
 T = TypeVar("T")
+# Bounds of numbers without another one: torch computes with them.
+MOST, MOST_INTEGER = 1e38, 2.0**31
 
 # Groups of settings, in the order in which help and recipes list them.
 GROUPS = ("Attacks", "Data", "Augmentation", "Network", "Networks", "Method", "Training", "Attack",
@@ -22,7 +24,7 @@ def setting(
     source: str = OWN,
     *,
     low: float = 0.0,
-    high: float = math.inf,
+    high: float | None = None,
 ) -> T:
     """Make a field of a settings class.
 
@@ -32,8 +34,10 @@ def setting(
         meaning: one line for the help and for recipes; "[default: ...]" ends it where the default
             depends on other settings.
         source: where the default comes from.
-        low, high: bounds of a number, which must also be finite.
+        low, high: bounds of a number; None: as high as torch can compute with.
     """
+    if high is None:
+        high = MOST if isinstance(default, float) else MOST_INTEGER
     metadata = {"group": group, "meaning": meaning, "source": source, "range": (low, high)}
     value: T = field(default=default, metadata=metadata)
     return value
@@ -58,11 +62,13 @@ class Settings:
 
 
 def check_range(name: str, number: int | float, low: float, high: float) -> None:
-    """Raise UsageError if a number is not finite or not in [low, high]."""
-    if low <= number <= high and number < math.inf:  # NaN is in no range
+    """Raise UsageError if a number is not in [low, high]."""
+    if low <= number <= high:  # NaN is in no range
         return
     hint = SEE_HELP
     if name == "epsilon" and 1 < number <= 255:
         hint = f"pixels are in [0,1]; did you mean {number:g}/255?"
-    allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more"
-    raise UsageError(f"{name} must be {allowed}, not {number:.12g}", hint)
+    bounded = high not in (MOST, MOST_INTEGER) or number > high
+    allowed = f"in [{low:g}, {high:g}]" if bounded else f"{low:g} or more"
+    shown = f"{number:.12g}" if isinstance(number, float) else clip(str(number), 24)
+    raise UsageError(f"{name} must be {allowed}, not {shown}", hint)

@@ -19,7 +19,8 @@ TECHNIQUES = "techniques"
 SEAL = "# SHA-256 of the lines above, which a run is read with: "
 MOST_BYTES = 2**20
 NEEDED = "needed: lines of name = value"
-HINT = "copy it again; to train with other settings give it as --recipe"
+HINT = "copy it again; a recipe with other settings needs another place and no such last line"
+RUN_FILES = ("STATUS", "environment.json")
 MAY_NAME_CODE = ("method", "student", "teacher", "teacher_model")
 
 
@@ -56,6 +57,7 @@ def read_recipe(path: str, flags: Collection[str] = ()) -> dict[str, Any]:
 
     Raises:
         UsageError: it does not hold settings, or it is a run's and names code.
+        CheckpointError: it is a run's, and not as the run wrote it.
     """
     try:
         text = read_bytes(Path(path), MOST_BYTES)
@@ -63,10 +65,26 @@ def read_recipe(path: str, flags: Collection[str] = ()) -> dict[str, Any]:
         raise UsageError(f"{path}: {error.strerror or error}", NEEDED) from error
     except CheckpointError as error:
         raise UsageError(str(error), error.hint) from error
+    if of_run := is_of_run(Path(path)) or SEAL.encode() in text:  # perhaps under another name
+        check_seal(text, path)
     values = parse_settings(text, path)
-    if Path(path).name == "config.toml" or SEAL.encode() in text:  # perhaps under another name
+    if of_run:
         refuse_code(path, {name: value for name, value in values.items() if name not in flags})
     return values
+
+
+def is_of_run(path: Path) -> bool:
+    """Return whether a file has the name or the place of a run's settings."""
+    return path.name == "config.toml" or any(path.with_name(name).exists() for name in RUN_FILES)
+
+
+def check_seal(content: bytes, path: str) -> None:
+    """Raise CheckpointError if settings of a run are not as the run wrote them."""
+    text, seal, digest = content.rpartition(SEAL.encode())
+    if not seal:
+        raise CheckpointError(f"{path}: cut short, its last line with its SHA-256 is missing", HINT)
+    if digest.strip() != hashlib.sha256(text).hexdigest().encode():
+        raise CheckpointError(f"{path}: has changed since the run wrote it", HINT)
 
 
 def refuse_code(path: str, values: Mapping[str, Any]) -> None:
@@ -111,12 +129,8 @@ def read_run_config(path: Path) -> Config:
 
     Raises CheckpointError if it is not as the run wrote it.
     """
-    content = read_of_run(path, MOST_BYTES)
-    text, seal, digest = content.rpartition(SEAL.encode())
-    if not seal:
-        raise CheckpointError(f"{path}: cut short, its last line with its SHA-256 is missing", HINT)
-    if digest.strip() != hashlib.sha256(text).hexdigest().encode():
-        raise CheckpointError(f"{path}: has changed since the run wrote it", HINT)
+    text = read_of_run(path, MOST_BYTES)
+    check_seal(text, str(path))
     try:
         return resolve(parse_settings(text, str(path)))
     except UsageError as error:  # such as a setting of another version

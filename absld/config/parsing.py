@@ -1,6 +1,7 @@
 """Values of settings, from flags and from recipe files."""
 
 import difflib
+import numbers
 import types
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -8,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from absld.errors import UsageError
 
+NUMBERS = {int: numbers.Integral, float: numbers.Real}  # also numpy's
 SEE_HELP = "--help, or `absld recipe show digits`, lists every setting"
 
 
@@ -67,12 +69,14 @@ def convert_to(kind: Any, value: Any) -> Any:
         return float(Fraction(value)) if "/" in value else float(value)
     if kind is int and isinstance(value, str):
         return int(value)
-    if kind is float and type(value) is int:
-        return float(value)
+    if isinstance(value, NUMBERS.get(kind, ())) and not isinstance(value, bool):
+        return kind(value)
     if type(value) is not kind:
         raise ValueError(value)
     if isinstance(value, str):
         value.encode()  # a path may hold other bytes, which a recipe file cannot
+        if "\0" in value:  # which no path has
+            raise ValueError(value)
     return value
 
 

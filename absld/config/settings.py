@@ -57,7 +57,11 @@ class TrainConfig(Settings):
     )
 
     seed: int = setting(
-        0, "Training", "random seed (the data split does not depend on it)", low=-math.inf
+        0,
+        "Training",
+        "random seed (the data split does not depend on it)",
+        low=-math.inf,
+        high=math.inf,
     )
     epochs: int = setting(300, "Training", "passes over the training images", RELEASE, low=1.0)
     batch_size: int = setting(
@@ -189,6 +193,12 @@ class Config(TrainConfig):
         "student: an architecture name, a file, a run directory or package.module:factory",
         RELEASE,
     )
+    student_weights: str = setting(
+        "",
+        "Networks",
+        "key of the student's state dict in its file, if the file has several [default: the first "
+        "of a known name]",
+    )
     teacher: str = setting(
         "",
         "Networks",
@@ -265,7 +275,9 @@ class EvaluationConfig(Settings):
         "Attacks",
         "run every attack on all images that are correct when clean, and report each alone",
     )
-    seed: int = setting(0, "Attacks", "random seed of attacks, subset and intervals", low=-math.inf)
+    seed: int = setting(
+        0, "Attacks", "random seed of attacks, subset and intervals", low=-math.inf, high=math.inf
+    )
 
     dataset: Dataset | None = setting(None, "Data", "data set [default: the run's]")
     data: str = setting("", "Data", "folder with the images [default: the run's, else ./data]")

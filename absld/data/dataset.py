@@ -4,7 +4,7 @@ A set lies whole on the device as uint8: no worker processes, no global random s
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from absld.errors import DataError
 from absld.seeding import generator
+from absld.shapes import describe_kind, is_dense
 from absld.storage.files import raw_bytes
 from absld.text import printable
 
@@ -35,9 +36,12 @@ class ImageSet:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.classes) < 2:
-            raise DataError(f"two classes or more are needed, not {self.classes}")
-        if self.images.ndim != 4 or not len(self.images):
+        check_classes(self.classes)
+        object.__setattr__(self, "classes", tuple(self.classes))  # a list is equal to no tuple
+        for name, value in (("images", self.images), ("labels", self.labels)):
+            if not is_dense(value):
+                raise DataError(f"{name} must be a dense tensor, not {describe_kind(value)}")
+        if self.images.ndim != 4 or not self.images.numel():
             raise DataError(f"images must be (N,channels,H,W), not {tuple(self.images.shape)}")
         if self.labels.dtype != torch.long or self.labels.shape != self.images.shape[:1]:
             raise DataError(
@@ -83,6 +87,17 @@ class ImageSet:
             sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
             sha.update(raw_bytes(tensor))
         return sha.hexdigest()
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Raise DataError unless classes are two different names or more, in a tuple or list."""
+    if not isinstance(classes, (tuple, list)) or not all(isinstance(c, str) for c in classes):
+        raise DataError(f"classes must be a tuple of names, not {classes!r}")
+    if len(classes) < 2:
+        raise DataError(f"two classes or more are needed, not {classes}")
+    if len(set(classes)) < len(classes):
+        repeated = next(name for name in classes if classes.count(name) > 1)
+        raise DataError(f"two classes have the name {repeated!r}", "another name for each class")
 
 
 class Splits(NamedTuple):

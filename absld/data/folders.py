@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from absld.errors import DataError
 from absld.text import printable
@@ -13,7 +14,8 @@ def list_files(folder: str, skipped: list[str], seen: set[str]) -> list[str]:
     """List the regular files in a folder and the folders below, in the order of ImageFolder.
 
     Names that begin with a dot, and what is neither file nor folder, are added to `skipped`. Links
-    are followed; DataError if they lead to a folder of `seen`, to which all folders are added.
+    are followed; DataError if they lead to a path of `seen`, to which all files and folders are
+    added: no image counts twice.
     """
     return sorted(walk(folder, skipped, seen), key=os.path.split)
 
@@ -21,31 +23,47 @@ def list_files(folder: str, skipped: list[str], seen: set[str]) -> list[str]:
 def walk(folder: str, skipped: list[str], seen: set[str]) -> Iterator[str]:
     """Yield the files of `list_files`, in any order."""
     here = os.path.realpath(folder)
-    if here in seen:
-        raise DataError(
-            f"{folder} is reached twice, by a link to it or a link to a folder that holds it",
-            "remove the link: its images would count twice",
-        )
-    seen.add(here)
+    see(folder, here, seen)
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or not (entry.is_dir() or entry.is_file()):
+            kind = kind_of(entry)
+            if entry.name.startswith(".") or not kind:
                 skipped.append(entry.path)
-            elif entry.is_dir():
+            elif kind == "folder":
                 yield from walk(entry.path, skipped, seen)
             else:
+                linked = entry.is_symlink()
+                see(entry.path, os.path.realpath(entry) if linked else f"{here}/{entry.name}", seen)
                 yield entry.path
+
+
+def see(path: str, real: str, seen: set[str]) -> None:
+    """Add the real path of a file or folder to `seen`. Raises DataError if it is there already."""
+    if real in seen:
+        raise DataError(
+            f"{path} is reached twice, by a link to it or a link to a folder that holds it",
+            "remove the link: its images would count twice",
+        )
+    seen.add(real)
+
+
+def kind_of(entry: os.DirEntry[str]) -> Literal["file", "folder", ""]:
+    """Return what a name is, or what its link leads to; empty for all else."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else ""
+    except OSError:  # a link to itself, or through a file
+        return ""
 
 
 def list_classes(folder: str, skipped: list[str]) -> list[str]:
     """List the folders in a folder, sorted, which are its classes; all else is skipped."""
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
-    classes = [entry.name for entry in found if entry.is_dir() and entry.name[0] != "."]
+    classes = {entry.name for entry in found if entry.name[0] != "." and kind_of(entry) == "folder"}
     skipped += [entry.path for entry in found if entry.name not in classes]
     for name in classes:
         check_utf8(os.path.join(folder, name))
-    return classes
+    return sorted(classes)
 
 
 def check_utf8(path: str) -> None:
@@ -61,6 +79,6 @@ def describe_skipped(part: str, folder: str, skipped: Sequence[str]) -> tuple[st
     names = sorted(printable(os.path.relpath(path, folder)) for path in skipped)
     more = ", ..." if len(skipped) > SHOWN else ""
     return (
-        f"{part}: skipped {len(skipped)} names that begin with a dot, are no files or are beside "
-        f"the classes: {', '.join(names[:SHOWN])}{more}",
+        f"{part}: skipped {len(skipped)} names that begin with a dot, are no files, or are beside "
+        f"the classes or not listed: {', '.join(names[:SHOWN])}{more}",
     )

@@ -3,7 +3,6 @@
 Only this module opens images. What it changes or skips is said in the notes of a set.
 """
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 # Pillow goes by the content, whatever the suffix, and opens PostScript by running it.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+# Reading takes up to 15 bytes a pixel, 1 GiB. Cameras of 61 megapixels are within.
+MOST_PIXELS, MOST_SIDE = 2**26, 2**16
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 SHOWN = 10  # names in a message
 
@@ -43,12 +44,13 @@ class ImageReader:
         for image, path in zip(images, paths, strict=True):
             try:
                 picture, found = open_image(path)
+                image.copy_(resize(pil_to_tensor(picture), [self.side, self.side]))
             except Exception as error:  # Pillow raises many kinds, and seldom names the file
-                self.faults.append(f"{printable(path)}: {str(error).replace(f' {path!r}', '')}")
+                cause = str(error) or type(error).__name__  # a MemoryError says nothing
+                self.faults.append(f"{printable(path)}: {cause.replace(f' {path!r}', '')}")
                 continue
             sizes.add((picture.height, picture.width))
             traits.update(found)
-            image.copy_(resize(pil_to_tensor(picture), [self.side, self.side]))
         traits["of one constant colour"] = int(
             (images.amin((2, 3)) == images.amax((2, 3))).all(1).sum()
         )
@@ -81,16 +83,18 @@ def area(size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
 
 
 def open_image(path: str) -> tuple["Image.Image", list[str]]:
-    """Open an image file as RGB, upright; and name what this changed or left out."""
+    """Open an image file as RGB, upright; and name what this changed or left out.
+
+    path: of a regular file, as `list_files` lists them; opening a pipe would wait for ever.
+    """
     from PIL import Image, ImageOps
 
-    if not os.path.isfile(path):  # opening a pipe would wait for ever
-        raise OSError("not a regular file")
     traits = []
     with Image.open(path, formats=FORMATS) as image:
+        check_size(*image.size)  # before the pixels are decoded
         if getattr(image, "is_animated", False):
             traits.append("of several frames, of which the first is read")
-        if image.getexif().get(ORIENTATION, 1) != 1:
+        if image.getexif().get(ORIENTATION) in range(2, 9):  # others mean nothing
             ImageOps.exif_transpose(image, in_place=True)
             traits.append("turned upright, as EXIF says")
         if Image.getmodebase(image.mode) == "L":
@@ -105,6 +109,13 @@ def open_image(path: str) -> tuple["Image.Image", list[str]]:
         return image.convert("RGB"), traits
 
 
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError for an image that would take too much memory."""
+    if width * height > MOST_PIXELS or max(width, height) > MOST_SIDE:
+        limits = f"{MOST_PIXELS:,} pixels, or {MOST_SIDE:,} a side"
+        raise ValueError(f"{height}x{width} pixels, more than {limits}")
+
+
 def to_8_bits(image: "Image.Image") -> "Image.Image":
     """Scale a grey image of 16 bits, or of floats in [0,1], to 8 bits.
 
@@ -117,7 +128,7 @@ def to_8_bits(image: "Image.Image") -> "Image.Image":
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     if image.mode == "I" and tags:
         raise ValueError("mode I, integers of 32 bits, which have no range of grey")
-    values = np.asarray(image, dtype=np.float64)
+    values = np.array(image, dtype=np.float64)
     # Integers are of 16 bits but in a TIFF, which may have 12.
     top = 1.0 if image.mode == "F" else 2.0 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
     if not (values.min() >= 0 and values.max() <= top):  # NaN is neither
@@ -125,5 +136,6 @@ def to_8_bits(image: "Image.Image") -> "Image.Image":
             f"mode {image.mode} with {values.min():g}..{values.max():g}, not 0..{top:g}"
         )
     if tags.get(PHOTOMETRIC) == 0:  # white is 0, which Pillow heeds in 8 bits only
-        values = top - values
-    return Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+        np.subtract(top, values, out=values)
+    values *= 255 / top  # in place: eight bytes a pixel
+    return Image.fromarray(values.round(out=values).astype(np.uint8))

@@ -12,8 +12,9 @@ import torch
 from absld.data.dataset import ImageSet, Splits
 from absld.data.folders import check_utf8, describe_skipped, list_classes, list_files
 from absld.data.image_files import ImageReader
-from absld.errors import DataError
+from absld.errors import CheckpointError, DataError
 from absld.seeding import generator
+from absld.storage.opening import read_bytes
 from absld.text import printable
 
 HINTS = {
@@ -23,7 +24,8 @@ HINTS = {
     "svhn": "needed in {folder}: train_32x32.mat and test_32x32.mat, or a network to fetch them",
     "tiny-imagenet": "needed in {folder}: tiny-imagenet-200/, as tiny-imagenet-200.zip unpacks",
 }
-
+UNPACK = "unpack tiny-imagenet-200.zip anew"
+RESIZED = ("folder", "tiny-imagenet")  # their images get the size that is asked for
 
 Part = Literal["train", "test"]
 
@@ -153,14 +155,50 @@ def socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(timeout)
 
 
+def download_missing(
+    load: Callable[[Part, bool], Any], parts: Sequence[Part], folder: str, sums: Mapping[str, str]
+) -> list[Any]:
+    """Load the parts of an archive, which torchvision downloads and unpacks if they are not whole.
+
+    Args:
+        load: takes a part, and whether to download it.
+        parts: of the data set.
+        folder: where its files are, or will be.
+        sums: names in `folder` that torchvision writes, with the MD5 sum of those that it leaves
+            alone if they are whole.
+
+    Raises:
+        DataError: it would write through a link, or wait for a pipe.
+    """
+    from torchvision.datasets.utils import check_integrity
+
+    try:
+        return [load(part, False) for part in parts]
+    except (RuntimeError, OSError):  # a file is missing, or not whole
+        for path, md5 in ((Path(folder, name), md5) for name, md5 in sums.items()):
+            other = path.exists() and not (path.is_file() or path.is_dir())
+            if (other or path.is_symlink()) and not (md5 and check_integrity(path, md5)):
+                raise DataError(
+                    f"{path}: a link or not a regular file, where a download would write",
+                    "remove it, or put the file itself there",
+                ) from None
+    with socket_timeout(10):
+        return [load(part, True) for part in parts]
+
+
 def cifar(dataset: str, folder: str, parts: Sequence[Part]) -> list[ImageSet]:
     """Load CIFAR-10 or CIFAR-100 from its archive in `folder`, downloaded if missing."""
     from torchvision import datasets
 
     source = getattr(datasets, dataset.upper())
-    check_regular(folder, "cifar-*", "cifar-*/*")
-    with socket_timeout(10):
-        found = [source(folder, train=part == "train", download=True) for part in parts]
+    unpacked = [
+        f"{source.base_folder}/{p.name}" for p in Path(folder, source.base_folder).glob("*")
+    ]
+    found = download_missing(
+        lambda part, download: source(folder, train=part == "train", download=download),
+        parts, folder,
+        {source.filename: source.tgz_md5, source.base_folder: ""} | dict.fromkeys(unpacked, ""),
+    )  # fmt: skip
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in found]
     return [image_set(x, part.targets, part.classes) for x, part in zip(images, found, strict=True)]
 
@@ -172,9 +210,10 @@ def svhn(folder: str, parts: Sequence[Part]) -> list[ImageSet]:
     """
     from torchvision import datasets
 
-    check_regular(folder, "*_32x32.mat")
-    with socket_timeout(10):
-        found = [datasets.SVHN(folder, split=part, download=True) for part in parts]
+    found = download_missing(
+        lambda part, download: datasets.SVHN(folder, split=part, download=download),
+        parts, folder, {name: md5 for _, name, md5 in datasets.SVHN.split_list.values()},
+    )  # fmt: skip
     return [image_set(part.data, part.labels, "0123456789") for part in found]
 
 
@@ -182,62 +221,72 @@ def tiny_imagenet(folder: str, image_size: int, parts: Sequence[Part]) -> list[I
     """Load Tiny ImageNet as its archive unpacks, in `folder` or its tiny-imagenet-200.
 
     Its labelled validation images are the test set; its test images have no labels. Classes are in
-    the order of their sorted ids, as those of a folder set, not in that of wnids.txt.
+    the order of their sorted ids, as those of a folder set, not in that of wnids.txt. Names are
+    the ids and a word.
     """
     root = Path(folder)
     if (root / "tiny-imagenet-200").is_dir():
         root /= "tiny-imagenet-200"
     ids = sorted({*lines(root / "wnids.txt")})
     names = dict(row.split("\t", 1) for row in lines(root / "words.txt") if "\t" in row)
-    # The first synonym is enough, where no other class has the same.
-    short = [names.get(wnid, wnid).split(",")[0] for wnid in ids]
-    classes = [
-        name if short.count(name) == 1 else f"{name} {wnid}"
-        for name, wnid in zip(short, ids, strict=True)
-    ]
+    # The first synonym tells a reader enough.
+    classes = [f"{wnid} {names.get(wnid, '').split(',')[0]}".strip() for wnid in ids]
     label_of = {wnid: label for label, wnid in enumerate(ids)}
 
     found: dict[Part, Files] = {}
+    seen = set[str]()
     if "train" in parts:
-        found["train"] = tiny_training_files(root / "train", label_of)
+        found["train"] = tiny_training_files(root / "train", label_of, seen)
     if "test" in parts:
-        found["test"] = tiny_validation_files(root / "val", label_of)
+        found["test"] = tiny_validation_files(root / "val", label_of, seen)
     return read_parts(found, classes, image_size)
 
 
-def tiny_training_files(folder: Path, label_of: Mapping[str, int]) -> Files:
+def tiny_training_files(folder: Path, label_of: Mapping[str, int], seen: set[str]) -> Files:
     """List the files of `folder`/ID/images."""
-    skipped = [str(path) for path in folder.iterdir() if path.name not in label_of]
+    skipped: list[str] = []
+    folders = list_classes(str(folder), skipped)
+    skipped += [str(folder / name) for name in folders if name not in label_of]
+    missing = sorted(label_of.keys() - {*folders})
+    if missing:
+        raise DataError(f"{folder}: no folder of {missing[0][:80]!r}, a class of wnids.txt", UNPACK)
     files = [
         (path, label)
         for wnid, label in label_of.items()
-        for path in list_files(str(folder / wnid / "images"), skipped, set())
+        for path in list_files(str(folder / wnid / "images"), skipped, seen)
     ]
     return Files(str(folder), files, skipped)
 
 
-def tiny_validation_files(folder: Path, label_of: Mapping[str, int]) -> Files:
+def tiny_validation_files(folder: Path, label_of: Mapping[str, int], seen: set[str]) -> Files:
     """List the files of `folder`/val_annotations.txt, which says their classes."""
+    skipped: list[str] = []
+    unlisted = {*list_files(str(folder / "images"), skipped, seen)}
+    table = folder / "val_annotations.txt"
     files = []
-    for row in lines(folder / "val_annotations.txt"):
-        name, wnid = row.split("\t")[:2]
+    for row in lines(table):
+        name, wnid, *_ = [*row.split("\t"), ""]
+        path = str(folder / "images" / name)
         if wnid not in label_of:
-            raise DataError(f"{folder}: {wnid} is not a class of wnids.txt", "unpack it anew")
-        files.append((str(folder / "images" / name), label_of[wnid]))
-    return Files(str(folder), files, [])
+            raise DataError(
+                f"{table}: {wnid[:80]!r} of {name[:80]!r} is not a class of wnids.txt", UNPACK
+            )
+        if path not in unlisted:
+            raise DataError(f"{table}: {name[:80]!r} is not in images/, or is listed twice", UNPACK)
+        unlisted.remove(path)
+        files.append((path, label_of[wnid]))
+    return Files(str(folder), files, [*skipped, *unlisted])
 
 
 def lines(path: Path) -> list[str]:
-    """Read the lines of a text file that are not empty."""
-    check_regular(path.parent, path.name)
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def check_regular(folder: str | Path, *patterns: str) -> None:
-    """Raise DataError if a name that matches a pattern is a pipe or the like: reading would wait."""
-    for path in (path for pattern in patterns for path in Path(folder).glob(pattern)):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise DataError(f"{path}: not a regular file", "remove it")
+    """Read the lines of a text file that are not empty. Raises DataError."""
+    try:
+        text = read_bytes(path).decode()
+    except CheckpointError as error:
+        raise DataError(str(error), error.hint) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {error}", UNPACK) from error
+    return [line for line in text.splitlines() if line.strip()]
 
 
 # --- Folders of images ---
@@ -254,8 +303,9 @@ def from_folder(folder: str, image_size: int, parts: Sequence[Part]) -> list[Ima
             "both need the same folders, two or more, one for each class",
         )
     found: dict[Part, Files] = {}
+    seen = set[str]()
     for part in parts:
-        root, seen = os.path.join(folder, part), set[str]()
+        root = os.path.join(folder, part)
         files = [
             (path, label)
             for label, name in enumerate(names)

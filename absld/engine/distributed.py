@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from absld.engine.launchers import find_launch, launch_hint
 from absld.engine.precision import parse_device, resolve_device
-from absld.errors import UsageError
+from absld.errors import AbsldError, UsageError
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,11 @@ def check_devices(device: torch.device, processes: int) -> None:
 def init_distributed(device: str) -> Iterator[Distributed]:
     """Join the processes that torchrun, srun or mpirun started; else be a single process.
 
-    device: the kind of device of them all. Raises UsageError if they cannot join, or cannot each
-    have a device of their own.
+    device: the kind of device of them all.
+
+    Raises:
+        UsageError: they cannot join, or cannot each have a device of their own.
+        AbsldError: another process has ended before this one.
     """
     launch = find_launch(os.environ)
     if launch.world_size == 1:
@@ -149,5 +152,12 @@ def init_distributed(device: str) -> Iterator[Distributed]:
         ) from error
     try:
         yield Distributed(launch.rank, count, local_rank)
+    except RuntimeError as error:
+        # Gloo's errors have no class of their own, but the path of its source.
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise AbsldError(
+            f"another of the {count} processes is gone: {error}", "--resume continues this run"
+        ) from error
     finally:
         torch.distributed.destroy_process_group()

@@ -41,7 +41,8 @@ def find_launch(variables: Mapping[str, str]) -> Launch:
     """Return the ranks that the first launcher in LAUNCHERS gave, in environment variables.
 
     RANK and WORLD_SIZE go before all others: with 0 and 1, a process trains alone. Ranks on the
-    machine may be another's: a script often sets only the first two. Raises UsageError.
+    machine may be another's: a script often sets only the first two. Raises UsageError, also where
+    there is a rank alone or a number of processes alone.
     """
     # A batch script of Slurm has the variables of a task, but is one process.
     in_script = "SLURM_JOB_ID" in variables and "SLURM_STEP_ID" not in variables
@@ -50,9 +51,11 @@ def find_launch(variables: Mapping[str, str]) -> Launch:
     def first(names: Iterable[str]) -> int | None:
         return next((number_in(variables, name) for name in names if name in variables), None)
 
+    halves: list[str] = []
     for launcher in launchers:
         rank, world_size = first([launcher.rank]), first([launcher.world_size])
         if rank is None or world_size is None:
+            halves += [name for name in launcher[:2] if name in variables]
             continue
         if not 0 <= rank < world_size:
             raise UsageError(
@@ -62,6 +65,12 @@ def find_launch(variables: Mapping[str, str]) -> Launch:
         local_rank = first(launcher.local_rank for launcher in launchers)
         local_world_size = first(launcher.local_world_size for launcher in launchers)
         return Launch(rank, world_size, local_rank, local_world_size)
+    if halves:
+        raise UsageError(
+            f"{halves[0]} is {variables[halves[0]]}, but no launcher gave both a rank and a number "
+            "of processes",
+            launch_hint(2),
+        )
     return Launch(0, 1, 0, 1)
 
 
@@ -73,12 +82,14 @@ def number_in(variables: Mapping[str, str], name: str) -> int:
     try:
         if not name.endswith("TASKS_PER_NODE"):
             return int(variables[name])
-        counts: list[int] = []
+        machine, end = int(variables["SLURM_NODEID"]), 0
         for part in variables[name].split(","):
             count, _, times = part.rstrip(")").partition("(x")
-            counts += [int(count)] * int(times or 1)
-        return counts[int(variables["SLURM_NODEID"])]
-    except (ValueError, KeyError, IndexError):
+            end += int(times or 1)
+            if 0 <= machine < end:
+                return int(count)
+        raise ValueError("fewer machines than this one's number")
+    except (ValueError, KeyError):
         raise UsageError(
             f"{name} is {variables[name]!r}, not a number of processes", launch_hint(2)
         ) from None

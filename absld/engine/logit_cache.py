@@ -24,7 +24,7 @@ from absld.attack import frozen_eval
 from absld.data.augmentation import Views, view_count
 from absld.errors import CheckpointError
 from absld.storage.files import digest, key_of, write_text
-from absld.storage.opening import open_regular
+from absld.storage.opening import make_folder, open_regular
 
 VERSION = 2
 CHECKSUM_OF_ZEROS = 0x5EED  # not 0, or a row that was never written would be a valid one
@@ -70,7 +70,7 @@ class LogitCache:
         images); create it if there is none. Raises CheckpointError if the file has another size.
         """
         path = folder / f"{key_of(identity)}.cache"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         size = cache_bytes(rows, num_classes)
         try:
             path.open("xb").close()

@@ -11,21 +11,21 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from absld.attack import Objective, cross_entropy, margin, margins, pgd, project_linf
 from absld.errors import UsageError
+from absld.evaluation.surrogates import Images, differentiable
 from absld.seeding import Key, generator, global_generator
 
 OBJECTIVES: dict[str, Callable[[Tensor], Objective]] = {
     "cross-entropy": cross_entropy,
     "margin": margin,
 }
-Images = Float[Tensor, "n channels height width"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,7 @@ class AttackBatch:
         return "evaluate", self.seed, attack, self.restart, int(self.index[row])
 
 
+@runtime_checkable
 class Attack(Protocol):
     """An attack of an evaluation: any object with these members, such as a dataclass."""
 
@@ -268,55 +269,3 @@ def parse_attack(name: str, restarts: int = 1) -> SignedGradient:
         )
     objective, step_size, uniform_start = style
     return SignedGradient(name, objective, int(match[2]), step_size, uniform_start, restarts)
-
-
-def differentiable(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the forward function of a network, with a zero gradient where the network cuts its own.
-
-    Attacks then run and find nothing, and the sanity checks say why.
-    """
-
-    def forward(x: Tensor) -> Tensor:
-        logits: Tensor = model(x)
-        if torch.is_grad_enabled() and not logits.requires_grad:
-            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)
-        return logits
-
-    return forward
-
-
-# --- Networks with bounded outputs ---
-
-
-def output_bounds(model: nn.Module, x: Images) -> tuple[float, float] | None:
-    """Return the bounds of a network's outputs if it ends in a sigmoid or the like; else None.
-
-    Such outputs stay in [0,1] for images far outside of the pixel range, too, or are at one of
-    their bounds there. The network is called without gradient.
-    """
-    with torch.no_grad():
-        near: Tensor = model(x)
-        try:
-            far: Tensor = model(torch.cat([1e6 * (x - 0.5), 1e7 * (0.5 - x)]))
-        except Exception:  # a network may refuse pixels outside of [0,1]
-            far = near[:0]
-    low, high = (end.item() for end in torch.cat([near, far]).aminmax())
-    if 0 <= low < high <= 1 + 1e-4:
-        return 0.0, 1.0
-    at_bounds = torch.minimum(far - low, high - far) < 1e-3 * (high - low)
-    return (low, high) if at_bounds.float().mean() > 0.99 else None
-
-
-class LogOdds(nn.Module):
-    """A network with log-odds in place of its bounded outputs, which hide its gradients.
-
-    It predicts the same classes.
-    """
-
-    def __init__(self, model: nn.Module, low: float, high: float) -> None:
-        super().__init__()
-        self.model, self.low, self.high = model, low, high
-
-    def forward(self, x: Tensor) -> Tensor:
-        share = (self.model(x) - self.low) / (self.high - self.low)
-        return torch.logit(share, eps=torch.finfo(share.dtype).eps)

@@ -1,5 +1,6 @@
-"""Names of classes: those that a network was trained on, and those of the images."""
+"""Names of classes and shapes of images: those that a network was trained on, and the data's."""
 
+import re
 from collections.abc import Sequence
 
 from absld.config.settings import ClassOrder
@@ -8,6 +9,7 @@ from absld.errors import CheckpointError
 from absld.models.loading import Network
 
 MOST = 20  # names in a message
+WORDNET_ID = re.compile(r"n[0-9]{8}(?= |$)")  # a class of ImageNet, whatever words follow it
 
 
 def check_class_names(network: Network, data: ImageSet, name: str, order: ClassOrder) -> Network:
@@ -16,7 +18,7 @@ def check_class_names(network: Network, data: ImageSet, name: str, order: ClassO
     Raises CheckpointError if it states other classes than those of `data`, or another order of
     them, and `order` is "by-name": its logits would be read as those of other classes.
     """
-    if network.classes in ((), data.classes):
+    if not network.classes or identify(network.classes) == identify(data.classes):
         return network
     of_network, of_data = list_difference(network.classes, data.classes)
     if order == "by-name":
@@ -25,6 +27,29 @@ def check_class_names(network: Network, data: ImageSet, name: str, order: ClassO
             "needed: the same classes in the same order, or --class-order by-position",
         )
     note = f"{name}: its classes {of_network} are read by position as {of_data}"
+    return network._replace(notes=(*network.notes, note))
+
+
+def identify(classes: Sequence[str]) -> list[str]:
+    """Return what tells classes apart: the WordNet id where a name begins with one, else the name."""
+    return [id[0] if (id := WORDNET_ID.match(name)) else name for name in classes]
+
+
+def check_image_shape(
+    network: Network, data: ImageSet, name: str, *, refuse: bool = False
+) -> Network:
+    """Return the network, with a note if it was trained on images of another shape.
+
+    Raises CheckpointError instead if `refuse`: the size of the images was not chosen.
+    """
+    trained, given = ("x".join(map(str, s)) for s in (network.image_shape, data.images.shape[1:]))
+    if trained in ("", given):
+        return network
+    note = f"{name}: trained on images of {trained}; those of the data are {given}"
+    if refuse:
+        raise CheckpointError(
+            note, f"--image-size {network.image_shape[1]}, or type the size that you mean"
+        )
     return network._replace(notes=(*network.notes, note))
 
 

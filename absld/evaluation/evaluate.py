@@ -5,28 +5,31 @@ classified correctly when clean and under every attack.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import product
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from absld.attack import frozen_eval, project_linf
-from absld.config.fields import check_range
+from absld.attack import frozen_eval
+from absld.config.parsing import parse, parse_all
 from absld.config.settings import EvaluationConfig
 from absld.data.dataset import ImageSet, pixels, stratified
-from absld.errors import NonFiniteError, UsageError
-from absld.evaluation.attacks import Attack, AttackBatch, LogOdds, output_bounds, parse_attacks
+from absld.errors import UsageError
+from absld.evaluation.attacks import Attack, AttackBatch, parse_attacks
 from absld.evaluation.intervals import Interval, bootstrap, resample, wilson
+from absld.evaluation.predictions import fastest_memory_format, predict, predict_under_attack
+from absld.evaluation.surrogates import surrogates
 from absld.evaluation.validation import check_network
 from absld.metrics import METRICS, present, rho
 from absld.progress import AttackProgress
 from absld.seeding import generator
 
 PENDING = -1
+PROBED = 32  # images that tell whether a network hides its gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +193,8 @@ def evaluate(
 ) -> Evaluation:
     """Attack a classifier in eval mode; it is as before afterwards.
 
-    Threads evaluate a network one after another. Bounded outputs are also attacked as log-odds.
+    Threads evaluate a network one after another. Networks that clamp their input or bound their
+    outputs are attacked around that; see docs/evaluation.md.
 
     Args:
         model: takes images in [0,1] and gives logits (N,C).
@@ -209,70 +213,111 @@ def evaluate(
     Raises:
         CheckpointError: the network does not take the images, writes to them, or gives no logits.
         NonFiniteError: its logits are NaN or infinite.
-        UsageError: a setting is out of range.
+        UsageError: an argument is of another type, out of range, or of another evaluation.
     """
-    check_settings(epsilon, restarts, examples, batch_size)
-    if isinstance(attacks, str):
-        attacks = parse_attacks(attacks, data.num_classes, restarts)
-    if any(isinstance(attack, str) for attack in attacks):
-        raise UsageError("attacks is a list of names", "needed: names in one text, with commas")
+    if not isinstance(data, ImageSet):
+        raise UsageError(f"the data are a {type(data).__name__}, not an absld.ImageSet")
+    given = {
+        "epsilon": epsilon,
+        "restarts": restarts,
+        "each": each,
+        "examples": examples,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    settings = EvaluationConfig(**parse_all(given, EvaluationConfig))
+    attacks = list_attacks(attacks, data, settings)
     check_network(model, data, "the network")
-    names = tuple(attack.name for attack in attacks)
-    evaluation = start_evaluation(data, epsilon, names, each, examples, seed, before)
+    evaluation = start_evaluation(data, settings, [attack.name for attack in attacks], before)
     with frozen_eval(model), torch.no_grad():
-        memory_format = fastest_memory_format(model, pixels(data.images[:2]))
-        bounds = output_bounds(model, pixels(data.images[:8]))
-        networks = [model, LogOdds(model, *bounds)] if bounds else [model]
-        for row, attack in enumerate([None, *attacks]):
-            pending = pending_images(evaluation, row)
-            for start in range(0, len(pending), batch_size):
-                batch = pending[start : start + batch_size]
-                images = data.images[evaluation.index[batch].to(data.images.device)]
-                x_nat = pixels(images).contiguous(memory_format=memory_format)
-                classes = predict_under_attack(networks, x_nat, evaluation, batch, attack)
-                evaluation.predictions[row, batch] = classes.cpu()
-                on_batch(progress(evaluation, row, attacks), evaluation)
+        run_attacks(model, data, evaluation, attacks, settings.batch_size, on_batch)
     return evaluation
 
 
+def list_attacks(attacks: object, data: ImageSet, settings: EvaluationConfig) -> list[Attack]:
+    """Return the attacks that names or objects mean. Raises UsageError for anything else."""
+    if isinstance(attacks, str):
+        return list(parse_attacks(attacks, data.num_classes, settings.restarts))
+    listed: list[Attack] = []
+    for attack in attacks if isinstance(attacks, Iterable) else [attacks]:
+        if not isinstance(attack, Attack):
+            raise UsageError(
+                f"{reprlib.repr(attack)} is not an attack",
+                "needed: names in one text, with commas, or objects with name, restarts, cost and "
+                "perturb",
+            )
+        restarts = parse("restarts", attack.restarts, EvaluationConfig)
+        replace(settings, restarts=restarts)  # checks the range
+        listed.append(attack)
+    return listed
+
+
 def start_evaluation(
-    data: ImageSet,
-    epsilon: float,
-    attacks: tuple[str, ...],
-    each: bool,
-    examples: int | None,
-    seed: int,
-    before: Int[Tensor, "a n"] | None,
+    data: ImageSet, settings: EvaluationConfig, attacks: Sequence[str], before: object
 ) -> Evaluation:
-    """Make an evaluation with the predictions `before`, or with none."""
-    index = stratified(data.labels, data.num_classes, examples, "examples", seed)
-    pending = torch.full((1 + len(attacks), len(index)), PENDING)
-    predictions = pending if before is None else before.clone()
-    labels = data.labels.cpu()[index]
-    names = ("clean", *attacks)
-    return Evaluation(data.classes, epsilon, seed, each, names, index, labels, predictions)
+    """Make an evaluation with the predictions `before`, or with none if it is None.
 
-
-def check_settings(epsilon: float, restarts: int, examples: int | None, batch_size: int) -> None:
-    """Raise UsageError for a setting out of range."""
-    check_range("epsilon", epsilon, 0.0, 1.0)
-    for name, value in (("restarts", restarts), ("examples", examples), ("batch_size", batch_size)):
-        if value is not None:
-            check_range(name, value, 1.0, math.inf)
-
-
-def fastest_memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
-    """Return channels-last on a CPU, whose convolutions are faster so (docs/performance.md).
-
-    A network that cannot view such images as vectors gets contiguous ones.
+    Raises UsageError for predictions of another shape, type or number of classes.
     """
-    on_cpu = images.device.type == "cpu"
-    fastest = torch.channels_last if on_cpu else torch.contiguous_format
-    try:
-        model(images.contiguous(memory_format=fastest))
-    except RuntimeError:
-        return torch.contiguous_format
-    return fastest
+    if settings.epsilon is None:
+        raise UsageError("epsilon takes a number, not None")
+    classes = data.num_classes
+    index = stratified(data.labels, classes, settings.examples, "examples", settings.seed)
+    predictions = torch.full((1 + len(attacks), len(index)), PENDING)
+    if before is not None:
+        if not (
+            isinstance(before, Tensor)
+            and before.dtype == predictions.dtype
+            and before.shape == predictions.shape
+            and ((before >= PENDING) & (before < classes)).all()
+        ):
+            raise UsageError(
+                f"the predictions before are not int64 of shape {tuple(predictions.shape)} in "
+                f"{PENDING}..{classes - 1}",
+                "needed: the predictions of an evaluation with the same settings",
+            )
+        predictions = before.to("cpu", copy=True)
+    labels = data.labels.cpu()[index]
+    fixed = settings.epsilon, settings.seed, settings.each, ("clean", *attacks)
+    return Evaluation(data.classes, *fixed, index, labels, predictions)
+
+
+def run_attacks(
+    model: nn.Module,
+    data: ImageSet,
+    evaluation: Evaluation,
+    attacks: Sequence[Attack],
+    batch_size: int,
+    on_batch: OnBatch,
+) -> None:
+    """Fill in the predictions that are pending, row by row, batch by batch."""
+    memory_format = fastest_memory_format(model, pixels(data.images[:2]))
+    networks = surrogates(model, probe_images(data)) if attacks else []
+    for row, attack in enumerate([None, *attacks]):
+        pending = pending_images(evaluation, row)
+        for start in range(0, len(pending), batch_size):
+            chosen = pending[start : start + batch_size]
+            index = evaluation.index[chosen]
+            images = pixels(data.images[index.to(data.images.device)])
+            batch = AttackBatch(
+                x_nat=images.contiguous(memory_format=memory_format),
+                labels=evaluation.labels[chosen].to(images.device),
+                index=index,
+                epsilon=evaluation.epsilon,
+                seed=evaluation.seed,
+            )
+            if attack is None:
+                classes = predict(model, batch.x_nat, "of clean images")
+            else:
+                classes = predict_under_attack(model, networks, batch, attack)
+            evaluation.predictions[row, chosen] = classes.cpu()
+            on_batch(progress(evaluation, row, attacks), evaluation)
+
+
+def probe_images(data: ImageSet) -> Tensor:
+    """Return images by which to judge a network, of all classes."""
+    chosen = stratified(data.labels, data.num_classes, PROBED, "probe")
+    return pixels(data.images[chosen.to(data.images.device)])
 
 
 def pending_images(evaluation: Evaluation, row: int) -> Int[Tensor, " m"]:
@@ -283,54 +328,6 @@ def pending_images(evaluation: Evaluation, row: int) -> Int[Tensor, " m"]:
         skipped = earlier != evaluation.labels
         predictions[skipped] = earlier[skipped]
     return (predictions == PENDING).nonzero().squeeze(1)
-
-
-def predict_under_attack(
-    networks: list[nn.Module],
-    x_nat: Tensor,
-    evaluation: Evaluation,
-    batch: Tensor,
-    attack: Attack | None,
-) -> Tensor:
-    """Predict the classes (n,) of a batch: clean if `attack` is None, else the worst of its attempts.
-
-    networks: the network, then what else stands for it in the attacks. batch: positions of the
-    images in the evaluation. Each attempt is for the images that are still correct.
-    """
-    if attack is None:
-        return predict(networks[0], x_nat, "of clean images")
-    labels = evaluation.labels[batch].to(x_nat.device)
-    predictions = labels.clone()
-    for restart, network in product(range(attack.restarts), networks):
-        left = (predictions == labels).nonzero().squeeze(1)
-        if not len(left):
-            break
-        x_left = x_nat[left]
-        attempt = AttackBatch(
-            x_nat=x_left.clone(),  # an attack, or a network, may write to it
-            labels=labels[left],
-            index=evaluation.index[batch[left.cpu()]],
-            epsilon=evaluation.epsilon,
-            seed=evaluation.seed,
-            restart=restart,
-        )
-        x_adv = attack.perturb(network, attempt)
-        # Only images in the ball count, whatever an attack returns; NaN is the clean image.
-        x_adv = torch.where(x_adv.isfinite(), x_adv, x_left)
-        x_adv = project_linf(x_adv, x_left, evaluation.epsilon)
-        predictions[left] = predict(networks[0], x_adv, f"under {attack.name}")
-    return predictions
-
-
-def predict(model: nn.Module, x: Tensor, condition: str) -> Tensor:
-    """Predict the classes (n,). Raises NonFiniteError, which names the condition."""
-    logits = model(x)
-    if not logits.isfinite().all():
-        raise NonFiniteError(
-            f"the network gives NaN or infinity {condition}", "needed: a network with finite logits"
-        )
-    classes: Tensor = logits.argmax(1)
-    return classes
 
 
 def progress(evaluation: Evaluation, row: int, attacks: Sequence[Attack]) -> AttackProgress:

@@ -7,31 +7,30 @@ continues an interrupted evaluation, and reads a finished one instead of repeati
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from absld.attack import frozen_eval
 from absld.config.files import read_run_config
 from absld.config.imports import names_code
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
-from absld.data.dataset import ImageSet, pixels
-from absld.data.sources import load_split
+from absld.data.dataset import ImageSet, describe_images, pixels
+from absld.data.sources import RESIZED, load_split
 from absld.engine.precision import (
     emulation_warnings,
     float32_precision,
     resolve_device,
     with_precision,
 )
-from absld.errors import AbsldError, CheckpointError, NonFiniteError, UsageError
-from absld.evaluation.attacks import Attack, parse_attacks
-from absld.evaluation.class_names import check_class_names
-from absld.evaluation.evaluate import Evaluation, evaluate, paired_differences
+from absld.errors import AbsldError, CheckpointError, NonFiniteError, Stopped, UsageError
+from absld.evaluation.attacks import parse_attacks
+from absld.evaluation.class_names import check_class_names, check_image_shape
+from absld.evaluation.evaluate import Evaluation, paired_differences
 from absld.evaluation.results import (
     SCHEMA,
     describe_network,
@@ -41,18 +40,16 @@ from absld.evaluation.results import (
     to_json,
     warnings,
 )
+from absld.evaluation.resuming import REMOVE, resume_attacks
 from absld.evaluation.sanity_checks import run_checks
 from absld.evaluation.validation import check_network
 from absld.models.architectures import MODELS
 from absld.models.loading import Network, load_network, refuse_named_code
-from absld.progress import AttackProgress, Observer
-from absld.storage.checkpoint import load, save
+from absld.progress import Observer
 from absld.storage.environment import environment
 from absld.storage.files import digest, key_of, write_text
 from absld.storage.run_directory import RunDirectory
 
-SAVE_EVERY = 10.0  # seconds
-REMOVE = "remove it to evaluate anew"
 # Settings that decide the results, not where things are or how fast.
 DECIDING = ("epsilon", "restarts", "each", "examples", "seed", "precision")
 
@@ -78,7 +75,7 @@ def run_evaluation(target: str, config: EvaluationConfig, observer: Observer) ->
     target: a run directory, a file of weights, or package.module:factory. Raises AbsldError.
     """
     config = complete_config(config, target)
-    data = load_images(config)
+    data = load_images(config, observer)
     return run_network_evaluation(target, load_target(target, config, data), data, config, observer)
 
 
@@ -96,7 +93,7 @@ def run_network_evaluation(
         settings["examples"] = None
     identity = settings | {
         "architecture": network.architecture,
-        "outputs": sample_outputs(network, data),
+        "outputs": sample_outputs(target, network, data),
         "weights_sha256": digest(network.model.state_dict()),
         "images_sha256": data.digest(),
     }
@@ -106,19 +103,11 @@ def run_network_evaluation(
     path = directory.path / "evaluation.json"
     observer.begin_evaluation()
     with directory, float32_precision(config.precision), blame_target(target):
+        before = read_before(path, identity)
         record, start = environment(device), time.perf_counter()
         model = with_precision(network.model.to(device), config.precision)
         data = data.to(device)
-        evaluation = run_attacks(model, data, config, attacks, directory, identity, observer)
-        if path.exists():
-            results = read_results(path)
-            if results["checks"] is not None or not config.checks:
-                observer.note(f"evaluated before, {results['environment']['started']}: {path}")
-                return EvaluationRun(path, evaluation, results)
-        checks = []
-        for check in run_checks(model, data, evaluation) if config.checks else ():
-            observer.check(check)
-            checks.append(asdict(check))
+        evaluation = resume_attacks(model, data, config, attacks, directory, identity, observer)
         results = {
             "schema": SCHEMA,
             "environment": record,
@@ -128,11 +117,37 @@ def run_network_evaluation(
             | {"images_sha256": identity["images_sha256"]},
             "settings": settings,
             **evaluation_results(evaluation, attacks),
-            "checks": checks if config.checks else None,
+            "checks": None,
             "against": None,
         }
-        directory.write(path.name, to_json(results))
+        if before and (before["checks"] is not None or not config.checks):
+            observer.note(f"evaluated before, {before['environment']['started']}: {path}")
+            results |= {key: before[key] for key in ("environment", "seconds", "checks")}
+        elif config.checks:
+            results["checks"] = []
+            for check in run_checks(model, data, evaluation):
+                observer.check(check)
+                results["checks"].append(asdict(check))
+            results["seconds"] = time.perf_counter() - start
+        if results != before:
+            directory.write(path.name, to_json(results))
     return EvaluationRun(path, evaluation, results)
+
+
+def read_before(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Read the results of an earlier command, of which checks and times are kept; None without.
+
+    Raises CheckpointError if they are of another network, data or settings. The figures are not
+    taken from the file: they follow from the predictions.
+    """
+    if not path.exists():
+        return None
+    before = read_results(path)
+    found = before["settings"] | before["network"] | before["data"]
+    for key, value in identity.items():
+        if key != "outputs" and found.get(key) != value:
+            raise CheckpointError(f"{path}: is of another evaluation, by {key}", REMOVE)
+    return before
 
 
 def run_paired_evaluation(
@@ -148,7 +163,7 @@ def run_paired_evaluation(
     """
     check_target(base)
     config = complete_config(config, target)  # budget and images are those of `target`
-    data = load_images(config)
+    data = load_images(config, observer)
     # Both are loaded and checked before hours are spent on one.
     network = load_target(target, config, data)
     base_network = load_target(base, replace(config, **base_settings), data)
@@ -193,13 +208,16 @@ def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
             f"no data set given, and {target} is not a run directory",
             "--dataset NAME, and --data DIR",
         )
+    size = config.image_size
     if defaults is None or config.dataset not in (None, defaults.dataset):
         defaults = resolve({"dataset": config.dataset})
+    else:
+        size = size or defaults.image_size
     return replace(
         config,
         dataset=defaults.dataset,
         data=config.data or defaults.data,
-        image_size=config.image_size or defaults.image_size,
+        image_size=size,
         epsilon=defaults.epsilon if config.epsilon is None else config.epsilon,
     )
 
@@ -212,38 +230,47 @@ def load_target(target: str, config: EvaluationConfig, data: ImageSet) -> Networ
     network = load_network(target, data.num_classes, ("evaluate",), config.model, config.weights)
     check_network(network.model, data, target)
     network = check_class_names(network, data, target, config.class_order)
+    guessed = config.image_size is None and config.dataset in RESIZED
+    network = check_image_shape(network, data, target, refuse=guessed)
     if config.model and config.model != network.architecture:
-        note = f"{target}: its network is {network.architecture}, whatever --model says"
-        network = network._replace(notes=(*network.notes, note))
+        raise CheckpointError(
+            f"{target}: its network is {network.architecture}, not {config.model}",
+            "leave out --model, or give another file",
+        )
     return network
 
 
-def load_images(config: EvaluationConfig) -> ImageSet:
-    """Load the images to evaluate on."""
-    return load_split(str(config.dataset), config.data, config.image_size or 32, config.split)
+def load_images(config: EvaluationConfig, observer: Observer) -> ImageSet:
+    """Load the images to evaluate on and describe them; in the size of the recipe if none was chosen."""
+    size = config.image_size or resolve({"dataset": config.dataset}).image_size
+    data = load_split(str(config.dataset), config.data, size, config.split)
+    for line in describe_images({config.split: data}):
+        observer.note(line)
+    return data
 
 
 def describe_data(
     config: EvaluationConfig, evaluation: Evaluation, data: ImageSet
 ) -> dict[str, Any]:
-    """Return data set, split, number of images and classes."""
+    """Return data set, split, number of images, classes, and what reading the images changed."""
     return {
         "dataset": config.dataset,
         "split": config.split,
         "images": len(evaluation.labels),
         "of": len(data),
         "classes": list(data.classes),
+        "notes": list(data.notes),
     }
 
 
-def sample_outputs(network: Network, data: ImageSet) -> list[list[float]] | None:
+def sample_outputs(target: str, network: Network, data: ImageSet) -> list[list[float]] | None:
     """Compute rounded logits of two images; None for a known network.
 
     A factory's code may change while its weights stay: its logits identify it.
     """
     if network.architecture in MODELS:
         return None
-    with frozen_eval(network.model), torch.no_grad():
+    with blame_target(target), frozen_eval(network.model), torch.no_grad():
         logits = network.model(pixels(data.images[:2]).clone())
     return [[round(value, 2) for value in row] for row in logits.tolist()]
 
@@ -255,9 +282,9 @@ def blame_target(target: str) -> Iterator[None]:
         yield
     except NonFiniteError as error:
         raise CheckpointError(f"{target}: {error}", error.hint) from error
-    except (AbsldError, OSError):
+    except (AbsldError, OSError, Stopped):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "out of memory" in str(error).lower():
             raise
         raise CheckpointError(
@@ -278,66 +305,3 @@ def directory_name(target: str, identity: dict[str, Any]) -> str:
     short = path.stem if path.is_file() else path.name
     short = re.sub(r"[^\w.-]+", "-", short)[-100:]
     return f"{short}-{key_of(identity)}"
-
-
-def run_attacks(
-    model: nn.Module,
-    data: ImageSet,
-    config: EvaluationConfig,
-    attacks: Sequence[Attack],
-    directory: RunDirectory,
-    identity: dict[str, Any],
-    observer: Observer,
-) -> Evaluation:
-    """Evaluate, continuing from predictions.pt if it exists.
-
-    Predictions are saved every few seconds, and when the observer or an error ends the evaluation.
-    """
-    path = directory.path / "predictions.pt"
-    latest: Evaluation | None = None
-    last_save = time.perf_counter()
-
-    def save_predictions(evaluation: Evaluation) -> None:
-        nonlocal last_save
-        record = {"identity": identity, "attacks": list(evaluation.attacks)}
-        tensors = {"index": evaluation.index, "labels": evaluation.labels}
-        save(record | tensors | {"predictions": evaluation.predictions}, path)
-        last_save = time.perf_counter()
-
-    def on_batch(progress: AttackProgress, evaluation: Evaluation) -> None:
-        nonlocal latest
-        latest = evaluation
-        if time.perf_counter() - last_save > SAVE_EVERY:
-            save_predictions(evaluation)
-        observer.attack_batch(progress)
-
-    try:
-        return evaluate(
-            model,
-            data,
-            epsilon=identity["epsilon"],
-            attacks=attacks,
-            each=config.each,
-            examples=config.examples,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            before=read_predictions(path, identity) if path.exists() else None,
-            on_batch=on_batch,
-        )
-    finally:
-        if latest:
-            save_predictions(latest)
-
-
-def read_predictions(path: Path, identity: dict[str, Any]) -> torch.Tensor:
-    """Read the predictions of an interrupted evaluation. Raises CheckpointError if not this one's."""
-    try:
-        saved = load(path)
-    except CheckpointError as error:
-        raise CheckpointError(str(error), REMOVE) from error
-    if not isinstance(saved, dict) or saved.get("identity") != identity:
-        raise CheckpointError(f"{path}: is of another evaluation", REMOVE)
-    predictions = saved.get("predictions")
-    if not isinstance(predictions, torch.Tensor) or predictions.dtype != torch.int64:
-        raise CheckpointError(f"{path}: holds no predictions", REMOVE)
-    return predictions

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from absld.attack import frozen_eval
 from absld.data.dataset import ImageSet, pixels, stratified
 from absld.errors import CheckpointError
-from absld.evaluation.attacks import (
-    SignedGradient,
-    SquareSearch,
+from absld.evaluation.attacks import SignedGradient, SquareSearch, parse_attack
+from absld.evaluation.evaluate import Evaluation, evaluate
+from absld.evaluation.surrogates import (
+    clamps_input,
     differentiable,
     output_bounds,
-    parse_attack,
+    outputs_outside,
 )
-from absld.evaluation.evaluate import Evaluation, evaluate
 from absld.progress import Check
 
 SAMPLE = 100
@@ -90,19 +90,26 @@ def check_outputs(model: nn.Module, sample: ImageSet) -> Iterator[Check]:
 
 
 def accuracy_by_scale(model: nn.Module, sample: ImageSet) -> dict[str, float]:
-    """Compute the clean accuracy on pixels in [0,1], and on pixels of other scales."""
+    """Compute the clean accuracy on pixels in [0,1], and on pixels of other scales.
+
+    It is 0 on a scale that the network refuses.
+    """
     x = pixels(sample.images)
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
     scales = {
-        "in [0,1]": x,
         "normalised by mean and deviation": (x - mean) / std.clamp_min(1e-6),
         "in [-1,1]": 2 * x - 1,
         "in [0,255]": 255 * x,
     }
-    return {
-        name: (model(images).argmax(1) == sample.labels).float().mean().item()
-        for name, images in scales.items()
-    }
+
+    def accuracy(logits: Tensor | None) -> float:
+        if logits is None:
+            return 0.0
+        share: float = (logits.argmax(1) == sample.labels).float().mean().item()
+        return share
+
+    own = {"in [0,1]": accuracy(model(x))}
+    return own | {name: accuracy(outputs_outside(model, scales[name])) for name in scales}
 
 
 def find_better_scale(accuracy: dict[str, float], images: int) -> str:
@@ -153,17 +160,19 @@ def check_teacher_scale(
 
 
 def check_gradients(model: nn.Module, sample: ImageSet) -> Check:
-    """Check that the input gradient of every image is finite and not zero."""
+    """Check that the input gradient of every image is finite and not zero, nor blocked by a clamp."""
     x = pixels(sample.images).clone().requires_grad_()
     with torch.enable_grad():
         loss = F.cross_entropy(differentiable(model)(x), sample.labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, x)
     largest = gradient.flatten(1).abs().amax(1)
     useless = int((largest == 0).sum() + (~largest.isfinite()).sum())
+    clamped = clamps_input(model, x.detach())
     return Check(
         "no input gradient is zero",
-        useless == 0,
-        f"{useless} of {len(sample)} images; median of the largest entry {largest.median():.3g}",
+        useless == 0 and not clamped,
+        f"{useless} of {len(sample)} images; median of the largest entry {largest.median():.3g}"
+        + ("; it vanishes at pixels of 0 or 1: the network clamps its input" if clamped else ""),
     )
 
 

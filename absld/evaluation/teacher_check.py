@@ -43,7 +43,7 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
     calibration, verdict and its reasons. Raises AbsldError if the network cannot be loaded or called.
     """
     config = complete_config(config, target)
-    data = load_images(config)
+    data = load_images(config, observer)
     network = load_target(target, config, data)
     device = resolve_device(config.device)
     for note in [*network.notes, *emulation_warnings([config.precision], device)]:

@@ -1,17 +1,21 @@
 """Validation during training: checks of a network, and class accuracies that select an epoch."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from absld.attack import check_radius, cross_entropy, frozen_eval, pgd
+from absld.attack import cross_entropy, frozen_eval, pgd
+from absld.config.fields import check_range
 from absld.data.dataset import ImageSet, pixels
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
-from absld.errors import CheckpointError, NonFiniteError
+from absld.errors import CheckpointError, NonFiniteError, Stopped
 from absld.metrics import ClassAccuracies, class_hits, fairness
 from absld.seeding import generator
+from absld.shapes import describe_kind, is_dense
 
 ABOVE_CHANCE = 0.05  # accuracy from which a network has learned something
 
@@ -36,10 +40,14 @@ def validate(
 
     Raises:
         NonFiniteError: logits of a clean image are not finite.
-        CheckpointError: the network writes into its input.
-        ValueError: epsilon is negative.
+        CheckpointError: the network does not take the images, writes to them, or gives no logits.
+        UsageError: epsilon, steps or batch_size is out of range.
     """
-    check_radius(epsilon, data.images)
+    check_range("epsilon", epsilon, 0.0, 1.0)
+    for name, value, least in (("steps", steps, 0), ("batch_size", batch_size, 1)):
+        check_range(name, value, least, math.inf)
+    check_network(model, data, "the network")
+    attack = partial(pgd, epsilon=epsilon, step_size=0.003 * epsilon / (8 / 255), steps=steps)
     device = data.labels.device
     random = generator("evaluate", device=device)
     # Of each class: hits clean, hits under attack, images. Nothing is read before the last batch:
@@ -57,15 +65,7 @@ def validate(
                 with read_only(x_nat, "the network"):
                     nat_logits = model(x_nat)
                 not_finite += (~nat_logits.isfinite()).sum()
-                x_adv = pgd(
-                    model,
-                    cross_entropy(labels),
-                    x_nat,
-                    noise,
-                    epsilon=epsilon,
-                    step_size=0.003 * epsilon / (8 / 255),
-                    steps=steps,
-                )
+                x_adv = attack(model, cross_entropy(labels), x_nat, noise)
                 predictions = nat_logits.argmax(1), model(x_adv).argmax(1), labels
                 counts += torch.stack(
                     [class_hits(each, labels, data.num_classes) for each in predictions]
@@ -97,6 +97,7 @@ def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
 
     It must leave its input alone, and autograd must be able to use its weights.
     """
+    check_state(model, name)
     x, before = (pixels(data.images[:2]) for _ in range(2))
     needed = (len(x), data.num_classes)
     weights = [*model.parameters(), *model.buffers()]
@@ -108,15 +109,16 @@ def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
     try:
         with frozen_eval(model), torch.no_grad(), read_only(x, name):
             logits = model(x)
-    except CheckpointError:
+    except (CheckpointError, Stopped):
         raise
-    except Exception as error:  # whatever somebody's network raises
+    except (Exception, SystemExit) as error:  # whatever somebody's network raises
+        cause = str(error) if isinstance(error, Exception) else repr(error)
         dtypes = {tensor.dtype for tensor in weights if tensor.is_floating_point()}
         hint = (
             "needed: another network" if dtypes <= {x.dtype} else f"its weights must be {x.dtype}"
         )
         raise CheckpointError(
-            f"{name} does not take images {tuple(x.shape)} of {x.dtype}: {error}", hint
+            f"{name} does not take images {tuple(x.shape)} of {x.dtype}: {cause}", hint
         ) from error
     if not torch.equal(x, before):  # by x.data, of which the version does not tell
         raise input_written(name)
@@ -130,9 +132,24 @@ def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
         )
 
 
+def check_state(model: nn.Module, name: str) -> None:
+    """Raise CheckpointError unless `model` is a module with a state dict of dense tensors alone."""
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"{name} is a {describe_kind(model)}", "needed: an nn.Module")
+    for key, value in model.state_dict().items():
+        if not is_dense(value):
+            raise CheckpointError(
+                f"{name}: {key} in its state dict is {describe_kind(value)}",
+                "needed: dense tensors in memory; a lazy layer has its own after a first forward",
+            )
+
+
 def freeze(teacher: nn.Module) -> nn.Module:
     """Set a teacher to eval mode and turn off its parameters' gradients, for good."""
-    return teacher.eval().requires_grad_(False)
+    teacher.eval()  # which may return None: some networks override `train`
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+    return teacher
 
 
 def check_teacher(teacher: nn.Module, validation: ImageSet, name: str, allow_weak: bool) -> float:

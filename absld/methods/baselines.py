@@ -20,7 +20,8 @@ class Sat(Method):
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, attack: TrainingAttack
     ) -> Step:
         x_adv = attack(student, cross_entropy(batch.labels), batch.x_nat, batch.noise)
-        loss = F.cross_entropy(student.train()(x_adv), batch.labels)
+        student.train()
+        loss = F.cross_entropy(student(x_adv), batch.labels)
         return Step(loss, {"cross_entropy": loss.detach()})
 
 
@@ -35,8 +36,9 @@ class Trades(Method):
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, attack: TrainingAttack
     ) -> Step:
         x_nat = batch.x_nat
+        student.eval()
         with torch.no_grad():
-            clean = F.softmax(student.eval()(x_nat), dim=1)
+            clean = F.softmax(student(x_nat), dim=1)
         x_adv = attack(student, kl(clean), x_nat, batch.noise)
         student.train()
         log_nat, log_adv = (F.log_softmax(student(x), dim=1) for x in (x_nat, x_adv))

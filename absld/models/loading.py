@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from absld.config.imports import import_object, names_code
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.models.architectures import MODELS, Normalised, build_model, seeded
-from absld.models.state_dicts import find_state_dict, read_names, stated_classes
+from absld.models.state_dicts import find_state_dict, read_names, stated_classes, stated_image_shape
 from absld.seeding import Key
 from absld.storage.checkpoint import load
 from absld.storage.run_directory import RunDirectory
@@ -29,13 +29,15 @@ NAMES_ALONE = "which tell nothing of activations, their order, or the scale of t
 class Network(NamedTuple):
     """A network, its architecture (a name or package.module:factory), and notes on its loading.
 
-    classes: their names in the order of the logits, where a file or run states them.
+    classes: their names in the order of the logits, and image_shape: (channels, height, width) of
+    the training images, where a file or run states them.
     """
 
     model: nn.Module
     architecture: str
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    image_shape: tuple[int, ...] = ()
 
 
 def load_network(
@@ -61,6 +63,11 @@ def load_network(
         path = RunDirectory(target).best if os.path.isdir(target) else Path(target)
         return load_weights(path, num_classes, key, architecture, weights)
     if target in MODELS or names_code(target):
+        if weights:
+            raise UsageError(
+                f"{target} is not a file: it has no state dict {weights!r}",
+                "leave out the flag that names it, or give the file",
+            )
         return Network(build_network(target, num_classes, key), target)
     if target.endswith((".pt", ".pth", ".pkl", ".tar", ".bin")) or os.sep in target:
         raise CheckpointError(f"{target}: no such file", "check the path")
@@ -102,20 +109,21 @@ def build_from_factory(target: str, num_classes: int, key: Key) -> nn.Module:
 def bind_classes(factory: Any, num_classes: int) -> inspect.BoundArguments | None:
     """Return the arguments of a factory: the number of classes where it belongs, or nothing.
 
-    It goes by name into num_classes or **kwargs, else into a first parameter without default: a
-    first one with a default may be `pretrained`, and a number there would start a download. All
-    others keep their defaults. None if it has no place.
+    It goes by name into num_classes or **kwargs. Only where there is neither, it goes into a first
+    parameter without default: a first one with a default may be `pretrained`, and a number there
+    would start a download. All others keep their defaults. None if it has no place.
     """
     signature = inspect.signature(factory)
     parameters = list(signature.parameters.values())
     if not parameters:
         return signature.bind()
-    with contextlib.suppress(TypeError):
-        return signature.bind(num_classes=num_classes)
     first = parameters[0]
-    if first.default is first.empty and first.kind in POSITIONAL:
-        with contextlib.suppress(TypeError):
+    takes_name = [p for p in parameters if p.name == "num_classes" or p.kind is p.VAR_KEYWORD]
+    with contextlib.suppress(TypeError):
+        required = first.default is first.empty and first.kind in POSITIONAL
+        if required and takes_name in ([], [first]):
             return signature.bind(num_classes)
+        return signature.bind(num_classes=num_classes)
     return None
 
 
@@ -123,53 +131,76 @@ def load_weights(
     path: Path, num_classes: int, key: Key, architecture: str, weights: str = ""
 ) -> Network:
     """Load the network of a file of weights. Raises CheckpointError."""
-    content = load(path)
-    raw, notes = find_state_dict(content, path, weights)
-    name, how = choose_architecture(content, raw, path, architecture)
+    raw, around, left_out = find_state_dict(load(path), path, weights)
+    name, how = choose_architecture(around, raw, path, architecture)
     model = build_network(name, num_classes, key)
     reading = read_names(raw, model.state_dict().keys())
     load_state(model, reading.state, path)
     if reading.normalisation:
         model = Normalised(model, *reading.normalisation)
-    notes = [f"{path}: {note}" for note in [*notes, *reading.notes, *how]]
-    return Network(model, name, tuple(notes), stated_classes(content))
+    classes, of_classes = stated_classes(around)
+    notes = [f"{path}: {note}" for note in (*left_out, *reading.notes, *how, *of_classes)]
+    return Network(model, name, tuple(notes), classes, stated_image_shape(around))
 
 
 def choose_architecture(
-    content: Mapping[Any, Any], raw: Mapping[str, Tensor], path: Path, architecture: str
+    around: Iterable[Mapping[Any, Any]], raw: Mapping[str, Tensor], path: Path, architecture: str
 ) -> tuple[str, list[str]]:
-    """Return the architecture of a file, and a note if only names and shapes tell it.
+    """Return the architecture of a file, and notes if only names and shapes tell it.
 
     Raises CheckpointError if it is unknown, or if the file names code, which `architecture` does
     not: nothing that a file names is imported, and its network is not guessed instead.
     """
-    stated = content.get("architecture")
+    texts = (outer.get("architecture") for outer in around)
+    stated = next((text for text in texts if isinstance(text, str)), "")
     if architecture and architecture not in MODELS:
         return architecture, []  # a factory, chosen on purpose: it names its tensors as it likes
-    if isinstance(stated, str) and stated in MODELS:
+    if stated in MODELS:
         return stated, []
-    if isinstance(stated, str) and names_code(stated):
-        raise refuse_named_code(str(path), stated)
+    if names_code(stated):
+        raise refuse_named_code(str(path), stated, architecture)
+    notes = [f"its architecture {stated[:60]!r} is not a known network"] if stated else []
     if name := recognise_architecture(raw):
-        return name, [f"recognised as {name} by names and shapes, {NAMES_ALONE}"]
+        return name, [*notes, f"recognised as {name} by names and shapes, {NAMES_ALONE}"]
     if not architecture:
         raise CheckpointError(
-            f"{path}: its network is unknown",
+            f"{path}: its network is unknown; {describe_nearest(raw) or 'no known one is near'}",
             f"known are {', '.join(MODELS)}; for others {type_model('package.module:factory')}",
         )
-    return architecture, []
+    return architecture, notes
+
+
+def describe_nearest(raw: Mapping[str, Tensor], fitting: int = 0) -> str:
+    """Describe the known network that shares most names with a file; "" if `fitting` is no less."""
+    states = {name: read_names(raw, state_shapes(name).keys()).state for name in MODELS}
+    shared = {name: len(state_shapes(name).keys() & state.keys()) for name, state in states.items()}
+    nearest = max(MODELS, key=lambda name: shared[name])
+    if shared[nearest] <= fitting:
+        return ""
+    own, state = state_shapes(nearest).keys(), states[nearest].keys()
+    missing, unexpected = sorted(own - state)[:5], sorted(state - own)[:5]
+    return f"the nearest known network is {nearest} (missing {missing}, unexpected {unexpected})"
 
 
 def type_model(name: str) -> str:
     """Return a hint: the flags that name a network."""
-    return f"type --model {name} (--teacher-model for a teacher, --against-model after --against)"
+    return (
+        f"type --model {name} (--teacher-model for a teacher, --against-model after --against; a "
+        "student's file must be of a known network)"
+    )
 
 
-def refuse_named_code(target: str, name: str) -> CheckpointError:
-    """Build the error for a file or run that names code as its network."""
+def refuse_named_code(target: str, name: str, instead: str = "") -> CheckpointError:
+    """Build the error for a file or run that names code as its network.
+
+    instead: the known network that the user named.
+    """
     return CheckpointError(
         f"{target}: its network is {name!r}, and no name in a file is imported",
-        f"if you trust that code, {type_model(name)}",
+        f"if it is a {instead}, save its state dict alone; else "
+        f"{type_model('package.module:factory')}"
+        if instead
+        else f"if you trust that code, {type_model(name)}",
     )
 
 
@@ -197,16 +228,26 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
-        nearest = max(MODELS, key=lambda name: len(state_shapes(name).keys() & state.keys()))
         raise CheckpointError(
-            f"{path}: lacks {missing[:5]}, has besides {unexpected[:5]}",
-            f"nearest known network: {nearest}; give its name by --model (--teacher-model for a "
-            "teacher)",
+            f"{path}: missing {missing[:5]}, unexpected {unexpected[:5]}",
+            describe_nearest(state, len(own.keys() & state.keys()))
+            or "the file is damaged, or of another network",
         )
     for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
+        given = state[name]
+        if tensor.shape != given.shape:
             raise CheckpointError(
-                f"{path}: {name} is {tuple(state[name].shape)}, needed is {tuple(tensor.shape)}",
+                f"{path}: {name} is {tuple(given.shape)}, needed is {tuple(tensor.shape)}",
                 "the number of classes, or the network, is another",
             )
+        if tensor.is_floating_point() and not given.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {name} is {given.dtype}, needed is {tensor.dtype}",
+                "export the weights as floating-point numbers, not quantised",
+            )
     model.load_state_dict(state)
+    for name, tensor in own.items():  # which are the network's, filled now
+        if tensor.dtype != state[name].dtype and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} holds numbers too large for {tensor.dtype}", "train it anew"
+            )

@@ -5,19 +5,22 @@ network is known, its own names decide. Notes say what was changed.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from absld.errors import CheckpointError
+from absld.shapes import is_dense
 from absld.storage.files import digest
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema")  # the first one is read
-PREFIXES = {"module", "model", "net", "_orig_mod"}
 MOST_LEVELS = 5  # of wrappers, and of prefixes
+MOST_LISTED = 20
+CLASSES = ("classes", "class_names", "class_to_idx", "idx_to_class")  # class_to_idx: torchvision's
 # The shortcuts of published CIFAR ResNets, and of torchvision's blocks, which ours are made of.
 SHORTCUT, DOWNSAMPLE = ".shortcut.", ".downsample."
 UNUSED = "sub_block1."  # in the published TRADES teacher: a group that no forward uses
@@ -26,6 +29,7 @@ COUNTER = ".num_batches_tracked"  # of batch norms; files by old versions of tor
 # The normalisation before the first layer in some networks, such as RobustBench's.
 MEAN = re.compile(r"(normali[sz]er?\.)?(mu|mean)")
 STD = re.compile(r"(normali[sz]er?\.)?(sigma|std)")
+APART = re.compile(f"{AVERAGED}|{MEAN.pattern}|{STD.pattern}")  # may stand outside a prefix
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = (*FLOATING, torch.int64, torch.int32, torch.uint8, torch.bool)
 
@@ -36,7 +40,15 @@ Names = dict[str, str]
 # --- The state dict in a file ---
 
 
-def find_state_dict(content: Any, path: Path, key: str = "") -> tuple[dict[str, Tensor], list[str]]:
+class StateDict(NamedTuple):
+    """A state dict of a file, the mappings around it, the nearest first, and notes."""
+
+    tensors: dict[str, Tensor]
+    around: tuple[Mapping[Any, Any], ...]
+    notes: list[str]
+
+
+def find_state_dict(content: Any, path: Path, key: str = "") -> StateDict:
     """Return the state dict in a file's content, and notes on what is left out.
 
     key: the keys that lead to it, with dots between; empty: the first of WRAPPERS.
@@ -53,46 +65,60 @@ def find_state_dict(content: Any, path: Path, key: str = "") -> tuple[dict[str, 
     if key and key not in found:
         raise CheckpointError(f"{path}: has no state dict {key!r}", f"there are: {listed(found)}")
     ranks = {name: wrapper_rank(name) for name in found}
-    chosen = key or min(found, key=lambda name: ranks[name])
+    default = min(found, key=lambda name: ranks[name])
+    chosen = key or default
     if not key and len(found) > 1 and len(WRAPPERS) in ranks[chosen]:
         raise CheckpointError(
             f"{path}: holds the state dicts {listed(found)}", f"choose one: {flag(chosen)}"
         )
-    state = found[chosen]
+    *around, state = found[chosen]
     check_tensors(state, path)
     stated = content.get("sha256")
-    if stated is not None and not key and stated != digest(state):
+    if isinstance(stated, str) and chosen == default and stated != digest(state):
         raise CheckpointError(
             f"{path}: its tensors have changed since their SHA-256 was taken",
             "copy it again from where it came from",
         )
-    others = [name for name in found if name != chosen and alike(state, found[name])]
+    own = bare_names(state)
+    others = [n for n, (*_, other) in found.items() if n != chosen and alike(own, other)]
     notes = []
     if others:
         notes.append(f"{chosen!r} is read, {listed(others)} left out; to choose: {flag(others[0])}")
-    return dict(state), notes
+    if lists := list(lists_alike(content, state)):
+        notes.append(f"{listed(lists)} left out: tensors of the same shapes in a list")
+    if beside := [k for outer in around for k in outer if isinstance(k, str) and of_pixels(k)]:
+        notes.append(f"{listed(beside)} beside the weights left out: the pixels are in [0,1]")
+    return StateDict(dict(state), tuple(reversed(around)), notes)
 
 
 def flag(key: str) -> str:
-    return f"--weights {key!r} (for a teacher: --teacher-weights)"
+    return f"--weights {key!r} (--against-weights, --teacher-weights, --student-weights)"
 
 
 def listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
+    """Return names in quotes, the first ones of many."""
+    names = list(names)
+    more = f", ... ({len(names):,})" if len(names) > MOST_LISTED else ""
+    return ", ".join(map(repr, names[:MOST_LISTED])) + more
 
 
-def state_dicts(content: Any, path: tuple[str, ...] = ()) -> dict[str, Mapping[Any, Any]]:
-    """Return the mappings that hold tensors, by the keys that lead to them, with dots between."""
+def state_dicts(
+    content: Any, path: tuple[str, ...] = (), around: tuple[Mapping[Any, Any], ...] = ()
+) -> dict[str, tuple[Mapping[Any, Any], ...]]:
+    """Return the mappings that hold tensors, by the keys that lead to them, with dots between.
+
+    Each comes with the mappings around it, from the outermost one to itself.
+    """
     if not isinstance(content, Mapping) or len(path) > MOST_LEVELS:
         return {}
-    found: dict[str, Mapping[Any, Any]] = {}
+    found: dict[str, tuple[Mapping[Any, Any], ...]] = {}
     for name, value in content.items():
         if isinstance(name, str):
-            found |= state_dicts(value, (*path, name))
+            found |= state_dicts(value, (*path, name), (*around, content))
     tensors = sum(isinstance(value, Tensor) for value in content.values())
     wrapper = found and content.keys() & set(WRAPPERS)  # a mean may stand beside the weights
     if tensors and (not found or (2 * tensors > len(content) and not wrapper)):
-        found = {".".join(path): content}
+        found = {".".join(path): (*around, content)}
     return found
 
 
@@ -102,13 +128,30 @@ def wrapper_rank(key: str) -> tuple[int, ...]:
     return tuple(WRAPPERS.index(part) if part in WRAPPERS else len(WRAPPERS) for part in parts)
 
 
-def alike(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> bool:
-    """Return whether two state dicts share names, as those of one network do.
+def bare_names(state: Mapping[Any, Any]) -> Set[str]:
+    """Return the names of a state dict without their prefixes."""
+    return prefix_levels(map(str, state))[-1].keys()
+
+
+def alike(own: Set[str], other: Mapping[Any, Any]) -> bool:
+    """Return whether a state dict shares names with another, as those of one network do.
 
     Averages of weights may have other prefixes, and no buffers.
     """
-    of_a, of_b = (prefix_levels(map(str, state))[-1].keys() for state in (a, b))
-    return 4 * len(of_a & of_b) >= len(of_a)
+    return 4 * len(own & bare_names(other)) >= len(own)
+
+
+def lists_alike(
+    content: Any, state: Mapping[Any, Tensor], path: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Yield the keys of lists of tensors like those of a state dict, such as averages of them."""
+    if isinstance(content, Mapping) and len(path) <= MOST_LEVELS:
+        for name, value in content.items():
+            yield from lists_alike(value, state, (*path, str(name)))
+    elif isinstance(content, (list, tuple)) and 4 * len(content) >= len(state):
+        shapes = {tensor.shape for tensor in state.values()}
+        if content and all(isinstance(t, Tensor) and t.shape in shapes for t in content):
+            yield ".".join(path)
 
 
 def check_tensors(state: Mapping[Any, Any], path: Path) -> None:
@@ -119,19 +162,13 @@ def check_tensors(state: Mapping[Any, Any], path: Path) -> None:
                 f"{path}: {name!r} is {type(value).__name__}, not a named tensor",
                 "needed: state_dict(), bare or under 'model'",
             )
-        if not is_plain(value):
+        if not is_dense(value) or value.dtype not in DTYPES:
             raise CheckpointError(
                 f"{path}: tensor {name} is {value.dtype}, {value.layout}",
                 "needed: plain tensors of real numbers, as float32",
             )
         if not value.isfinite().all():
             raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity", "train it anew")
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is dense, in memory, and of an ordinary type."""
-    dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
-    return dense and tensor.dtype in DTYPES
 
 
 # --- The names of the tensors ---
@@ -148,20 +185,24 @@ class Reading(NamedTuple):
 def prefix_levels(names: Iterable[str]) -> list[Names]:
     """Return the names as they are, then with one prefix less at a time.
 
-    A prefix is what all names begin with, or one of PREFIXES. Two names never become one.
+    A prefix is what all names begin with, but for a normalisation and a counter of averages. Two
+    names never become one.
     """
     levels = [{name: name for name in names}]
     while len(levels) <= MOST_LEVELS:
-        first = {name.partition(".")[0] for name in levels[-1]}
-        prefixes = first if len(first) == 1 else first & PREFIXES
-        less = {}
-        for name, in_file in levels[-1].items():
-            prefix, _, rest = name.partition(".")
-            less[rest if rest and prefix in prefixes else name] = in_file
-        if less.keys() == levels[-1].keys() or len(less) < len(levels[-1]):
+        parts = {n: n.partition(".") for n in levels[-1] if not APART.fullmatch(n)}
+        if len({prefix for prefix, _, _ in parts.values()}) != 1:
+            break
+        less = {(parts[n][2] if n in parts else n): given for n, given in levels[-1].items()}
+        if "" in less or len(less) < len(levels[-1]):
             break
         levels.append(less)
     return levels
+
+
+def of_pixels(name: str) -> bool:
+    """Return whether a name is that of a normalisation of the pixels."""
+    return bool(MEAN.fullmatch(name) or STD.fullmatch(name))
 
 
 def adapt(names: Names, raw: Mapping[str, Tensor], own: Set[str]) -> Reading:
@@ -172,21 +213,21 @@ def adapt(names: Names, raw: Mapping[str, Tensor], own: Set[str]) -> Reading:
     notes, names = [], dict(names)
     foreign = [name for name in names if name not in own]
     if unused := [name for name in foreign if UNUSED in name]:
-        notes.append(f"{len(unused)} tensors {UNUSED}* left out: no forward uses them")
+        notes.append(f"left out {len(unused)} tensors {UNUSED}*, which no forward uses")
     if AVERAGED in foreign:
         notes.append(f"{AVERAGED} left out: a counter of averaged weights")
         unused.append(AVERAGED)
     for name in unused:
         del names[name]
     ends = [
-        next((n for n in foreign if kind.fullmatch(n) and raw[names[n]].numel() == 3), "")
+        next((n for n in foreign if kind.fullmatch(n) and is_triple(raw[names[n]])), "")
         for kind in (MEAN, STD)
     ]
     normalisation = None
     if all(ends):
         normalisation = raw[names.pop(ends[0])], raw[names.pop(ends[1])]
     if stripped := sorted(in_file for name, in_file in names.items() if name != in_file):
-        notes.append(f"{len(stripped)} tensors without their prefix, such as {stripped[0]}")
+        notes.append(f"prefixes removed from {len(stripped)} names, such as {stripped[0]}")
     shortcuts = [name for name in foreign if SHORTCUT in name and torchvision_name(name) in own]
     if shortcuts and not names.keys() & set(map(torchvision_name, shortcuts)):
         names |= {torchvision_name(name): names.pop(name) for name in shortcuts}
@@ -201,6 +242,10 @@ def adapt(names: Names, raw: Mapping[str, Tensor], own: Set[str]) -> Reading:
     return Reading(state, normalisation, notes)
 
 
+def is_triple(tensor: Tensor) -> bool:
+    return tensor.numel() == 3 and tensor.is_floating_point()
+
+
 def torchvision_name(name: str) -> str:
     """Return the name of a tensor where shortcuts are named as in torchvision."""
     return name.replace(SHORTCUT, DOWNSAMPLE)
@@ -213,13 +258,49 @@ def read_names(raw: Mapping[str, Tensor], own: Set[str]) -> Reading:
     return next(fitting, max(readings, key=lambda reading: len(reading.state.keys() & own)))
 
 
-def stated_classes(content: Mapping[Any, Any]) -> tuple[str, ...]:
-    """Return the names of classes that a file states, in order; empty if it states none."""
-    numbers = content.get("class_to_idx")  # torchvision's ImageFolder has it
-    by_number: Any = ()
-    if isinstance(numbers, Mapping) and all(isinstance(n, int) for n in numbers.values()):
-        by_number = sorted(numbers, key=numbers.__getitem__)
-    for names in (content.get("classes"), content.get("class_names"), by_number):
-        if isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names):
-            return tuple(names)
+# --- What is stated around a state dict: names of classes, the shape of the images ---
+
+
+def stated_classes(around: Iterable[Mapping[Any, Any]]) -> tuple[tuple[str, ...], list[str]]:
+    """Return the names of classes stated around a state dict, in order, and notes.
+
+    The first ones count; there may be none. Notes say what is not read.
+    """
+    stated = [(key, outer[key]) for outer in around for key in CLASSES if key in outer]
+    read = [(key, names) for key, value in stated if (names := in_order(value))]
+    notes = [
+        f"{key!r} is not read: names of classes are a list, or numbered from 0"
+        for key, value in stated
+        if value is not None and not in_order(value)
+    ]
+    if not read:
+        return (), notes
+    first, classes = read[0]
+    notes += [f"classes are read from {first!r}, {k!r} has others" for k, n in read if n != classes]
+    return classes, notes
+
+
+def in_order(names: Any) -> tuple[str, ...]:
+    """Return names that are listed or numbered from 0, in order; empty for anything else."""
+    if isinstance(names, np.ndarray):
+        names = names.tolist()
+    if isinstance(names, Mapping):
+        pairs = [(a, b) if isinstance(b, str) else (b, a) for a, b in names.items()]
+        if not all(isinstance(n, (int, np.integer)) for n, _ in pairs):
+            return ()
+        pairs.sort()
+        if [n for n, _ in pairs] != list(range(len(pairs))):
+            return ()
+        names = [name for _, name in pairs]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        return ()
+    return tuple(map(str, names))
+
+
+def stated_image_shape(around: Iterable[Mapping[Any, Any]]) -> tuple[int, ...]:
+    """Return the shape of the training images stated around a state dict; empty if there is none."""
+    for outer in around:
+        shape = outer.get("image_shape")
+        if isinstance(shape, (list, tuple)) and len(shape) == 3:
+            return tuple(shape) if all(type(length) is int for length in shape) else ()
     return ()

@@ -104,10 +104,10 @@ def class_bars(axes: Axes, results: Mapping[str, Any], classes: Sequence[int]) -
         rows = [row for row, k in enumerate(classes) if accuracies[k]["value"] is not None]
         intervals = [accuracies[classes[row]] for row in rows]
         values = [interval["value"] for interval in intervals]
-        # A rounding error may put a value of 0 or 1 outside its interval.
+        # A rounding error may put a value of 0 or 1 outside its interval, and an end may be unknown.
         whiskers = [
-            [max(interval["value"] - interval["low"], 0.0) for interval in intervals],
-            [max(interval["high"] - interval["value"], 0.0) for interval in intervals],
+            [0.0 if i[end] is None else max(sign * (i[end] - i["value"]), 0.0) for i in intervals]
+            for end, sign in (("low", -1), ("high", 1))
         ]
         places = [row + offset for row in rows]
         axes.barh(places, values, height, color=colour, label=label)

@@ -1,6 +1,7 @@
 """The report of an evaluation: an HTML page that needs no other file, or a picture of one page."""
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from absld.report import figures, summary
 from absld.report.picture import picture
 from absld.storage.environment import read_sessions
 from absld.storage.files import replacing
-from absld.storage.opening import refuse_links
+from absld.storage.opening import make_folder
 from absld.storage.run_directory import RunDirectory
 from absld.text import columns, printable
 
@@ -41,9 +42,8 @@ def write_report(source: str, out: str | None = None) -> Path:
     path, results = find_results(Path(source))
     records, counts = training_records(path, results), training_counts(path, results)
     target = Path(out) if out else path.with_name("report.html")
-    if not out and Path(source) in target.parents:
-        refuse_links(target.parent, Path(source))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    in_run = not out and Path(source) in target.parents
+    make_folder(target.parent, Path(source) if in_run else None)
     if suffix == ".html":
         content = render_page(results, records, counts).encode()
     else:
@@ -83,7 +83,8 @@ def training_counts(path: Path, results: Mapping[str, Any]) -> list[int]:
 
 def training_runs(path: Path, results: Mapping[str, Any]) -> list[Path]:
     """Return where the run of the network may be."""
-    return [*path.resolve().parents[2:3], Path(results["network"]["target"])]
+    places = [*path.resolve().parents[2:3], Path(results["network"]["target"])]
+    return [place for place in places if os.path.isdir(place)]  # a target can be any text
 
 
 # --- The page ---

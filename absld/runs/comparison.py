@@ -118,6 +118,7 @@ def compare_methods(
     labels = label_configs(configs)
     baseline = resolve_baseline(labels, configs, baseline)
     splits = load_data(configs[0].dataset, configs[0].data, configs[0].image_size)
+    notes += splits.describe()
     parse_attacks(evaluation.attacks, splits.test.num_classes, 1)  # before hours of training
     members = []
     for number, (label, config) in enumerate(zip(labels, configs, strict=True), 1):
@@ -132,7 +133,8 @@ def compare_methods(
             except AbsldError as error:
                 cause = f"{label}, seed {config.seed}: {error}"
                 raise type(error)(cause, error.hint) from error
-        own = replace(evaluation, model=config.student)  # the user chose it, not a file
+        # A factory that the user chose, not a file.
+        own = replace(evaluation, model=config.student if names_code(config.student) else "")
         images = getattr(splits, evaluation.split)
         members.append(evaluate_run(label, run.path, config, own, images, observer))
         observer.end_run(members[-1].figures(), members[-1].seconds, reused)

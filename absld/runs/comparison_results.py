@@ -22,6 +22,7 @@ from absld.report.comparison_tables import csv_text, latex, markdown
 from absld.runs.training_run import SELECTED_ON_TEST
 from absld.storage.environment import environment, read_sessions
 from absld.storage.files import key_of, write_text
+from absld.storage.opening import make_folder
 
 SCHEMA = "absld-comparison-1"
 FIGURES = [f"{kind}_{name}" for kind in ("clean", "robust") for name in METRICS]
@@ -84,7 +85,7 @@ def summarise(
     }
     identity = {str(member.run.name): member.evaluation_run.path.parent.name for member in members}
     folder = out / f"comparison-{key_of(identity | {'baseline': baseline})}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, out)
     texts = {
         "comparison.json": to_json(results),
         "table.md": markdown(results),

@@ -17,10 +17,11 @@ from absld.engine.logit_cache import (
 from absld.engine.precision import float32_precision, resolve_device
 from absld.engine.techniques import choose_techniques
 from absld.errors import UsageError
-from absld.evaluation.class_names import check_class_names
+from absld.evaluation.class_names import check_class_names, check_image_shape
 from absld.evaluation.validation import check_network
 from absld.models.loading import Network, load_network
 from absld.stepper import freeze_teacher
+from absld.storage.opening import refuse_links
 
 
 def load_teacher(config: Config, train: ImageSet) -> Network:
@@ -30,7 +31,8 @@ def load_teacher(config: Config, train: ImageSet) -> Network:
         config.teacher, classes, key, config.teacher_model, config.teacher_weights
     )
     check_network(teacher.model, train, config.teacher)
-    return check_class_names(teacher, train, config.teacher, config.class_order)
+    teacher = check_class_names(teacher, train, config.teacher, config.class_order)
+    return check_image_shape(teacher, train, config.teacher)
 
 
 def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tuple[int, int]]:
@@ -72,7 +74,10 @@ def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tu
 
 
 def cache_folder(config: Config) -> Path:
-    return Path(config.out) / "logit-caches"
+    """Return the folder of the caches. Raises CheckpointError if it is a link."""
+    folder = Path(config.out) / "logit-caches"
+    refuse_links(folder, Path(config.out))
+    return folder
 
 
 def cache_size(config: Config, train: ImageSet) -> int:

@@ -24,7 +24,7 @@ from absld.storage.training_checkpoint import compare_settings
 
 # Settings that say where things are, not what is computed; a given teacher counts by its weights.
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
-PLACES |= {"class_order", "teacher_weights"}
+PLACES |= {"class_order", "student_weights", "teacher_weights"}
 # What the last digits depend on, and with the number of processes more: each has a part of a batch.
 CONDITIONS = ("processes", "device", "instructions", "cuda", "cudnn", "torch", "threads")
 SHOWN = 5  # differences to another run
@@ -121,8 +121,9 @@ def run_directory(
     """
     short = re.sub(r"[^\w-]", "-", kind)  # package.module:Class is a method, too
     name = f"{config.dataset}-{short}-seed{config.seed}-{key_of(identity)}"
-    path = Path(config.out) / name
-    return RunDirectory(path) if distributed.is_main else ReadOnlyRunDirectory(path)
+    out = Path(config.out)
+    path = out / name
+    return RunDirectory(path, out) if distributed.is_main else ReadOnlyRunDirectory(path)
 
 
 def refuse_to_restart(run: RunDirectory) -> None:

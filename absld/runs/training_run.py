@@ -23,9 +23,10 @@ from absld.engine.precision import (
     with_precision,
 )
 from absld.engine.techniques import Techniques, describe, with_techniques
-from absld.evaluation.class_names import check_class_names
+from absld.errors import UsageError
+from absld.evaluation.class_names import check_class_names, check_image_shape
 from absld.evaluation.sanity_checks import check_teacher_scale
-from absld.evaluation.validation import check_network, check_teacher, validate
+from absld.evaluation.validation import check_network, check_state, check_teacher, validate
 from absld.methods.base import Method
 from absld.methods.registry import build_method
 from absld.metrics import ClassAccuracies, fairness
@@ -107,10 +108,18 @@ def plan(
     splits = splits or load_data(config.dataset, config.data, config.image_size)
     if config.select_on == "test":
         splits = splits._replace(validation=splits.test)
+    if config.teacher_weights and not config.teacher:
+        raise UsageError("--teacher-weights is a key in a teacher's file", "add --teacher FILE")
     method = build_method(config, splits.train.num_classes)
-    student = load_network(config.student, splits.train.num_classes, (config.seed, "student"))
+    student = load_network(
+        config.student,
+        splits.train.num_classes,
+        (config.seed, "student"),
+        weights=config.student_weights,
+    )
     check_network(student.model, splits.train, config.student)
     student = check_class_names(student, splits.train, config.student, config.class_order)
+    student = check_image_shape(student, splits.train, config.student)
     teacher = (
         load_teacher(config, splits.train) if method.needs_teacher and config.teacher else None
     )
@@ -154,6 +163,7 @@ def train(
         config, splits, distributed
     )
     session = describe_session(device, splits, inputs, distributed)
+    caches = LogitCacheSettings(cache_folder(config), config.logit_cache_gib)
     notes = [*describe_start(config, techniques, device, splits), *student.notes]
     notes += loaded_teacher.notes if loaded_teacher else ()
     notes += changed_conditions(run, session)
@@ -179,7 +189,7 @@ def train(
         train_network(
             "student", student, teacher, splits, with_techniques(config.training(), techniques),
             observer, run, distributed,
-            LogitCacheSettings(cache_folder(config), config.logit_cache_gib),
+            caches,
         )  # fmt: skip
         result = TrainingResult(
             run=run.path,
@@ -229,6 +239,7 @@ def train_teacher(
     """
     device = splits.train.labels.device
     teacher = load_network(config.teacher_model, splits.train.num_classes, (config.seed, "teacher"))
+    check_state(teacher.model, config.teacher_model)
     teacher.model.to(device)
     training = config.teacher_training()
     inputs = image_digests(splits) | {"initial_weights": digest(teacher.model.state_dict())}
@@ -293,7 +304,11 @@ def train_network(
         config,
         run=run,
         role=role,
-        about={"architecture": network.architecture, "classes": list(classes)},
+        about={
+            "architecture": network.architecture,
+            "classes": list(classes),
+            "image_shape": list(splits.train.images.shape[1:]),
+        },
         on_step=observer.step,
         logit_cache=logit_cache,
         distributed=distributed,

@@ -4,11 +4,13 @@ They are read with `weights_only=True`: nothing in a file is executed. What is r
 memory than a few times the file's size.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
 import os
 import struct
+import tarfile
 import threading
 import warnings
 import zipfile
@@ -30,6 +32,7 @@ SLACK = 2**20  # bytes that a file may take beyond its size
 EXPORT = "where you trust it, export torch.save(model.state_dict(), FILE) from it"
 MOST_PICKLED = 2**24  # bytes of all but the tensors
 ZIP = b"PK\x03\x04"
+MOST_TENSORS = 20_000  # in a .safetensors file
 OLD_FORMAT = 5  # pickles, before the bytes of the tensors
 PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 # torch.load takes these values of numpy where it is told to. Files by numpy 1 name them otherwise.
@@ -42,7 +45,7 @@ NUMPY: list[Any] = [
         for call in NUMPY_CALLS
         for core in ("core", "_core")
     ],
-    *{type(np.dtype(letter)) for letter in "?bhilqBHILQefdgFDGSUO"},
+    *{type(np.dtype(letter)) for letter in "?bhilqBHILQefdFDSU"},
 ]
 LOADING = threading.Lock()  # torch's list is one of the process
 
@@ -127,13 +130,21 @@ def read_content(file: IO[bytes], path: Path) -> Any:
         check_pickle(io.BytesIO(reader.get_record("data.pkl")))
     else:
         file.seek(0)
-        pickles = io.BytesIO(file.read(MOST_PICKLED))
+        pickles = io.BytesIO(head := file.read(MOST_PICKLED))
         for _ in range(OLD_FORMAT):
             check_pickle(pickles)
+        refuse_tar(head[: tarfile.BLOCKSIZE])
     file.seek(0)
     with LOADING, warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY):
         warnings.simplefilter("ignore")  # about formats: the content decides
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def refuse_tar(block: bytes) -> None:
+    """Raise RefusedContentError if a file begins as a tar archive, which torch.load would try."""
+    with contextlib.suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        raise RefusedContentError("a tar archive, not weights")
 
 
 def check_archive(file: IO[bytes]) -> None:
@@ -173,8 +184,10 @@ def refuse_inflated(content: Any, size: int) -> None:
     while pending:  # it ends: check_pickle has bounded the number of values
         value = pending.pop()
         if isinstance(value, Mapping):
+            if getattr(value, "__dict__", {}).keys() - {"_metadata"}:  # they may be its methods
+                raise RefusedContentError("holds a dict with attributes")
             pending += [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple, set)):
+        elif isinstance(value, (list, tuple)):
             pending += value
         elif isinstance(value, Tensor):
             if value.layout == torch.strided and not value.is_meta:
@@ -195,8 +208,13 @@ def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Tensor]:
     except ImportError as error:
         raise UsageError(f"{path}: {error}", "pip install safetensors") from error
     length = int.from_bytes(file.read(8), "little")
-    if length > file_size(file) or file.read(1) != b"{":  # before the whole is read
+    header = file.read(min(length, MOST_PICKLED))
+    if length > file_size(file) or not header.startswith(b"{"):  # before the whole is read
         raise ValueError("its header is not there")
+    if len(header) < length or header.count(b"{") > MOST_TENSORS:  # one for each tensor
+        raise RefusedContentError(
+            f"a header of {length:,} bytes, or more than {MOST_TENSORS:,} tensors"
+        )
     opened = Path(f"/dev/fd/{file.fileno()}")  # the file that was looked at; not on Windows
     tensors: dict[str, Tensor] = load_file(opened if opened.exists() else path)
     return tensors

@@ -26,7 +26,10 @@ SESSIONS = {
             "teacher_sha256": {"type": "string"},
             "class_counts": {
                 "type": "object",
-                "additionalProperties": {"type": "array", "items": {"type": "integer"}},
+                "additionalProperties": {
+                    "type": "array",
+                    "items": {"type": "integer", "minimum": 0},
+                },
             },
         },
     },

@@ -77,6 +77,28 @@ def read_of_run(path: Path, most: int = MOST_BYTES) -> bytes:
         raise CheckpointError(f"{path}: {error.strerror or error}", COPY_AGAIN) from error
 
 
+def make_folder(path: Path, root: Path | None = None) -> None:
+    """Make a folder and those above it, where there are none.
+
+    root: a folder above it that the user gave; below it, no folder may be a link.
+
+    Raises:
+        CheckpointError: something else is in the place of one.
+        OSError: it cannot be made.
+    """
+    if root:
+        refuse_links(path, root)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        for part in (path, *path.parents):
+            if os.path.lexists(part) and not os.path.isdir(part):
+                raise CheckpointError(
+                    f"{part}: not a directory", "remove it, or give another --out"
+                ) from error
+        raise
+
+
 def refuse_links(path: Path, root: Path) -> None:
     """Raise CheckpointError if `path` or a folder between it and `root` is a link.
 

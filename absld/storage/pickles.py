@@ -5,22 +5,33 @@ memory: by tuples of tuples, which are hashed or printed, by a bytearray of any 
 Here the operations of a pickle are followed without building anything; what passes is small.
 """
 
+import functools
 import io
 import pickletools
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
 
 MOST_PARTS = 500_000  # of a content written out in full; a thousand tensors with Adam: 150,000
-# What weights, optimisers, schedules and numpy's values are made of. All are in torch's own list or
-# in `NUMPY` of absld.storage.checkpoint.
-NAMES = re.compile(
-    r"collections (OrderedDict|Counter)|(__builtin__|builtins) (set|complex)|_codecs encode"
-    r"|torch(\.storage)? \w+|torch\.nn\.parameter Parameter"
-    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter)"
-    r"|torch\._utils _rebuild_device_tensor_from_(numpy|cpu_tensor)"
-    r"|numpy (dtype|ndarray)|numpy\._?core\.multiarray (scalar|_reconstruct)"
-)
+# All operations that torch.save writes. Others are not followed, and torch.load knows few of them.
+OPERATIONS = frozenset((
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST",
+    "EMPTY_DICT", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
+    "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "TUPLE",
+    "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPERSID",
+    "REDUCE", "BUILD",
+))  # fmt: skip
 GROWING = frozenset(("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"))
+CONSTANTS: dict[str, Any] = {
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "EMPTY_TUPLE": (),
+    "EMPTY_LIST": [],
+    "EMPTY_DICT": {},
+}
 # By operation: how many values it takes from the stack; MARKED: one and all since the last mark.
 MARKED = -1
 TAKES = {
@@ -28,7 +39,69 @@ TAKES = {
     if pickletools.markobject in operation.stack_before
     else len(operation.stack_before)
     for operation in pickletools.opcodes
+    if operation.name in OPERATIONS
 }
+
+
+class Call(NamedTuple):
+    """An object that a pickle makes: the name of a callable, and its arguments."""
+
+    function: Any
+    arguments: Any
+
+
+# --- What a pickle may call: all that weights, optimisers, schedules and numpy's values need ---
+
+NUMBER = re.compile("[0-9]+")
+TYPES = re.compile(r"torch(\.storage)? \w+|numpy ndarray")  # may be named, not called
+DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c(8|16)|[SU][1-9][0-9]{0,3})")
+
+
+def is_dtype(value: Any) -> bool:
+    return isinstance(value, Call) and value.function == "numpy dtype"
+
+
+# By callable: whether its arguments are those that torch.save writes. torch checks a tensor's.
+ARGUMENTS: dict[str, Callable[[tuple[Any, ...]], bool]] = {
+    "torch._utils _rebuild_tensor": lambda given: len(given) == 4,
+    "torch._utils _rebuild_tensor_v2": lambda given: len(given) in (6, 7),
+    "torch._utils _rebuild_tensor_v3": lambda given: len(given) in (7, 8),
+    "torch._utils _rebuild_parameter": lambda given: len(given) == 3,
+    "torch device": lambda given: len(given) in (1, 2),
+    "torch Size": lambda given: len(given) == 1 and isinstance(given[0], tuple),
+    "collections OrderedDict": lambda given: given == (),
+    "collections Counter": lambda given: given == ({},),  # its keys are checked as they are set
+    "_codecs encode": lambda given: given[1:] == ("latin1",),
+    # The last argument asks for a copy: numpy's own type of numbers must not be changed.
+    "numpy dtype": lambda given: (
+        bool(DTYPE.fullmatch(str(given[0]))) and given[1:] == (False, True)
+    ),
+    **dict.fromkeys(("builtins complex", "__builtin__ complex"), lambda given: len(given) == 2),
+}
+# By callable: whether the state of what it returned is one that torch.save writes.
+STATES: dict[str, Callable[[Call, Any], bool]] = {
+    "collections OrderedDict": lambda made, state: state == {},  # of attributes
+    "numpy dtype": lambda made, state: is_state_of(str(made.arguments[0]), state),
+}
+for core in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    ARGUMENTS |= {
+        f"{core} scalar": lambda given: len(given) == 2 and is_dtype(given[0]),
+        f"{core} _reconstruct": lambda given: given[:2] == ("numpy ndarray", (0,)),
+    }
+    STATES |= {
+        f"{core} _reconstruct": lambda made, state: len(state) == 5 and is_dtype(state[2]),
+    }
+
+
+@functools.lru_cache(100)
+def numpy_state(name: str) -> tuple[Any, ...]:
+    return tuple(np.dtype(name).__reduce__()[2])
+
+
+def is_state_of(name: str, state: Any) -> bool:
+    """Return whether numpy itself gives a dtype this state, but for the order of its bytes."""
+    own = numpy_state(name)
+    return state in [(own[0], order, *own[2:]) for order in "<>|="]
 
 
 class RefusedContentError(ValueError):
@@ -40,7 +113,8 @@ class Part:
 
     Attributes:
         size: the number of values in it, written out in full.
-        value: a text or number itself; for a tuple or a call the values of its parts; else a name.
+        value: a text or number itself; a list or dict as it was made, empty; a tuple of the values
+            of its parts; a Call; or the name of something else.
         fetched: whether it is part of something, in which it counts by its size so far.
     """
 
@@ -74,12 +148,15 @@ def check_pickle(file: io.BytesIO) -> None:
             del stack[at:]
             if name != "STOP":
                 stack.append(combine(name, taken))
+        elif name == "PROTO":
+            if argument not in (2, 3):
+                raise RefusedContentError(
+                    f"pickled with protocol {argument}; only protocol 2 is read"
+                )
         else:
             if name == "GLOBAL":
                 check_name(str(argument))
-            if name == "PROTO" and argument not in (2, 3):
-                raise RefusedContentError(f"pickled by protocol {argument}, read is 2")
-            stack.append(Part(1, name if argument is None else argument))
+            stack.append(Part(1, CONSTANTS.get(name, argument)))
         if total > MOST_PARTS:
             raise RefusedContentError(f"holds more than {MOST_PARTS:,} values")
 
@@ -89,22 +166,58 @@ def combine(name: str, taken: list[Part]) -> Part:
     added = sum([part.size for part in taken])
     if name in GROWING:
         whole = taken[0]
-        if whole.fetched:
-            raise RefusedContentError("holds itself")
-        if name in ("SETITEM", "SETITEMS"):
-            check_keys(taken[1::2])
+        check_growth(name, whole, taken)
         whole.size = added
         return whole
     values = tuple([part.value for part in taken])
-    check_call(name, values)
+    if name == "REDUCE":
+        check_call(*values)
+        return Part(1 + added, Call(*values))
+    if name == "BINPERSID":
+        # torch numbers the storages. Other keys may be several names of one record.
+        if not NUMBER.fullmatch(str(values[0][2])):
+            raise RefusedContentError("holds a storage without a number")
+        return Part(1 + added, Call("storage", values[0]))
     return Part(1 + added, values)
 
 
 def check_name(name: str) -> None:
     """Raise RefusedContentError for a name (module and object) that weights do not need."""
-    if not NAMES.fullmatch(name):
+    if name not in ARGUMENTS and not TYPES.fullmatch(name):
         wanted = name.replace(" ", ".")
         raise RefusedContentError(f"refused, it would run code or build objects ({wanted})")
+
+
+def check_call(function: Any, arguments: Any) -> None:
+    """Raise RefusedContentError for a call that files by torch.save do not have."""
+    rule = ARGUMENTS.get(function) if isinstance(function, str) else None
+    # A Call is a tuple too, but what it returns may hold anything.
+    if rule is None or type(arguments) is not tuple or not rule(arguments):
+        raise RefusedContentError(f"refused, weights do not call {spelt(function)} like this")
+
+
+def check_growth(name: str, whole: Part, taken: list[Part]) -> None:
+    """Raise RefusedContentError for items or a state that files by torch.save do not have."""
+    if whole.fetched:
+        raise RefusedContentError("holds itself")
+    made = whole.value
+    function = made.function if isinstance(made, Call) else None
+    if name == "BUILD":
+        rule = STATES.get(function) if isinstance(function, str) else None
+        if rule is None or not rule(made, taken[1].value):
+            raise RefusedContentError(f"refused, it would change {spelt(function)}")
+    elif name.startswith("APPEND"):
+        if made != []:
+            raise RefusedContentError("appends to what is not a list")
+    else:
+        if made != {} and function != "collections OrderedDict":
+            raise RefusedContentError("sets an item of what is not a dict")
+        check_keys(taken[1::2])
+
+
+def spelt(function: Any) -> str:
+    """Return the dotted name of a callable."""
+    return function.replace(" ", ".") if isinstance(function, str) else "another object"
 
 
 def check_keys(keys: list[Part]) -> None:
@@ -113,16 +226,3 @@ def check_keys(keys: list[Part]) -> None:
         value = key.value
         if isinstance(value, tuple) or (isinstance(value, int) and value.bit_length() > 63):
             raise RefusedContentError("holds a dict whose keys are not texts or numbers")
-
-
-def check_call(name: str, values: tuple[Any, ...]) -> None:
-    """Raise RefusedContentError for arguments that files by torch.save do not have."""
-    if name == "REDUCE":
-        function, arguments = values
-        if function == "_codecs encode" and arguments[1:] != ("latin1",):
-            raise RefusedContentError("refused, it would run a codec")
-        if str(function).endswith(" _reconstruct") and arguments[1:2] != ((0,),):
-            raise RefusedContentError("holds an array without values")
-    # torch numbers the storages. Other keys may be several names of one record.
-    elif name == "BINPERSID" and not re.fullmatch(r"[0-9]+", str(values[0][2])):
-        raise RefusedContentError("holds a storage without a number")

@@ -13,9 +13,12 @@ from absld.errors import CheckpointError, Interrupted
 from absld.storage.checkpoint import save
 from absld.storage.files import write_text
 from absld.storage.json_files import parse_json
-from absld.storage.opening import COPY_AGAIN, open_regular, read_of_run, refuse_links
+from absld.storage.opening import COPY_AGAIN, make_folder, open_regular, read_of_run
 
 MOST_RECORDS = 2**28  # bytes of metrics.jsonl: a thousand epochs of a thousand classes
+# Lists of a value for each class; their items are checked by `parse_record`, which is faster.
+OF_CLASSES = ("clean", "robust", "temperature_adv", "temperature_nat", "class_risk_adv",
+              "class_risk_nat")  # fmt: skip
 RECORD = {
     "type": "object",
     "required": ["epoch"],
@@ -23,8 +26,9 @@ RECORD = {
         "epoch": {"type": "integer", "minimum": 1},
         "is_best": {"type": "boolean"},
         "seconds": {"type": "number", "minimum": 0},
+        **{name: {"type": "array"} for name in OF_CLASSES},
     },
-    # Metrics, and lists of one number for each class, which `parse_record` checks.
+    # What else a method records.
     "additionalProperties": {"type": ["number", "null", "array"]},
 }
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -46,12 +50,16 @@ class RunDirectory:
         self.best, self.last = self.path / "best.pt", self.path / "last.pt"
         self.metrics = self.path / "metrics.jsonl"
         self._lock = FileLock(self.path / ".lock", timeout=0)
+        self._held = 0  # times; that of the library is of one thread
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether this process may write here."""
+        return self._held > 0
 
     def lock(self) -> bool:
         """Lock the directory; return False if another process has. Locks of one process nest."""
-        if self.root:
-            refuse_links(self.path, self.root)
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path, self.root)
         if not self._lock.is_locked:
             open_regular(self.path / ".lock", "ab").close()  # the library may write through links
         try:
@@ -65,11 +73,13 @@ class RunDirectory:
                 f"{self.path}: its file system has no file locks ({error})",
                 "give an --out on another file system",
             ) from error
+        self._held += 1
         return True
 
     def unlock(self) -> None:
         """Undo a `lock`."""
         self._lock.release()
+        self._held -= 1
 
     def __enter__(self) -> "RunDirectory":
         if not self.lock():
@@ -120,24 +130,31 @@ class RunDirectory:
     def records(self) -> list[dict[str, Any]]:
         """Read the records of metrics.jsonl; a last line that was cut off is left out.
 
-        Raises CheckpointError for a line that is not a record.
+        Raises CheckpointError for a line that is not the record of the next epoch.
         """
         if not self.metrics.exists():
             return []
         *whole, _ = read_of_run(self.metrics, MOST_RECORDS).split(b"\n")
         try:
-            return [parse_record(line) for line in whole]
+            return [parse_record(line, epoch) for epoch, line in enumerate(whole, 1)]
         except ValueError as error:
             raise CheckpointError(f"{self.metrics}: damaged ({error})", COPY_AGAIN) from error
 
     def drop_records_after(self, epochs: int) -> None:
-        """Drop the records of later epochs, which the checkpoint does not contain."""
+        """Drop the records of later epochs, which the checkpoint does not contain.
+
+        Raises CheckpointError if there are fewer.
+        """
         kept = [record for record in self.records() if record["epoch"] <= epochs]
+        if len(kept) < epochs:
+            raise CheckpointError(f"{self.metrics}: ends before epoch {epochs}", COPY_AGAIN)
         self.write(self.metrics.name, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 class ReadOnlyRunDirectory(RunDirectory):
     """A run directory in a process that leaves the lock and all writing to another one."""
+
+    is_locked = True
 
     def lock(self) -> bool:
         return True
@@ -161,9 +178,11 @@ class ReadOnlyRunDirectory(RunDirectory):
         pass
 
 
-def parse_record(line: bytes) -> dict[str, Any]:
+def parse_record(line: bytes, epoch: int) -> dict[str, Any]:
     """Parse a line of metrics.jsonl. Raises ValueError that names the field which is wrong."""
     record: dict[str, Any] = parse_json(line, RECORD)
+    if record["epoch"] != epoch:
+        raise ValueError(f"epoch: {record['epoch']} in line {epoch}")
     for name, value in record.items():
         if isinstance(value, list) and not {*map(type, value)} <= {int, float, type(None)}:
             raise ValueError(f"{name}: not a list of numbers")

@@ -1,14 +1,15 @@
 """The checkpoints of a training in its run directory, and which training they belong to."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from absld.errors import CheckpointError
+from absld.errors import CheckpointError, UsageError
 from absld.storage.checkpoint import load
-from absld.storage.opening import COPY_AGAIN
+from absld.storage.opening import COPY_AGAIN, make_folder
 from absld.storage.run_directory import RunDirectory
 
 
@@ -19,11 +20,15 @@ class TrainingCheckpoint:
         run: the directory, locked by `with RunDirectory(...) as run`.
         about: plain values that both files carry, such as the architecture.
         identity: plain values that decide what the training computes.
+
+    Raises UsageError for a directory that is not locked.
     """
 
     def __init__(
         self, run: RunDirectory, about: Mapping[str, Any], identity: Mapping[str, Any]
     ) -> None:
+        if not run.is_locked:
+            raise UsageError(f"{run.path} is not locked", "with RunDirectory(...) as run: fit(...)")
         self.run, self.about, self.identity = run, dict(about), dict(identity)
 
     def save(self, state: Mapping[str, Any]) -> None:
@@ -47,10 +52,16 @@ class TrainingCheckpoint:
     def load(self) -> dict[str, Any] | None:
         """Read the state of the training; None if it has none yet.
 
-        Raises CheckpointError if the directory holds another training.
+        Raises CheckpointError if the directory holds another training, or its state is missing.
         """
-        self.run.path.mkdir(parents=True, exist_ok=True)
-        if not self.run.last.exists():
+        make_folder(self.run.path)
+        if not os.path.lexists(self.run.last):
+            # A training that was killed before it wrote its first state has one record at most.
+            if (self.run.path / "result.json").exists() or len(self.run.records()) > 1:
+                raise CheckpointError(
+                    f"{self.run.last}: missing, though this training has gone on from it",
+                    f"{COPY_AGAIN}, or remove the directory to train anew",
+                )
             return None
         state = load_of_program(self.run.last, "identity")
         if differences := compare_settings(state["identity"], self.identity):

@@ -1,5 +1,6 @@
 """absld train and absld recipe show: flags, output, faults and their exit codes, interruption."""
 
+import errno
 import fcntl
 import functools
 import json
@@ -240,6 +241,12 @@ USAGE = [
 @pytest.mark.parametrize("flags", USAGE, ids=" ".join)
 def test_wrong_flags_are_refused_before_a_teacher_is_trained(flags, capfd):
     assert "by trades" not in refused(capfd, 2, "", "", "train", *QUICK, *flags)
+
+
+@pytest.mark.parametrize("flag", ["--image-size", "--batch-size", "--minutes", "--rounds"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e30", "-1", "9" * 30])
+def test_sizes_of_a_measurement_that_no_machine_has_are_refused(flag, value, capfd):
+    refused(capfd, 2, flag, "--help", "bench", "--student", "convnet", flag, value)
 
 
 def test_epsilon_in_levels_of_grey_is_refused_with_the_fraction(capfd):
@@ -528,7 +535,36 @@ def test_a_full_disk_is_named(teacher, capfd, monkeypatch):
 
 def test_an_out_folder_that_is_a_file_is_refused(teacher, capfd):
     Path("runs").write_text("here already")
-    refused(capfd, 1, "runs", "--out", "train", *QUICK, "--teacher", teacher)
+    refused(capfd, 4, "runs: not a dir", "--out", "train", *QUICK, "--teacher", teacher)
+
+
+LONG = "n" * 300
+LONG_NAMES = {
+    "evaluate": ["evaluate", LONG],
+    "evaluate --out": ["evaluate", "TEACHER", "--dataset", "digits", "--device", "cpu",
+                       "--attacks", "clean", "--no-checks", "--out", LONG],
+    "report": ["report", LONG],
+    "compare": ["compare", LONG, "b"],
+    "train --out": ["train", *QUICK, "--teacher", "TEACHER", "--out", LONG],
+    "teacher check": ["teacher", "check", LONG, "--dataset", "digits"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", LONG_NAMES)
+def test_a_name_that_is_too_long_is_a_usage_error(command, teacher, capfd):
+    flags = [teacher if word == "TEACHER" else word for word in LONG_NAMES[command]]
+    refused(capfd, 2, "File name too long", "check this path", *flags)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EISDIR, 2), (errno.ENOENT, 2), (errno.ENOSPC, 1), (errno.EACCES, 1), (None, 1)],
+)
+def test_an_error_of_a_path_is_told_apart_from_one_of_the_disk(number, code):
+    error = OSError("broken") if number is None else OSError(number, "broken", "p" * 5000)
+    found, cause, hint = cli.explain(error)
+    assert found == code and "broken" in cause and ("free space" in hint) == (code == 1)
+    assert code == 1 or len(cause) <= 200
 
 
 def test_an_internal_error_asks_for_a_report(teacher, capfd, monkeypatch):

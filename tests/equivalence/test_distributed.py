@@ -22,7 +22,7 @@ from absld.engine.distributed import (
     parse_device,
 )
 from absld.engine.launchers import Launch, find_launch
-from absld.errors import UsageError
+from absld.errors import AbsldError, UsageError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 TESTS = Path(__file__).parents[1]
@@ -260,7 +260,7 @@ ALONE = Launch(0, 1, 0, 1)
             Launch(1, 2, 1, 2),
         ),
         ({"RANK": "1", "WORLD_SIZE": "2"}, Launch(1, 2, None, None)),
-        ({"RANK": "3"}, ALONE),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3(x9999999999)"}, Launch(4, 7, 1, 3)),
     ],
 )
 def test_ranks_are_those_that_the_launcher_gave(variables, found):
@@ -279,6 +279,20 @@ def test_ranks_that_cannot_be_are_refused_by_the_name_of_the_variable(changes):
     with pytest.raises(UsageError, match=next(iter(changes))) as caught:
         find_launch(variables)
     assert "torchrun --nproc-per-node" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "PMI_RANK", "SLURM_NTASKS"])
+def test_a_rank_or_a_number_of_processes_alone_is_refused(name):
+    """The others would train beside this one, each unaware of all others."""
+    with pytest.raises(UsageError, match=f"^{name} is 1, but no launcher gave both") as caught:
+        find_launch({name: "1"})
+    assert "with RANK=0 WORLD_SIZE=1 each trains alone" in caught.value.hint
+
+
+@pytest.mark.parametrize("machine", ["3", "-1"])
+def test_a_machine_that_slurm_does_not_count_is_refused(machine):
+    with pytest.raises(UsageError, match="SLURM_STEP_TASKS_PER_NODE"):
+        find_launch(SLURM | {"SLURM_NODEID": machine})
 
 
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
@@ -310,21 +324,67 @@ def test_an_address_that_cannot_be_used_is_named(torchrun, monkeypatch):
         pass
 
 
-@pytest.mark.slow
-def test_processes_of_srun_compute_what_those_of_torchrun_do(tmp_path, single_thread):
+GONE = [
+    RuntimeError("[/src/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+    torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0."),
+]
+
+
+@pytest.mark.parametrize("error", GONE)
+def test_a_process_that_is_gone_is_named_by_the_others(error, torchrun):
+    """Whichever communication fails."""
+    cause = "another of the 6 processes is gone: "
+    with pytest.raises(AbsldError, match=cause) as caught, init_distributed("cpu"):
+        raise error
+    assert caught.value.hint == "--resume continues this run"
+    assert torchrun[-1] == ("destroy_process_group",)
+
+
+def test_other_errors_of_a_process_stay_as_they_are(torchrun):
+    with pytest.raises(RuntimeError, match="shapes differ"), init_distributed("cpu"):
+        raise RuntimeError("shapes differ")
+
+
+def srun(arguments, single_thread):
+    """Start two processes as srun does, which leaves each alone when another ends."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     ours = single_thread | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_NTASKS": "2"}
-    flags = command("--epochs", "2", "--out")
-    children = [
+    return [
         subprocess.Popen(
-            [sys.executable, *flags, str(tmp_path / "srun")],
+            [sys.executable, *arguments],
             env=ours | {"SLURM_PROCID": str(rank)},
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
+
+
+@pytest.mark.slow
+def test_a_process_whose_neighbour_is_killed_says_so_and_can_be_resumed(tmp_path, single_thread):
+    flags = command("--out", str(tmp_path))
+    children = srun(flags, single_thread)
+    while not list(tmp_path.glob("digits-absld-*/last.pt")):
+        assert children[0].poll() is None, children[0].communicate()
+        time.sleep(0.01)
+    children[1].kill()
+    _, said = children[0].communicate(timeout=300)
+    children[1].communicate()
+    assert children[0].returncode == 1
+    *_, cause, hint = said.splitlines()
+    assert cause.startswith("error: another of the 2 processes is gone: ")
+    assert hint == "--resume continues this run"
+    again = launch([*flags, "--resume"], single_thread)
+    resumed, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, resumed
+
+
+@pytest.mark.slow
+def test_processes_of_srun_compute_what_those_of_torchrun_do(tmp_path, single_thread):
+    flags = command("--epochs", "2", "--out")
+    children = srun([*flags, str(tmp_path / "srun")], single_thread)
     outputs = [child.communicate(timeout=300)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0] and outputs[1] == ""
     theirs = launch([*flags, tmp_path / "torchrun"], single_thread)

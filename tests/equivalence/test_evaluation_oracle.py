@@ -26,16 +26,19 @@ NAMES = ("ant", "bee", "cat")
 
 
 class Reader(nn.Module):
-    """The class is written in the first pixel: 0, 0.5 or 1."""
+    """The class is written in the first pixel: 0, 0.5 or 1; in the second, how sure it is."""
 
     def forward(self, x):
-        return -((x[:, 0, 0, 0].unsqueeze(1) - torch.arange(C) / 2) ** 2)
+        first, second = x[:, 0, 0, :, None].unbind(1)
+        places = torch.arange(C) / 2
+        return (1 + 9 * second) * (first * places - places**2 / 2)
 
 
 def written(said, labels):
     """Images of which the reader says so."""
     images = torch.zeros(len(said), 3, 2, 2, dtype=draw.DTYPE)
     images[:, 0, 0, 0] = torch.tensor(said) / 2
+    images[:, 0, 0, 1] = torch.arange(len(said)) / len(said)  # equal logits look bounded
     return absld.ImageSet(images, torch.tensor(labels), NAMES)
 
 
@@ -223,7 +226,7 @@ def test_a_network_that_fails_under_attack_only(value):
     class Fails(nn.Module):
         def forward(self, x):
             logits = Reader()(x)
-            logits[x[:, 0, 0, 1] > 0, 1] = value
+            logits[x[:, 0, 1, 1] > 0, 1] = value
             return logits
 
     data = written([0, 1, 2], [0, 1, 2])

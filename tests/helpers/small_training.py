@@ -1,5 +1,7 @@
 """A training that takes milliseconds: a network, images, settings."""
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -43,9 +45,22 @@ def bytes_of(data):
 TRAIN, VALIDATION = bytes_of(image_set()), bytes_of(image_set(9, seed=1))
 
 
+@contextmanager
+def locked(run):
+    """Hold the lock of a run directory, if there is one; its status stays as it is."""
+    if run is not None:
+        run.lock()
+    try:
+        yield
+    finally:
+        if run is not None:
+            run.unlock()
+
+
 def train(config=CONFIG, student=None, teacher=None, data=(TRAIN, VALIDATION), **settings):
     """Train to the end; return the student and the reports."""
     student = network("student") if student is None else student
     if teacher is None and config.method != "trades":
         teacher = network("teacher")
-    return student, list(fit(student, teacher, *data, config, **settings))
+    with locked(settings.get("run")):
+        return student, list(fit(student, teacher, *data, config, **settings))

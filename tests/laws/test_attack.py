@@ -78,11 +78,11 @@ def test_result_is_in_ball_and_box(impl, dtype, seed, epsilon, step_size, steps)
         assert torch.equal(x_adv, x_nat)
 
 
-@given(draw.seeds, st.floats(0, 0.5), st.integers(-1, 0))
-def test_a_start_without_a_step_is_in_ball_and_box(seed, epsilon, steps):
+@given(draw.seeds, st.floats(0, 0.5))
+def test_a_start_without_a_step_is_in_ball_and_box(seed, epsilon):
     x_nat = draw.images(seed)
     noise = noise_like(x_nat, seed, size=1.0)
-    x_adv = climb(absld, lambda x: x, lambda z: z.sum(), x_nat, noise, epsilon, steps=steps)
+    x_adv = climb(absld, lambda x: x, lambda z: z.sum(), x_nat, noise, epsilon, steps=0)
     assert torch.equal(x_adv, absld.project_linf(x_nat + noise, x_nat, epsilon))
     assert ((x_adv - x_nat).abs() <= epsilon + 1e-9).all() and ((x_adv >= 0) & (x_adv <= 1)).all()
 
@@ -103,6 +103,26 @@ def test_a_negative_radius_is_refused(epsilon, steps):
         absld.TrainingAttack(epsilon, 0.1, steps)(network(absld), attack.kl(labels), x_nat, noise)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"steps": -1}, *({"step_size": size} for size in (-1.0, float("nan"), float("inf")))]
+)
+def test_steps_that_cannot_be_taken_are_refused(wrong):
+    x_nat, objective = draw.images(0), attack.kl(soft_labels(4))
+    with pytest.raises(ValueError, match="step_size and steps must be 0 or more"):
+        climb(absld, network(absld), objective, x_nat, torch.zeros_like(x_nat), **wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_noise_that_is_not_finite_is_refused(value, steps):
+    """In one pixel of one image."""
+    x_nat, objective = draw.images(0), attack.kl(soft_labels(4))
+    noise = noise_like(x_nat)
+    noise[3, 2, 1, 0] = value
+    with pytest.raises(ValueError, match="noise must be finite"):
+        climb(absld, network(absld), objective, x_nat, noise, steps=steps)
+
+
 def test_radii_and_noise_of_other_shapes_are_refused():
     """(8,) would be a radius for each column of pixels, (1,3,8,8) the same noise for all images."""
     x_nat, pgd = draw.images(0), inspect.unwrap(absld.pgd)
@@ -114,10 +134,10 @@ def test_radii_and_noise_of_other_shapes_are_refused():
         inspect.unwrap(attack.margins)(torch.zeros(4, 3), torch.zeros(1).long())
 
 
-def test_radii_on_an_accelerator_are_not_read():
+def test_radii_and_noise_on_an_accelerator_are_not_read():
     """The meta device has no values: whoever asks for one fails."""
     x, radii = torch.zeros(4, 3, 8, 8, device="meta"), torch.zeros(4, 1, 1, 1, device="meta")
-    assert absld.project_linf(x, x, radii).device.type == "meta"
+    assert climb(absld, torch.abs, torch.sum, x, x, radii).device.type == "meta"
 
 
 @both

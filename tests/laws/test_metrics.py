@@ -124,10 +124,10 @@ def test_a_class_without_images_is_left_out(impl):
 
 
 class Readable(nn.Module):
-    """Takes the class from the first pixel, in steps of 0.1, so that accuracies are known."""
+    """Takes the class, of three, from the first pixel, in steps of 0.1: accuracies are known."""
 
     def forward(self, x):
-        steps = torch.arange(10, device=x.device) / 10
+        steps = torch.arange(3, device=x.device) / 10
         return -((x[:, 0, 0, 0].unsqueeze(1) - steps) ** 2)
 
 
@@ -179,6 +179,30 @@ def test_pgd20_is_set_as_in_trades(impl, monkeypatch):
     ((largest, settings),) = used
     assert 0.9 * 8 / 255 < largest <= 8 / 255
     assert settings == {"epsilon": 8 / 255, "step_size": pytest.approx(0.003), "steps": 20}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"epsilon": -0.1}, absld.UsageError, r"epsilon must be in \[0, 1\], not -0.1"),
+        ({"epsilon": 8}, absld.UsageError, r"epsilon must be in \[0, 1\], not 8"),
+        ({"epsilon": math.nan}, absld.UsageError, r"epsilon must be in \[0, 1\], not nan"),
+        ({"steps": -1}, absld.UsageError, "steps must be 0 or more, not -1"),
+        ({"batch_size": 0}, absld.UsageError, "batch_size must be 1 or more, not 0"),
+        ({"classes": 2}, absld.CheckpointError, r"gives \(2, 3\) .* needed are logits \(2, 2\)"),
+        ({"how": lambda logits: (logits, 1)}, absld.CheckpointError, "gives tuple"),
+    ],
+)
+def test_validation_with_settings_or_logits_that_cannot_be_is_refused(settings, error, message):
+    class Net(Readable):
+        def forward(self, x):
+            return how(super().forward(x))
+
+    settings = {"epsilon": 0.1, "classes": 3, "how": lambda logits: logits} | settings
+    how, classes = settings.pop("how"), map(str, range(settings.pop("classes")))
+    data = absld.ImageSet(draw.images(0), torch.arange(4) % 2, tuple(classes))
+    with pytest.raises(error, match=message):
+        inspect.unwrap(absld.validate)(Net(), data, **settings)
 
 
 # --- Metrics of many networks at once, rho ---

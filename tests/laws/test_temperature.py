@@ -191,6 +191,13 @@ def test_class_risks_of_other_shapes_are_refused(logits, labels, num_classes, me
         inspect.unwrap(absld.class_risk_sums)(logits, labels, num_classes)
 
 
+@pytest.mark.parametrize("label", [-100, -1, 3])
+def test_class_risks_of_labels_outside_the_classes_are_refused(label):
+    """torch's cross-entropy leaves out -100."""
+    with pytest.raises(RuntimeError, match=f"index {label} is out of bounds"):
+        absld.class_risk_sums(torch.zeros(3, 3), torch.tensor([0, label, 1]), 3)
+
+
 @pytest.mark.parametrize(
     ("risk", "settings", "message"),
     [

@@ -7,12 +7,15 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,7 @@ from absld.storage import checkpoint
 from absld.storage.checkpoint import content_digest, load, save
 from absld.storage.files import digest, replacing
 from absld.storage.run_directory import RunDirectory
+from absld.storage.training_checkpoint import TrainingCheckpoint
 
 SOURCE = str(Path(absld.__file__).parents[1])
 CONTENT = {
@@ -185,6 +189,7 @@ def test_a_file_of_others_has_no_seal_and_loads(tmp_path):
     [
         np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.str_("best"),
         np.arange(6.0).reshape(2, 3), np.array(["cat", "dog"]), np.array(3, dtype=np.uint8),
+        np.zeros(2, "c16"), np.array([b"cat", b"d"]),
     ],
     ids=repr,
 )  # fmt: skip
@@ -210,7 +215,7 @@ def test_what_trainings_of_others_keep_is_read(old, tmp_path):
     content = {
         "net": net.state_dict(), "ema": net.state_dict(), "parameters": list(net.parameters()),
         "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-        "kinds": [torch.float16, torch.device("cpu"), torch.Size([1]), {1}, 2j, None],
+        "kinds": [torch.float16, torch.device("cpu"), torch.Size([1]), 2j, None, b"ab"],
     }  # fmt: skip
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=not old)
     read = load(tmp_path / "a.pt")
@@ -270,6 +275,24 @@ def test_a_truncated_file(share, tmp_path):
 def test_a_file_that_is_missing_and_a_folder(tmp_path):
     refused(tmp_path / "none.pt", "no such file")
     refused(tmp_path, "directory")
+
+
+def test_a_dict_with_attributes_is_refused(tmp_path):
+    """They could stand in the place of its methods, as `keys`."""
+    content = OrderedDict(model=torch.zeros(1))
+    content.values_of = 1
+    torch.save(content, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", "holds a dict with attributes")
+
+
+def test_an_old_file_that_is_a_tar_archive_too_is_refused_at_once(tmp_path):
+    """torch.load would try to read it as one: time that grows with the square of its size."""
+    block = bytearray(tarfile.TarInfo("a").tobuf(tarfile.PAX_FORMAT))
+    block[:25] = b"\x80\x02N." * 5 + bytes(5)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    (tmp_path / "a.pt").write_bytes(bytes(block) + bytes(1024))
+    refused(tmp_path / "a.pt", "a tar archive, not weights")
 
 
 def test_a_program_by_torch_jit_is_not_called_damaged(tmp_path):
@@ -483,7 +506,7 @@ def test_what_is_recorded_after_a_torn_line_is_read_again(tmp_path):
     run.append_record({"epoch": 1})
     with run.metrics.open("a") as file:
         file.write('{"epoch": 2, "lo')
-    run.drop_records_after(2)
+    run.drop_records_after(1)
     run.append_record({"epoch": 2})
     assert run.records() == [{"epoch": 1}, {"epoch": 2}]
 
@@ -497,6 +520,64 @@ def test_records_that_the_checkpoint_does_not_know_are_dropped(tmp_path):
     before = run.metrics.read_text().splitlines(keepends=True)
     run.drop_records_after(2)
     assert run.metrics.read_text().splitlines(keepends=True) == before[:2]
+
+
+RECORDS = '{"epoch": 1, "clean": [0.5]}\n{"epoch": 2}\n{"epoch": 3}\n'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (": 3", ": 2", "epoch: 2 in line 3"),
+        (": 2", ": 4", "epoch: 4 in line 2"),
+        ('{"epoch": 1', '{"epoch": 2', "epoch: 2 in line 1"),
+        ("[0.5]", "0.5", "clean: 0.5 is not of type 'array'"),
+        ("[0.5]", "null", "clean: None is not of type 'array'"),
+        ("[0.5]", '["a"]', "clean: not a list of numbers"),
+        ('"clean": [0.5]', '"seconds": null', "seconds: None is not"),
+    ],
+)
+def test_records_that_no_training_wrote_are_refused(old, new, message, tmp_path):
+    run = RunDirectory(tmp_path)
+    run.metrics.write_text(RECORDS)
+    assert [record["epoch"] for record in run.records()] == [1, 2, 3]
+    run.metrics.write_text(RECORDS.replace(old, new))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        run.records()
+
+
+# What a kill before the first state leaves, and what is left of a training that has gone on.
+KILLED = [[], ["best.pt"], ["best.pt", "metrics.jsonl"]]
+GONE_ON = [["best.pt", "metrics.jsonl", "one more"], ["result.json"], ["a dangling link"]]
+
+
+@pytest.mark.parametrize("left", KILLED + GONE_ON, ids=", ".join)
+def test_a_training_without_its_state_begins_only_if_it_had_none(left, tmp_path):
+    run = RunDirectory(tmp_path)
+    for name in left:
+        if name == "a dangling link":
+            run.last.symlink_to("nowhere")
+        elif name in ("metrics.jsonl", "one more"):
+            run.append_record({"epoch": 1 + (name == "one more")})
+        else:
+            (tmp_path / name).write_text("{}")
+    before = run.records()
+    with run:
+        checkpoint = TrainingCheckpoint(run, {}, {})
+        if left in KILLED:
+            assert checkpoint.load() is None
+        else:
+            with pytest.raises(CheckpointError, match=r"last\.pt: (missing|no such file)"):
+                checkpoint.load()
+    assert run.records() == before
+
+
+def test_a_training_with_fewer_records_than_epochs_is_refused(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.append_record({"epoch": 1})
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: ends before epoch 2"):
+        run.drop_records_after(2)
+    assert run.records() == [{"epoch": 1}]
 
 
 def test_the_public_names_are_these():

@@ -408,7 +408,8 @@ def test_the_first_step_that_is_not_finite_is_named(check_every, how, tmp_path):
     """Steps 1 to 3 are epoch 1; the fifth is the second of epoch 2."""
     run = absld.RunDirectory(tmp_path)
     student = Diverges(5, how)
-    with pytest.raises(NonFiniteError, match=r"^epoch 2, step 2: loss "):
+    named = r"^epoch 2, step 2: loss .*, adv temperatures [\d.]+ to [\d.]+, nat temperatures "
+    with pytest.raises(NonFiniteError, match=named):
         train(replace(CONFIG, check_every=check_every), student=student, run=run)
     if check_every == 1:  # before the optimiser's step
         assert all(p.isfinite().all() for p in student.parameters())
@@ -449,9 +450,10 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("method", ["absld", "fair-rslad", "absld-margins", "trades"])
 def test_no_step_waits_for_the_device(method, tmp_path, monkeypatch):
     """Except to check the losses, and to read a logit cache from its file: counted on a CPU,
-    without the check of the labels' range, which is made there alone."""
+    without the checks of labels and noise, which are made there alone."""
     waits, tolist = Waits(), torch.Tensor.tolist
-    monkeypatch.setattr("absld.temperature.check_batch", lambda *given: None)
+    for check in ("temperature.check_batch", "attack.check_noise"):
+        monkeypatch.setattr(f"absld.{check}", lambda *given: None)
     monkeypatch.setattr(
         torch.Tensor, "tolist", lambda self: waits.recorded.append("tolist") or tolist(self)
     )

@@ -8,22 +8,24 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import strategies as draw
 from torch import nn
 
 import absld
-from absld.errors import CheckpointError, NonFiniteError
+from absld.errors import CheckpointError, NonFiniteError, Stopped
 from absld.evaluation import evaluate as evaluations
-from absld.evaluation.attacks import (
-    AttackBatch,
-    AutoAttackPart,
-    LogOdds,
-    output_bounds,
-    parse_attacks,
-)
+from absld.evaluation.attacks import AttackBatch, AutoAttackPart, parse_attacks
 from absld.evaluation.evaluate import evaluate
+from absld.evaluation.surrogates import (
+    InsideRange,
+    LogOdds,
+    clamps_input,
+    output_bounds,
+    surrogates,
+)
 
 C = 3
 
@@ -129,24 +131,72 @@ def test_the_rows_have_the_names_of_the_attacks():
     assert evaluations.evaluate is absld.evaluate
 
 
+class Odd:
+    """An attack that returns what it is told."""
+
+    name, cost = "odd", 1.0
+
+    def __init__(self, make=lambda x: x, restarts=1):
+        self.make, self.restarts = make, restarts
+
+    def perturb(self, model, batch):
+        return self.make(batch.x_nat)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("epsilon", -0.1),
         ("epsilon", 2.0),
         ("epsilon", float("nan")),
+        ("epsilon", True),
+        ("epsilon", None),
         ("restarts", 0),
+        ("restarts", 1.5),
         ("examples", 0),
         ("examples", -3),
+        ("examples", 2.5),
         ("batch_size", 0),
+        ("batch_size", 7.5),
+        ("batch_size", True),
+        ("seed", None),
         ("attacks", ["fgsm"]),
+        ("attacks", None),
+        ("attacks", [object()]),
+        ("attacks", [Odd(restarts=0)]),
+        ("attacks", [Odd(restarts=1.5)]),
+        ("attacks", [Odd(lambda x: None)]),
+        ("attacks", [Odd(lambda x: x[:, :, 1:])]),
+        ("attacks", [Odd(lambda x: (x * 255).byte())]),
+        ("before", [[0]]),
+        ("before", torch.full((2, 24), -1.0)),
+        ("before", torch.full((3, 24), -1)),
+        ("before", torch.full((2, 23), -1)),
+        ("before", torch.full((2, 24), C)),
+        ("before", torch.full((2, 24), -2)),
+        ("data", (torch.rand(2, 3, 8, 8), torch.zeros(2))),
     ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_settings_out_of_range_are_refused(name, value):
+def test_arguments_that_are_not_such_are_refused(name, value):
     model, data = some_right()
     call = inspect.unwrap(evaluate)  # its own words, not those of the types that tests enforce
+    arguments = {"model": model, "data": data, "epsilon": 0.1, "attacks": "fgsm", name: value}
     with pytest.raises(absld.UsageError):
-        call(model, data, **{"epsilon": 0.1, name: value})
+        call(**arguments)
+
+
+def test_numbers_may_be_of_numpy_or_fractions_and_images_float64():
+    """The first are settings; the last is what an attack returns."""
+    model, data = some_right()
+    call = inspect.unwrap(evaluate)
+    expected = evaluate(model, data, epsilon=0.03125, attacks="cw2", examples=9).predictions
+    numbers = {"examples": np.int64(9), "epsilon": np.float32(0.03125), "batch_size": np.uint8(4)}
+    assert torch.equal(call(model, data, attacks="cw2", **numbers).predictions, expected)
+    numbers["epsilon"] = "1/32"
+    assert torch.equal(call(model, data, attacks="cw2", **numbers).predictions, expected)
+    found = evaluate(model, data, epsilon=0.1, attacks=[Odd(lambda x: x.double())])
+    assert torch.equal(*found.predictions)
 
 
 # --- Threads and modes of torch ---
@@ -280,45 +330,119 @@ def test_a_network_that_writes_into_its_input_is_refused(write):
     before = data.images.clone()
     with pytest.raises(CheckpointError, match="the network writes into its input"):
         evaluate(Writer(WRITES[write]), data, epsilon=0.1, attacks="pgd2")
-    if write not in ("data", "numpy"):  # of which torch does not know
-        with pytest.raises(CheckpointError, match="the network writes into its input"):
-            absld.validate(Writer(WRITES[write]), data, epsilon=0.1)
-    else:
+    with pytest.raises(CheckpointError, match="the network writes into its input"):
         absld.validate(Writer(WRITES[write]), data, epsilon=0.1)
     assert torch.equal(data.images, before)
 
 
 def test_a_negative_radius_is_refused_in_validation():
-    with pytest.raises(ValueError, match=r"epsilon must be 0 or more, not -0\.1"):
+    with pytest.raises(ValueError, match=r"epsilon must be in \[0, 1\], not -0\.1"):
         absld.validate(network(), images(), epsilon=-0.1)
 
 
-# --- Bounded outputs ---
+# --- Networks that hide their gradients ---
+
+
+def centred():
+    model = network()
+    with torch.no_grad():
+        model.linear.bias -= model(images(n=60).images).mean(0)
+    return model
+
+
+def clamp(x):
+    return x.clamp(0, 1)
 
 
 class Bounded(nn.Module):
-    def __init__(self, bound, scale=1.0):
+    """A network behind a function that may bound its outputs, and one of its input.
+
+    Its logits are about 0 in the mean over images, as those of a trained network.
+    """
+
+    def __init__(self, bound, scale=1.0, before=lambda x: x):
         super().__init__()
-        self.net, self.bound, self.scale = network(), bound, scale
+        self.net, self.bound, self.scale, self.before = centred(), bound, scale, before
 
     def forward(self, x):
-        return self.bound(self.scale * self.net(x))
+        return self.bound(self.scale * self.net(self.before(x)))
 
 
 @pytest.mark.parametrize(
-    ("bound", "scale"), [(torch.sigmoid, 16.0), (torch.tanh, 8.0)], ids=["sigmoid", "tanh"]
+    "change",
+    [
+        {"bound": torch.sigmoid, "scale": 32.0},
+        {"bound": torch.tanh, "scale": 16.0},
+        {"bound": torch.tanh, "scale": 16.0, "before": clamp},
+    ],
+    ids=["sigmoid", "tanh", "tanh, clamped input"],
 )
-def test_a_margin_attack_breaks_as_many_images_behind_a_sigmoid(bound, scale, monkeypatch):
+def test_a_margin_attack_breaks_as_many_images_behind_a_bounded_function(change, monkeypatch):
     """By the log-odds, which for a sigmoid are the logits."""
-    model, data = some_right(n=60)
+    model, data = Bounded(lambda z: z), images(n=60)
+    data = absld.ImageSet(data.images, model(data.images).argmax(1), data.classes)
 
     def robust(net):
-        return int(evaluate(net, data, epsilon=0.04, attacks="cw10").robust.sum())
+        return int(evaluate(net, data, epsilon=0.03, attacks="cw10").robust.sum())
 
-    found = robust(Bounded(bound, scale))
+    found = robust(Bounded(**change))
     assert found == robust(model)
-    monkeypatch.setattr(evaluations, "output_bounds", lambda *given: None)
-    assert robust(Bounded(bound, scale)) > found
+    monkeypatch.setattr(evaluations, "surrogates", lambda model, x: [model])
+    assert robust(Bounded(**change)) > found
+
+
+CLAMPS = {
+    "clamp": clamp,
+    "relu": torch.relu,
+    "hardtanh": lambda x: nn.functional.hardtanh(2 * x - 1) / 2 + 0.5,
+    "from above": lambda x: 1 - torch.relu(1 - x),
+}
+
+
+@pytest.mark.parametrize("name", CLAMPS)
+def test_black_and_white_images_are_attacked_behind_a_clamp(name, monkeypatch):
+    model, data = Bounded(lambda z: z), images(n=60)
+    ends = data.images.round()
+    data = absld.ImageSet(ends, model(ends).argmax(1), data.classes)
+
+    def robust(net):
+        return int(evaluate(net, data, epsilon=0.03, attacks="cw10").robust.sum())
+
+    clamped = Bounded(lambda z: z, before=CLAMPS[name])
+    assert clamps_input(clamped.eval(), data.images)
+    assert robust(clamped) == robust(model) < 60
+    monkeypatch.setattr(evaluations, "surrogates", lambda model, x: [model])
+    assert robust(clamped) > robust(model)
+
+
+@pytest.mark.parametrize("kind", ["convnet", "resnet18", "its gradient cut", "max pooling first"])
+def test_networks_that_clamp_nothing_are_attacked_as_they_are(kind):
+    """Also where all is black: a region without gradient is not a clamp."""
+    model = {
+        "its gradient cut": Bounded(lambda z: z.detach()),
+        "max pooling first": Bounded(lambda z: z, before=nn.MaxPool2d(2)),
+    }.get(kind) or absld.build_model(kind, C, "plain")
+    model, x = model.eval(), images(n=3).images
+    for black in (x, x.round(), torch.zeros_like(x)):
+        assert surrogates(model, black) == [model]
+
+
+def test_a_network_inside_of_the_range_predicts_the_same():
+    x, model = images().images.round(), network()
+    torch.testing.assert_close(InsideRange(model)(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def far(then):
+    """Do something else with pixels far outside of the range."""
+    return lambda x: then(x) if x.abs().max() > 2 else x
+
+
+def refuse(x):
+    raise ValueError("pixels must be in [0,1]")
+
+
+def leave(x):
+    raise SystemExit(0)
 
 
 @pytest.mark.parametrize(
@@ -328,35 +452,70 @@ def test_a_margin_attack_breaks_as_many_images_behind_a_sigmoid(bound, scale, mo
         (lambda z: z.softmax(1), (0, 1)),
         (torch.tanh, (-1, 1)),
         (lambda z: z.clamp(-1, 7), (-1, 7)),
+        (lambda z: 5 * z.softmax(1), (0, 5)),
         (lambda z: z, None),
-        (torch.relu, None),
+        (lambda z: z.log_softmax(1), None),
+        (lambda z: 1e-4 * z, None),
+        (lambda z: 300 * z, None),
         (nn.LayerNorm(C, elementwise_affine=False), None),
         (torch.zeros_like, None),
         (lambda z: z * torch.nan, None),
     ],
 )
-def test_bounds_are_found_where_outputs_saturate(bound, expected):
-    found = output_bounds(Bounded(bound), images().images)
-    assert found == (expected and pytest.approx(expected, abs=1e-5))
+@pytest.mark.parametrize(
+    "before",
+    [lambda x: x, clamp, far(refuse), far(leave), far(lambda x: x * torch.nan)],
+    ids=["taken", "clamped", "refused", "left", "NaN"],
+)
+def test_bounds_are_found_where_outputs_saturate(before, bound, expected):
+    """Whatever the network does with images far outside of the pixel range."""
+    found = output_bounds(Bounded(bound, 99.0, before), images(n=32).images)
+    assert found == (expected and pytest.approx(expected, abs=1e-2))
+
+
+@pytest.mark.parametrize("bound", [torch.relu, nn.functional.logsigmoid, lambda z: -torch.relu(z)])
+def test_one_sided_bounds_are_found(bound):
+    found = output_bounds(Bounded(bound, 99.0), images(n=32).images)
+    assert found and min(abs(end) for end in found) < 1e-5
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_outputs_of_untrained_networks_are_not_bounded(classes):
+    """They hardly depend on the image, so that many images have nearly the same largest output."""
+    for seed in range(3):
+        model = absld.build_model("convnet", classes, "untrained", seed).eval()
+        assert output_bounds(model, images(n=32).images) is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_images_do_not_tell_that_outputs_are_bounded(n):
+    assert output_bounds(Bounded(torch.tanh, 8.0, clamp), images(n=n).images) is None
+
+
+def test_a_signal_that_comes_while_bounds_are_looked_for_ends_the_evaluation():
+    def signal(x):
+        raise Stopped(143)
+
+    with pytest.raises(Stopped):
+        output_bounds(Bounded(torch.tanh, before=far(signal)), images().images)
 
 
 def test_log_odds_predict_the_same_classes():
     """Also where a sigmoid is 0 or 1 in float32."""
-    x, model = images().images, Bounded(torch.sigmoid, 24.0)
+    x, model = images(n=60).images, Bounded(torch.sigmoid, 48.0)
     log_odds = LogOdds(model, 0.0, 1.0)(x)
     unsaturated = model(x).amax(1) < 1
     assert log_odds.isfinite().all() and 0 < unsaturated.sum() < len(x)
     assert torch.equal(log_odds.argmax(1)[unsaturated], model.net(x).argmax(1)[unsaturated])
 
 
-def test_a_network_that_refuses_pixels_outside_of_0_to_1_is_evaluated():
-    class Strict(Bounded):
-        def forward(self, x):
-            assert x.min() >= 0 and x.max() <= 1
-            return super().forward(x)
+@pytest.mark.parametrize("then", [refuse, leave])
+def test_a_network_that_refuses_pixels_outside_of_0_to_1_is_evaluated(then):
+    def outside(x):
+        return then(x) if x.min() < 0 or x.max() > 1 else x
 
     found = [
-        evaluate(kind(lambda z: z), images(), epsilon=0.01, attacks="cw2").predictions
-        for kind in (Bounded, Strict)
+        evaluate(Bounded(lambda z: z, 1.0, before), images(), epsilon=0.01, attacks="cw2")
+        for before in (lambda x: x, outside)
     ]
-    assert torch.equal(*found)
+    assert torch.equal(found[0].predictions, found[1].predictions)

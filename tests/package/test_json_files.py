@@ -40,6 +40,7 @@ RESULTS = {
         "of": 4,
         "images_sha256": "1" * 64,
         "classes": ["cat", "dog"],
+        "notes": [],
     },
     "settings": {
         "epsilon": 0.1,
@@ -78,6 +79,21 @@ def changed(path, value):
     return document
 
 
+HUGE = "n\n" * 500_000
+
+
+@pytest.mark.parametrize("value", [HUGE, [HUGE], {HUGE: HUGE}, [1] * 10**6, 2**62, -1e300, None],
+                         ids=lambda value: type(value).__name__)  # fmt: skip
+@pytest.mark.parametrize("path", [("settings", "epsilon"), ("settings", HUGE)], ids=["a", "b"])
+def test_an_error_is_one_short_line_whatever_the_value(path, value, tmp_path, capfd):
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps(changed(path, value)))
+    refused(capfd, 4, str(file), "by `absld evaluate`", "report", file)
+    with pytest.raises(CheckpointError) as caught:
+        read_results(file)
+    assert len(str(caught.value)) < len(str(file)) + 400
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -93,6 +109,8 @@ def changed(path, value):
         (("seconds",), KeyError, "the document: 'seconds' is a required property"),
         (("data", "classes"), ["cat", "dog", "cow"], "not all of 3 classes"),
         (("confusion", 1), [1], "not all of 2 classes"),
+        (("confusion", 1), [9, 9, 0, -1, -2], "confusion[1][3]: -1 is less than the minimum of 0"),
+        (("confusion", 1), [1, True], "confusion[1][1]: True is not of type 'integer'"),
         (("attacks", 1, "classes"), [], "not all of 2 classes"),
         (("settings", "epsilon"), 1.5, "settings.epsilon: 1.5 is greater than the maximum of 1"),
         (("warp",), 1, "'warp' was unexpected"),

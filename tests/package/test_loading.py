@@ -3,6 +3,7 @@
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from absld.errors import CheckpointError, UsageError
 from absld.models import loading
 from absld.models.architectures import MODELS, build_model
 from absld.models.loading import load_network
+from absld.models.state_dicts import find_state_dict
 from absld.storage.checkpoint import save
 from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
@@ -100,7 +102,8 @@ def test_a_file_whose_tensors_have_changed(tmp_path):
     raw = bytearray((tmp_path / "tëacher file.pt").read_bytes())
     raw[raw.index(state["0.weight"].numpy().tobytes()) + 5] ^= 1
     (tmp_path / "tëacher file.pt").write_bytes(raw)
-    refused(str(tmp_path / "tëacher file.pt"), "SHA-256")
+    for key in ("", "model"):
+        refused(str(tmp_path / "tëacher file.pt"), "SHA-256", key=key)
 
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18"])
@@ -133,7 +136,7 @@ def test_a_resnet_with_the_published_name_of_shortcuts(name, tmp_path):
 def test_a_resnet_with_two_names_of_a_shortcut_is_refused(tmp_path):
     state = build_model("resnet18", C, "published").state_dict()
     both = state | {key.replace("downsample", "shortcut"): value for key, value in state.items()}
-    refused(file_of(tmp_path, both), "has besides ['layer2.0.shortcut", architecture="resnet18")
+    refused(file_of(tmp_path, both), "unexpected ['layer2.0.shortcut", architecture="resnet18")
 
 
 WRAPPERS = [
@@ -166,7 +169,7 @@ def test_prefixes_are_stripped_and_said(prefix, tmp_path):
     network = load_network(path, C, KEY)
     assert digest(network.model.state_dict()) == digest(weights())
     (note,) = changes(network)
-    assert note == f"{path}: {len(state)} tensors without their prefix, such as {min(state)}"
+    assert note == f"{path}: prefixes removed from {len(state)} names, such as {min(state)}"
 
 
 def test_the_unused_group_of_the_published_teacher_is_left_out(tmp_path):
@@ -174,7 +177,7 @@ def test_the_unused_group_of_the_published_teacher_is_left_out(tmp_path):
     extra = {f"sub_block1.{n}": torch.zeros(1) for n in range(3)}
     network = load_network(file_of(tmp_path, state | extra), C, KEY)
     assert digest(network.model.state_dict()) == digest(state)
-    assert "3 tensors sub_block1.* left out" in network.notes[0]
+    assert "left out 3 tensors sub_block1.*" in network.notes[0]
 
 
 # --- Files that people have: names and shapes as published ---
@@ -295,8 +298,8 @@ def test_a_published_file_gives_the_outputs_that_it_had(name, tmp_path):
     assert network.architecture == name
     assert torch.equal(network.model.eval()(x), model(x))
     said = " ".join(network.notes)
-    assert "1 tensors sub_block1.* left out" in said and "counters of batch norms" in said
-    assert f"{len(state)} tensors without their prefix" in said
+    assert "left out 1 tensors sub_block1.*" in said and "counters of batch norms" in said
+    assert f"prefixes removed from {len(state)} names" in said
 
 
 def test_the_published_teacher(tmp_path):
@@ -307,7 +310,7 @@ def test_the_published_teacher(tmp_path):
     network = load_network(file_of(tmp_path, state | unused), 10, KEY)
     assert network.architecture == "wrn-34-10"
     (note,) = changes(network)
-    assert f"{len(unused)} tensors sub_block1.* left out: no forward uses them" in note
+    assert f"left out {len(unused)} tensors sub_block1.*, which no forward uses" in note
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(network.model.eval()(x), model(x))
 
@@ -335,7 +338,29 @@ def test_a_normalisation_inside_the_file_is_kept_inside_the_network(mean, std, t
 @pytest.mark.parametrize("name", ["mu", "sigma"])
 def test_half_a_normalisation_is_not_dropped_silently(name, tmp_path):
     path = file_of(tmp_path, weights() | {name: torch.ones(3)})
-    refused(path, f"has besides ['{name}']", architecture="convnet")
+    refused(path, f"unexpected ['{name}']", architecture="convnet")
+
+
+def test_whole_numbers_are_not_read_as_a_normalisation(tmp_path):
+    of_pixels = {"mean": torch.tensor([125, 123, 114]), "std": torch.ones(3)}
+    path = file_of(tmp_path, weights() | of_pixels)
+    refused(path, "unexpected ['mean'", architecture="convnet")
+
+
+@pytest.mark.parametrize("prefixes", [("module.", "model."), ("module.", "")])
+def test_tensors_of_two_networks_are_not_merged(prefixes, tmp_path):
+    """A prefix that only some names have tells networks apart."""
+    state = weights()
+    mixed = {prefixes["linear" in name] + name: tensor for name, tensor in state.items()}
+    refused(file_of(tmp_path, mixed), "module.0.weight", architecture="convnet")
+
+
+@pytest.mark.parametrize("wrapper", ["model.", "module.model.", "net.module."])
+def test_a_prefix_of_all_but_a_normalisation_is_stripped(wrapper, tmp_path):
+    state = {wrapper + name: tensor for name, tensor in weights().items()}
+    state |= {"normalize.mean": torch.zeros(1, 3, 1, 1), "normalize.std": torch.ones(1, 3, 1, 1)}
+    network = load_network(file_of(tmp_path, state | {"n_averaged": torch.tensor(3)}), C, KEY)
+    assert digest(network.model.net.state_dict()) == digest(weights())
 
 
 def test_prefixes_without_which_two_tensors_had_one_name_are_none(tmp_path):
@@ -399,7 +424,7 @@ def test_an_average_of_parameters_alone_is_said_too(tmp_path):
     [
         {"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": []}},
         {"metric_sums": {"loss": torch.zeros(())}, "method": {"temperatures": torch.ones(2, C)}},
-        {"mean": torch.zeros(3), "std": torch.ones(3)},
+        {"losses": [torch.zeros(()), torch.ones(())], "mask": [torch.ones(C)]},
         {"callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9)}}},
     ],
     ids=lambda beside: next(iter(beside)),
@@ -408,6 +433,53 @@ def test_other_tensors_beside_the_weights_are_no_second_state_dict(beside, tmp_p
     network = load_network(file_of(tmp_path, {"model": weights()} | beside), C, KEY)
     assert digest(network.model.state_dict()) == digest(weights())
     assert changes(network) == ()
+
+
+@pytest.mark.parametrize("key", ["ema", "ema.shadow_params"])
+def test_averages_in_a_list_are_said_to_be_left_out(key, tmp_path):
+    """They have no names, only an order."""
+    value = [p.detach() for p in build_model("convnet", C, "average").parameters()]
+    for part in reversed(key.split(".")):
+        value = {part: value, "decay": 0.99} if "." in key else {part: value}
+    network = load_network(file_of(tmp_path, {"model": weights()} | value), C, KEY)
+    (note,) = changes(network)
+    assert f"'{key}' left out: tensors of the same shapes in a list" in note
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"mean": torch.zeros(3), "std": torch.ones(3)},
+        {"mu": [0.5] * 3, "sigma": [0.2] * 3},
+        {"normalizer.mean": np.zeros(3)},
+    ],
+    ids=lambda beside: next(iter(beside)),
+)
+@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {"checkpoint": c}], ids=["", "wrapped"])
+def test_a_normalisation_beside_the_weights_is_said_to_be_left_out(wrap, beside, tmp_path):
+    network = load_network(file_of(tmp_path, wrap({"model": weights()} | beside)), C, KEY)
+    (note,) = changes(network)
+    assert f"{', '.join(map(repr, beside))} beside the weights left out" in note
+
+
+def test_many_state_dicts_are_compared_in_bounded_time_and_listed_in_part(tmp_path):
+    names = [f"model.net.module.a{number}.w" for number in range(3000)]
+    zeros = torch.zeros(1)
+    content = {f"k{n}": dict.fromkeys(names[n : n + 2], zeros) for n in range(2999)}
+    few = dict.fromkeys(names[:4], zeros)  # like the first four
+    many = dict.fromkeys(names, zeros)
+    started = time.monotonic()
+    assert not find_state_dict({"model": many} | content, tmp_path).notes
+    (note,) = find_state_dict({"model": few} | content, tmp_path).notes
+    assert "'k0', 'k1', 'k2', 'k3' left out" in note
+    with pytest.raises(CheckpointError, match=r"'k19', \.\.\. \(2,999\)") as caught:
+        find_state_dict(content, tmp_path)
+    assert len(str(caught.value)) < 500
+    assert time.monotonic() - started < 3
+
+
+def test_weights_are_chosen_only_from_a_file():
+    refused("convnet", "no state dict 'ema'", kind=UsageError, key="ema")
 
 
 def test_the_one_state_dict_of_a_file_is_read_under_any_key(tmp_path):
@@ -456,6 +528,22 @@ def test_weights_that_are_not_finite(value, tmp_path):
     refused(file_of(tmp_path, state), "tensor 3.weight holds NaN or infinity")
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_whole_numbers_are_not_read_as_weights(dtype, tmp_path):
+    state = weights() | {"linear.bias": torch.ones(C, dtype=dtype)}
+    refused(file_of(tmp_path, state), f"linear.bias is {dtype}, needed is torch.float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_another_precision_are_read_unless_they_become_infinite(dtype, tmp_path):
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights().items()}
+    network = load_network(file_of(tmp_path, state), C, KEY)
+    assert torch.equal(network.model.state_dict()["linear.bias"], state["linear.bias"].float())
+    if dtype == torch.float64:
+        state["linear.bias"][1] = 1e300
+        refused(file_of(tmp_path, state), "linear.bias holds numbers too large for torch.float32")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -485,8 +573,8 @@ def test_another_architecture_is_told_what_differs_and_what_is_near(tmp_path):
     has = sorted(state.keys() - weights().keys())[:5]
     refused(
         file_of(tmp_path, state),
-        f"lacks {lacks}, has besides {has}",
-        "nearest known network: resnet18",
+        f"missing {lacks}, unexpected {has}",
+        "the nearest known network is resnet18",
         architecture="convnet",
     )
 
@@ -523,15 +611,16 @@ def normalised(classes):
     return network
 def text(): return "no module"
 def greedy(a, b): return a
+def after_pretrained(pretrained, num_classes=10): return sized(num_classes)
+def of_weights(weights, **kwargs): return sized(weights)
+def second_positional(depth, num_classes, /): return sized(depth)
 def by_keyword(**kwargs): return sized(kwargs["num_classes"])
 def by_keyword_only(*, weights=None, **kwargs): return pretrained(weights, **kwargs)
 def pretrained(pretrained=False, **kwargs):
     if pretrained: raise RuntimeError("a download starts")
     return sized(kwargs["num_classes"])
 def positional_only(classes, /, width=192): return nn.Sequential(nn.Flatten(), nn.Linear(width, classes))
-def with_rest(classes, **kwargs):
-    assert not kwargs
-    return sized(classes)
+def named_first(num_classes, /, width=192): return sized(num_classes)
 def only_defaults(pretrained=False, classes=10): raise RuntimeError("called")
 def rest(*args): raise RuntimeError("called")
 class AtDepth(nn.Module):
@@ -554,7 +643,7 @@ number = 3
 
 
 TAKE_CLASSES = ["sized", "fixed", "Net", "by_keyword", "by_keyword_only", "pretrained"]
-TAKE_CLASSES += ["positional_only", "with_rest"]
+TAKE_CLASSES += ["positional_only", "named_first"]
 
 
 @pytest.mark.parametrize("name", TAKE_CLASSES)
@@ -602,6 +691,9 @@ def test_a_factory_that_is_not_there(spec):
         ("greedy", "takes (a, b): no place for the number of classes"),
         ("only_defaults", "takes (pretrained=False, classes=10): no place"),
         ("rest", "takes (*args): no place"),
+        ("after_pretrained", "takes (pretrained, num_classes=10): no place"),
+        ("of_weights", "takes (weights, **kwargs): no place"),
+        ("second_positional", "takes (depth, num_classes, /): no place"),
     ],
 )
 def test_a_factory_that_makes_no_network(name, said, tmp_path, monkeypatch):
@@ -646,7 +738,7 @@ def test_a_file_that_does_not_fit_its_factory_is_compared_at_the_nearest_prefix(
     state = prefixed(load_network(f"{module}:at_depth", C, KEY).model.state_dict())
     del state["module.head.head.bias"]
     path = file_of(tmp_path, state)
-    refused(path, "lacks ['head.head.bias'], has besides []", architecture=f"{module}:at_depth")
+    refused(path, "missing ['head.head.bias'], unexpected []", architecture=f"{module}:at_depth")
 
 
 def test_torchvision_gets_the_number_of_classes_and_no_download(monkeypatch):
@@ -674,7 +766,9 @@ def test_a_file_does_not_choose_code(state, architecture, tmp_path, monkeypatch)
     path = file_of(tmp_path, {"model": state, "architecture": f"{module}:net"})
     if ":" not in architecture:
         said = f"its network is '{module}:net', and no name in a file is imported"
-        refused(path, said, f"type --model {module}:net", architecture=architecture)
+        hint = f"if it is a {architecture}, save its state dict alone" if architecture else ""
+        name = "package.module:factory" if architecture else f"{module}:net"
+        refused(path, said, hint, f"type --model {name} ", architecture=architecture)
     else:  # what is typed is imported, and nothing else
         refused(path, "No module named 'mine", kind=UsageError, architecture=architecture)
     assert module not in sys.modules
@@ -689,9 +783,17 @@ def test_names_of_installed_code_in_a_file_are_not_imported(stated, tmp_path, mo
 
 
 @pytest.mark.parametrize("stated", ["resnet", "WRN-28-10", "os/abort", 3, ["os:abort"], None])
-def test_what_others_mean_by_architecture_is_left_alone(stated, tmp_path):
+def test_what_others_mean_by_architecture_is_said_and_left_alone(stated, tmp_path):
     path = file_of(tmp_path, {"model": weights(), "architecture": stated})
-    assert load_network(path, C, KEY).architecture == "convnet"
+    network = load_network(path, C, KEY)
+    assert network.architecture == "convnet"
+    said = [f"{path}: its architecture {stated!r} is not a known network"]
+    assert changes(network) == tuple(said if isinstance(stated, str) else [])
+
+
+def test_a_network_stated_anywhere_around_the_weights_counts(tmp_path):
+    stated = {"state_dict": weights(), "architecture": "os:abort"}
+    refused(file_of(tmp_path, {"checkpoint": stated}), "its network is 'os:abort'")
 
 
 @pytest.mark.parametrize(
@@ -700,18 +802,60 @@ def test_what_others_mean_by_architecture_is_left_alone(stated, tmp_path):
         ({"classes": ["b", "a", "c"]}, ("b", "a", "c")),
         ({"class_names": ("b", "a", "c")}, ("b", "a", "c")),
         ({"class_to_idx": {"a": 1, "b": 0, "c": 2}}, ("b", "a", "c")),
-        ({"classes": 3}, ()),
-        ({"classes": []}, ()),
-        ({"classes": [0, 1, 2]}, ()),
-        ({"class_to_idx": {"a": [1]}}, ()),
-        ({"class_to_idx": {0: 1, 1: 0}}, ()),
+        ({"class_to_idx": {"a": np.int64(1), "b": np.int64(0)}}, ("b", "a")),
+        ({"idx_to_class": {1: "a", 0: "b"}}, ("b", "a")),
+        ({"classes": {0: "b", 1: "a"}}, ("b", "a")),
+        ({"classes": np.array(["b", "a"])}, ("b", "a")),
+        ({"classes": None}, ()),
         ({}, ()),
     ],
     ids=str,
 )
-def test_the_names_of_classes_that_a_file_states(content, classes, tmp_path):
-    network = load_network(file_of(tmp_path, {"model": weights()} | content), C, KEY)
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda state, rest: {"model": state} | rest, lambda *both: {"net": {"model": both[0]} | both[1]}],
+    ids=["beside", "in a wrapper"],
+)  # fmt: skip
+def test_the_names_of_classes_that_a_file_states(wrap, content, classes, tmp_path):
+    network = load_network(file_of(tmp_path, wrap(weights(), content)), C, KEY)
     assert network.classes == classes
+    assert changes(network) == () and all(type(name) is str for name in classes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"classes": 3},
+        {"classes": []},
+        {"classes": [0, 1, 2]},
+        {"classes": np.array([["a", "b"]])},
+        {"class_to_idx": {"a": [1]}},
+        {"class_to_idx": {0: 1, 1: 0}},
+        {"class_to_idx": {"a": 1, "b": 2}},
+        {"class_to_idx": {"a": 0, "b": 0}},
+        {"idx_to_class": {0: "a", 2: "b"}},
+    ],
+    ids=str,
+)
+def test_what_is_not_read_as_names_of_classes_is_said(content, tmp_path):
+    network = load_network(file_of(tmp_path, {"model": weights()} | content), C, KEY)
+    assert network.classes == ()
+    (note,) = changes(network)
+    assert f"{next(iter(content))!r} is not read" in note
+
+
+def test_names_of_classes_that_differ_within_a_file_are_said(tmp_path):
+    content = {"model": weights(), "classes": ["a", "b"], "class_to_idx": {"a": 1, "b": 0}}
+    network = load_network(file_of(tmp_path, content), C, KEY)
+    assert network.classes == ("a", "b")
+    assert "read from 'classes', 'class_to_idx' has others" in changes(network)[0]
+
+
+@pytest.mark.parametrize("shape", [[3, 32, 32], (1, 8, 8), [3, 32], [3, 32, "x"], 32, None])
+def test_the_shape_of_the_images_that_a_file_states(shape, tmp_path):
+    content = {"model": weights(), "image_shape": shape}
+    read = load_network(file_of(tmp_path, content), C, KEY).image_shape
+    assert read == (tuple(shape) if shape in ([3, 32, 32], (1, 8, 8)) else ())
 
 
 def test_what_is_loaded_is_a_module_to_train():

@@ -1,5 +1,6 @@
 """The package's image sets, splits, views and batches, and where images come from."""
 
+import inspect
 import time
 
 import pytest
@@ -10,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from absld.data.augmentation import Views, batches, steps_per_epoch
-from absld.data.dataset import ImageSet, Splits, describe_images, pixels, stratified
+from absld.data.dataset import (
+    ImageSet,
+    Splits,
+    check_classes,
+    describe_images,
+    pixels,
+    stratified,
+)
 from absld.data.sources import hold_out, load_data, load_split
 from absld.errors import DataError
 from absld.seeding import generator
@@ -116,6 +124,36 @@ def test_no_images():
 
 def test_a_number_is_no_set_of_images():
     refused("()", images=torch.tensor(0.5))
+
+
+@pytest.mark.parametrize(
+    "part", [IMAGES.numpy(), IMAGES.to_sparse(), IMAGES.to("meta"), IMAGES.tolist(), None]
+)
+def test_images_and_labels_that_are_not_dense_tensors(part):
+    """The checks of types in these tests would refuse some before."""
+    check = inspect.unwrap(ImageSet.__post_init__)
+    for name in ("images", "labels"):
+        data = object.__new__(ImageSet)
+        fields = {"images": IMAGES, "labels": LABELS, "classes": CLASSES, name: part}
+        data.__dict__.update(fields)
+        with pytest.raises(DataError, match=f"{name} must be a dense tensor, not "):
+            check(data)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 0, 8), (4, 3, 8, 0), (4, 0, 8, 8)])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_images_without_pixels(shape, kind):
+    refused(str(shape), images=torch.zeros(shape, dtype=kind))
+
+
+@pytest.mark.parametrize("classes", ["cde", ("cat", "dog", 3), {"cat", "dog", "eel"}, None])
+def test_classes_that_are_not_names_in_order(classes):
+    with pytest.raises(DataError, match="classes must be a tuple of names"):
+        inspect.unwrap(check_classes)(classes)
+
+
+def test_two_classes_of_one_name():
+    refused("two classes have the name 'dog'", classes=("cat", "dog", "dog"))
 
 
 @pytest.mark.parametrize("classes", [(), ("cat",)])

@@ -1,5 +1,6 @@
 """Names that files hold: of code, which is never imported, and of classes, which must agree."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def test_a_network_that_a_run_names_is_not_called_unless_it_is_typed(command, ca
     save_run("RUN", student=NAMED, architecture=NAMED)
     save_run("good", "sat")
     said = f"its network is '{NAMED}', and no name in a file is imported"
-    refused(capfd, 4, said, f"type --model {NAMED}", *READ_A_RUN[command])
+    # A teacher has a known network unless another is typed.
+    other = "else type --model package.module:factory" if "--teacher" in READ_A_RUN[command] else ""
+    refused(capfd, 4, said, other or f"type --model {NAMED}", *READ_A_RUN[command])
 
 
 @pytest.mark.parametrize("flags", [["RUN"], ["good", "--against", "RUN"]], ids=["run", "against"])
@@ -82,9 +85,8 @@ def test_settings_that_name_another_network_than_the_weights_call_nothing(flags,
 @pytest.mark.parametrize("path", ["config.toml", "a copy.toml"])
 @pytest.mark.usefixtures("nothing_is_imported")
 def test_a_run_s_settings_as_a_recipe_name_no_code(name, path, capfd):
-    """They are known by their seal or, without it, by the name of the file."""
-    text = to_toml(resolve({name: NAMED, "method": "rslad"} | {name: NAMED}))
-    Path(path).write_text(text if "copy" in path else text.partition("# SHA")[0])
+    """They are known by their seal, whatever the name of the file."""
+    Path(path).write_text(to_toml(resolve({name: NAMED, "method": "rslad"} | {name: NAMED})))
     said = f"{path}: {name} is '{NAMED}', and no name in a run's file is imported"
     flag = "--" + name.replace("_", "-")
     refused(capfd, 2, said, f"type {flag} {NAMED}", "train", "--recipe", path, *QUICK)
@@ -141,6 +143,18 @@ def test_the_key_of_the_weights_is_typed_for_each_network(capfd):
     assert main("train", *QUICK, *teacher, key, "--json") == 0
     capfd.readouterr()
     refused(capfd, 4, "no state dict 'emma'", key, "train", *QUICK, *teacher, "emma")
+    sat = ["train", *QUICK, "--method", "sat", "--student"]
+    assert main(*sat, "both.pt", "--student-weights", key, "--out", "a", "--json") == 0
+    assert main(*sat, "1.pt", "--out", "b", "--json") == 0
+    one, two = (
+        json.loads(next(Path(out).glob("digits-*/environment.json")).read_text()) for out in "ab"
+    )
+    assert one[0]["inputs"]["initial_weights"] == two[0]["inputs"]["initial_weights"]
+    capfd.readouterr()
+    refused(capfd, 2, "teacher's file", "--teacher FILE", "train", *QUICK, *teacher[2:], key)
+    refused(
+        capfd, 2, "convnet is not a file", "leave out", *sat, "convnet", "--student-weights", key
+    )
 
 
 # --- Classes ---

@@ -586,6 +586,29 @@ def test_the_run_is_that_of_the_target_where_the_json_is_elsewhere(run, tmp_path
     assert summary.NO_TRAJECTORIES in write_report(str(path)).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("target", ["n" * 5000, "a\0b", "\n"], ids=["long", "null", "line"])
+def test_a_target_that_can_be_no_path_is_reported(target, tmp_path, undrawn):
+    results = results_of(("cat", "dog"))
+    results["network"]["target"] = target
+    path = tmp_path / "other.json"
+    path.write_text(documents.to_json(results))
+    assert summary.NO_TRAJECTORIES in write_report(str(path)).read_text(encoding="utf-8")
+
+
+def test_an_interval_without_ends_is_drawn():
+    results = results_of()
+    results["robust"]["classes"][0] |= {"low": None, "high": None}
+    assert render_page(results, ())
+
+
+@pytest.mark.parametrize("value", [[1.0], [], [None, None]], ids=str)
+def test_records_of_other_lengths_are_not_drawn(value, run):
+    lines = [record | dict.fromkeys(TEMPERATURES, value) for record in records(2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = write_report(str(run)).read_text(encoding="utf-8").count("<h3>")
+    assert shown == (4 if len(value) == 2 else 0)
+
+
 def test_the_same_results_make_the_same_page(run):
     one, other = write_report(str(run)), write_report(str(run), str(run / "b/c.HTML"))
     assert one.read_bytes() == other.read_bytes()

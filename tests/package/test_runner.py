@@ -21,8 +21,8 @@ from helpers.program import main, refused
 import absld
 from absld.config.settings import EvaluationConfig
 from absld.data.sources import load_data
-from absld.errors import CheckpointError, UsageError
-from absld.evaluation import runner
+from absld.errors import CheckpointError, Stopped, UsageError
+from absld.evaluation import resuming, runner
 from absld.evaluation.evaluate import evaluate, paired_differences
 from absld.evaluation.results import difference_results, read_results
 from absld.models.architectures import build_model
@@ -70,6 +70,9 @@ NETS = """
     def whole_numbers(): return Wrapped(lambda net, x: net(x).round().long())
     def printing(): return Wrapped(lambda net, x: print("here I am") or net(x))
     def leaving(): raise SystemExit(3)
+    def leaves(): return Wrapped(lambda net, x: exit(0))
+    def leaves_under_attack(): return Wrapped(lambda net, x: net(x) if is_clean(x) else exit(0))
+    def strict(): return Wrapped(lambda net, x: net(x) if 0 <= x.min() and x.max() <= 1 else 1 / 0)
     def named(*, num_classes): return honest()
 """
 
@@ -115,7 +118,7 @@ class Quiet(Observer):
         if self.left is not None:
             self.left -= 1
             if self.left == 0:
-                sys.exit(130)
+                raise Stopped(130)
 
 
 # --- The result ---
@@ -277,10 +280,10 @@ def test_the_same_weights_in_another_network_are_another_evaluation(runs, capfd)
     assert evaluated(capfd, "nets:honest", *flags)["robust"] != honest["robust"]
 
 
-@pytest.mark.parametrize("net", ["views", "printing", "named"])
+@pytest.mark.parametrize("net", ["views", "printing", "named", "strict"])
 def test_networks_with_habits_of_their_own(net, capfd):
     """One that views images as vectors, one that prints, a factory that takes its classes by
-    name: evaluated as the network they are."""
+    name, one that refuses pixels outside of [0,1]: evaluated as the network they are."""
     flags = ["--dataset", "digits", *FAST]
     made = evaluated(capfd, f"nets:{net}", *flags)
     assert made["robust"] == evaluated(capfd, "nets:honest", *flags, "--no-checks")["robust"]
@@ -320,6 +323,8 @@ def test_a_folder_of_images(tmp_path, capfd):
         (4, "writes into its input", "inplace=False", ["nets:in_place", "--dataset", "digits"]),
         (4, "torch.int64", "these classes", ["nets:whole_numbers", "--dataset", "digits"]),
         (2, "SystemExit: 3", "factory", ["nets:leaving", "--dataset", "digits"]),
+        (4, "SystemExit(0)", "another network", ["nets:leaves", "--dataset", "digits"]),
+        (4, "SystemExit: 0", "--debug", ["nets:leaves_under_attack", "--dataset", "digits"]),
         (4, "tensor a is torch.float8_e4m3fn", "float32", ["f8.pt", "--dataset", "digits"]),
         (4, "no such run or file", "path", ["n.pt", "--dataset", "digits", "--against", ""]),
     ],
@@ -439,7 +444,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(runs, batches, capfd):
     config = EvaluationConfig(attacks="fgsm,pgd2,cw2", batch_size=150, checks=False, out="whole")
     whole = runner.run_evaluation(runs["absld"], config, Quiet())
     config = EvaluationConfig(**vars(config) | {"out": "here"})
-    with pytest.raises(SystemExit):
+    with pytest.raises(Stopped):
         runner.run_evaluation(runs["absld"], config, Quiet(batches))
     (path,) = Path("here").iterdir()
     assert RunDirectory(path).status() == "interrupted"
@@ -487,10 +492,10 @@ def test_a_signal_ends_an_evaluation_at_once_and_loses_little(runs, number, sing
 
 
 def test_progress_is_saved_every_few_seconds(runs, monkeypatch):
-    monkeypatch.setattr(runner, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(resuming, "SAVE_EVERY", 0.0)
     saved = []
     real = save
-    monkeypatch.setattr(runner, "save", lambda *given: (saved.append(1), real(*given)))
+    monkeypatch.setattr(resuming, "save", lambda *given: (saved.append(1), real(*given)))
     config = EvaluationConfig(attacks="fgsm", batch_size=200, checks=False, out="out")
     runner.run_evaluation(runs["absld"], config, Quiet())
     assert len(saved) >= 6
@@ -514,8 +519,83 @@ def test_files_that_were_changed_are_refused(runs, capfd):
     (path / "predictions.pt").write_bytes(whole[:-100])
     refused(capfd, 4, "truncated or damaged", "anew", *flags)
     (path / "predictions.pt").write_bytes(whole)
-    (path / "evaluation.json").write_text('{"schema": "absld-evaluation-0"}')
-    refused(capfd, 4, 'schema is "absld-evaluation-0"', "absld evaluate", *flags)
+    results = path / "evaluation.json"
+    results.write_text(results.read_text().replace("absld-evaluation-1", "absld-evaluation-0"))
+    refused(capfd, 4, "schema: 'absld-evaluation-1' was expected", "absld evaluate", *flags)
+
+
+LITTLE = ["--attacks", "fgsm", "--examples", "20", "--no-checks", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def evaluated_once(runs, tmp_path_factory):
+    """The folder of a finished evaluation."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    assert main("evaluate", runs["absld"], *LITTLE, "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(evaluated_once):
+    """The directory of a finished evaluation, below "out"."""
+    shutil.copytree(evaluated_once, "out")
+    (path,) = Path("out").iterdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "flags"),
+    [
+        ("epsilon", ["--eps", "0.05"]),
+        ("images_sha256", ["--split", "validation"]),
+        ("attacks", ["--attacks", "fgsm,cw1"]),
+        ("weights_sha256", []),
+    ],
+)
+def test_results_of_another_evaluation_are_refused(key, flags, runs, finished, capfd):
+    """They were copied into the directory of this one. Also where two networks are compared."""
+    other = runs["teacher" if key == "weights_sha256" else "absld"]
+    assert main("evaluate", other, *LITTLE, *flags, "--out", "others") == 0
+    (copied,) = Path("others").glob("*/evaluation.json")
+    shutil.copy(copied, finished / "evaluation.json")
+    capfd.readouterr()
+    against = ["--against", runs["teacher"]] if key == "weights_sha256" else []
+    command = ["evaluate", runs["absld"], *LITTLE, *against, "--out", "out"]
+    refused(capfd, 4, f"another evaluation, by {key}", "remove it", *command)
+    (finished / "evaluation.json").unlink()
+    assert main(*command) == 0
+
+
+def test_figures_are_those_of_the_predictions(runs, finished, capfd):
+    """Whatever the file of the results says; it is mended."""
+    path = finished / "evaluation.json"
+    made = json.loads(path.read_text())
+    clean = {key: made["attacks"][0][key] for key in ("classes", "metrics")}
+    path.write_text(json.dumps(made | {"robust": clean, "confusion": [[0] * 10] * 10}))
+    again = evaluated(capfd, runs["absld"], *LITTLE, "--out", "out")
+    assert again == made == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: torch.cat([p, p[:1]]),
+        lambda p: p[:, :1],
+        lambda p: p[0],
+        lambda p: torch.full_like(p, 10),
+        lambda p: torch.full_like(p, -2),
+        lambda p: p.float(),
+        lambda p: p.tolist(),
+        lambda p: None,
+    ],
+    ids=["a row more", "a column", "a row", "10", "-2", "floating", "a list", "none"],
+)
+def test_predictions_of_another_shape_or_class_are_refused(change, runs, finished, capfd):
+    path = finished / "predictions.pt"
+    kept = load(path)
+    save(kept | {"predictions": change(kept["predictions"])}, path)
+    flags = [runs["absld"], *LITTLE, "--out", "out"]
+    refused(capfd, 4, str(path), "remove it to evaluate anew", "evaluate", *flags)
 
 
 NOT_ONE = ["", "[]", "{}", "nonsense", '"text"', '{"schema": "absld-evaluation-1"}']

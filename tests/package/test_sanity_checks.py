@@ -15,9 +15,16 @@ import absld
 from absld.config.resolve import resolve
 from absld.data.dataset import stratified
 from absld.data.sources import load_data
+from absld.errors import Stopped
 from absld.evaluation.attacks import parse_attack
 from absld.evaluation.evaluate import evaluate
-from absld.evaluation.sanity_checks import SAMPLE, allowed_changes, check_margin_attack, run_checks
+from absld.evaluation.sanity_checks import (
+    SAMPLE,
+    accuracy_by_scale,
+    allowed_changes,
+    check_margin_attack,
+    run_checks,
+)
 
 NAMES = [
     "the outputs are logits",
@@ -99,7 +106,9 @@ def test_a_linear_network_passes_all(data):
         (lambda net, x: net(x).softmax(1), {LOGITS}),
         (lambda net, x: net(x).softmax(1) - 0.25, {LOGITS}),
         (lambda net, x: net(x).sigmoid(), {LOGITS}),
-        (lambda net, x: net(x.clamp(0, 1)).sigmoid(), {LOGITS}),
+        (lambda net, x: net(x.clamp(0, 1)).sigmoid(), {LOGITS, GRADIENT}),
+        (lambda net, x: net(x.clamp(0, 1)), {GRADIENT}),
+        (lambda net, x: net(x.relu()), {GRADIENT}),
         (lambda net, x: 10 * net(x).tanh() - 2, {LOGITS}),
         (lambda net, x: nn.functional.softsign(net(x)), {LOGITS}),
         (lambda net, x: net(x).clamp(-9, 9), {LOGITS}),
@@ -119,6 +128,8 @@ def test_a_linear_network_passes_all(data):
         "softmax less a number",
         "sigmoid",
         "sigmoid, pixels clipped",
+        "pixels clipped",
+        "pixels clipped at 0",
         "tanh, scaled",
         "softsign",
         "outputs clipped",
@@ -156,6 +167,38 @@ def test_every_fault_is_found_by_its_check(change, expected, data):
 )
 def test_harmless_changes_pass_all_checks(change, data):
     assert warned(data, change) == set()
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_network_that_refuses_pixels_outside_of_0_to_1_is_checked(error, data):
+    def strict(net, x):
+        if x.min() < 0 or x.max() > 1:
+            raise error("pixels must be in [0,1]")
+        return net(x)
+
+    found = checked(data, strict)
+    assert all(check.passed for check in found.values())
+    assert "best on pixels in [0,1]" in found[PIXELS].numbers
+
+
+@pytest.mark.parametrize(
+    ("error", "above"), [(ValueError("any"), 0), (SystemExit(3), 0), (Stopped(143), 2)]
+)
+def test_faults_on_pixels_of_0_to_1_are_those_of_the_network(error, above, data):
+    """A signal ends the command on any scale."""
+
+    def fails(net, x):
+        if x.max() > above:
+            raise error
+        return net(x)
+
+    with pytest.raises(type(error)):
+        accuracy_by_scale(Nearest(fails), data)
+
+
+def test_the_check_says_that_the_input_is_clamped(data):
+    check = checked(data, lambda net, x: net(x.clamp(0, 1)))[GRADIENT]
+    assert check.numbers.endswith("it vanishes at pixels of 0 or 1: the network clamps its input")
 
 
 def test_noise_in_the_input_is_found(data):

@@ -1,16 +1,20 @@
 """Data sets in the formats of their archives, made here: SVHN and Tiny ImageNet; sizes of images."""
 
 import hashlib
+import io
 import os
+import time
 
 import numpy as np
 import pytest
 import torch
-from helpers.image_files import make_folder
+from helpers.image_files import make_cifar, make_folder
 from PIL import Image
 
 from absld.data.sources import load_data, load_split
 from absld.errors import DataError
+from absld.evaluation.class_names import check_class_names
+from absld.models.loading import Network
 
 
 def refused(*patterns, dataset, root, **settings):
@@ -96,7 +100,8 @@ def test_tiny_imagenet_as_its_archive_unpacks(below, tmp_path):
     splits = load_data("tiny-imagenet", str(root), 64)
     assert [len(part) for part in splits] == [20, 4, 8]
     assert splits.test.classes == (
-        "goldfish", "European fire salamander", "frog n01641577", "frog n01644900"
+        "n01443537 goldfish", "n01629819 European fire salamander", "n01641577 frog",
+        "n01644900 frog",
     )  # fmt: skip
     for part in splits:
         assert part.images.shape[1:] == (3, 64, 64)
@@ -112,7 +117,11 @@ def test_tiny_imagenet_that_is_not_whole(tmp_path):
     table = root / "val" / "val_annotations.txt"
     whole = table.read_text()
     table.write_text(whole.replace(IDS[0], "n00000000"))
-    refused("n00000000 is not a class of wnids.txt", dataset="tiny-imagenet", root=tmp_path)
+    refused(
+        "'n00000000' of 'val_0.JPEG' is not a class of wnids.txt",
+        dataset="tiny-imagenet",
+        root=tmp_path,
+    )
     table.write_text("")
     refused("no images", str(root / "val"), dataset="tiny-imagenet", root=tmp_path)
     table.write_text(whole)
@@ -122,7 +131,80 @@ def test_tiny_imagenet_that_is_not_whole(tmp_path):
     broken.unlink()
     assert len(load_data("tiny-imagenet", str(tmp_path)).train) == 19
     (root / "wnids.txt").write_text("n01443537\nn01641577\n")
-    refused("n01629819 is not a class", dataset="tiny-imagenet", root=tmp_path)
+    refused("'n01629819' of", "not a class", dataset="tiny-imagenet", root=tmp_path)
+
+
+def add(name, text):
+    def change(root):
+        with (root / name).open("ab") as file:
+            file.write(text)
+
+    return change
+
+
+def pipe(name):
+    def change(root):
+        (root / name).unlink()
+        os.mkfifo(root / name)
+
+    return change
+
+
+def link(name, target):
+    def change(root):
+        (root / name).rename(root / "before") if (root / name).exists() else None
+        (root / name).symlink_to(root / target)
+
+    return change
+
+
+TABLE = "val/val_annotations.txt"
+FAULTS = {
+    "a name twice": (add(TABLE, b"val_0.JPEG\tn01629819\n"), f"{TABLE}: 'val_0.JPEG' is not"),
+    "no such file": (add(TABLE, b"x.JPEG\tn01629819\n"), f"{TABLE}: 'x.JPEG' is not in images/"),
+    "a path": (
+        add(TABLE, b"../../train/n01443537/images/n01443537_0.JPEG\tn01629819\n"),
+        f"{TABLE}: '../../train/n01443537/images/n01443537_0.JPEG' is not in images/",
+    ),
+    "a pipe": (pipe("val/images/val_0.JPEG"), f"{TABLE}: 'val_0.JPEG' is not in images/"),
+    "no tab": (add(TABLE, b"val_0.JPEG n01629819\n"), "'' of 'val_0.JPEG n01629819' is not"),
+    "not UTF-8": (add("words.txt", b"\xff"), "words.txt: 'utf-8' codec can't decode"),
+    "no such class": (add("wnids.txt", b"n9\n"), "train: no folder of 'n9'"),
+    "a path of a class": (add("wnids.txt", b"../val\n"), "train: no folder of '../val'"),
+    "without end": (link("words.txt", "/dev/zero"), "words.txt: not a regular file"),
+    "a class twice": (
+        link("train/n01443537/images", "train/n01629819/images"),
+        "train/n01629819/images is reached twice",
+    ),
+    "training images as test": (
+        link("val/images", "train/n01629819/images"),
+        "val/images is reached twice",
+    ),
+    "a training image as test": (
+        link("val/images/x.JPEG", "train/n01443537/images/n01443537_0.JPEG"),
+        "val/images/x.JPEG is reached twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_tiny_imagenet_is_named(fault, tmp_path):
+    change, cause = FAULTS[fault]
+    root = tmp_path / "tiny-imagenet-200"
+    make_tiny_imagenet(root)
+    change(root)
+    refused(cause, dataset="tiny-imagenet", root=tmp_path)
+
+
+def test_many_classes_of_tiny_imagenet_take_no_time(tmp_path):
+    """Quadratic in their number, 60,000 would take a minute."""
+    make_tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    add("wnids.txt", "\n".join(f"x{k}" for k in range(60_000)).encode())(
+        tmp_path / "tiny-imagenet-200"
+    )
+    start = time.process_time()
+    refused("no folder of 'x0'", dataset="tiny-imagenet", root=tmp_path)
+    assert time.process_time() - start < 5
 
 
 def test_tiny_imagenet_has_one_order_of_classes_whoever_reads_it(tmp_path):
@@ -142,7 +224,9 @@ def test_tiny_imagenet_has_one_order_of_classes_whoever_reads_it(tmp_path):
     for data in (tiny, folder):
         brightness = data.images.float().mean((1, 2, 3)) / 60
         assert torch.equal(brightness.round().long(), data.labels)
-    assert folder.classes == IDS and tiny.classes[0] == "goldfish"
+    network = Network(torch.nn.Identity(), "convnet", classes=tiny.classes)
+    assert folder.classes == IDS != tiny.classes
+    assert check_class_names(network, folder, "net.pt", "by-name").notes == ()
 
 
 def test_what_tiny_imagenet_leaves_out_is_said(tmp_path):
@@ -153,6 +237,16 @@ def test_what_tiny_imagenet_leaves_out_is_said(tmp_path):
     (note,) = [n for n in load_data("tiny-imagenet", str(tmp_path)).train.notes if "skipped" in n]
     assert "2 names that begin with a dot" in note
     assert "n00000000" in note and f"{IDS[0]}/images/.DS_Store" in note
+
+
+def test_validation_images_that_tiny_imagenet_does_not_list_are_said(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    make_tiny_imagenet(root)
+    before = load_data("tiny-imagenet", str(tmp_path)).test
+    Image.new("RGB", (64, 64), "red").save(root / "val" / "images" / "unlisted.JPEG")
+    after = load_data("tiny-imagenet", str(tmp_path)).test
+    assert after.digest() == before.digest()
+    assert "skipped 1 names" in after.notes[-1] and "images/unlisted.JPEG" in after.notes[-1]
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
@@ -201,4 +295,58 @@ def test_a_pipe_among_the_files_of_an_archive_is_refused(dataset, name, tmp_path
     (pipe.parent / "wnids.txt").write_text("a\nb\n")
     pipe.unlink(missing_ok=True)
     os.mkfifo(pipe)
-    refused(f"{pipe}: not a regular file", dataset=dataset, root=tmp_path)
+    refused(f"{pipe}: ", "not a regular file", dataset=dataset, root=tmp_path)
+
+
+# --- Links, through which a download would write ---
+
+
+class Download(io.BytesIO):
+    """What urlopen returns: four bytes."""
+
+    headers, url = {"Content-Length": "4"}, None
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cifar100", "cifar-100-python.tar.gz"),
+        ("cifar10", "cifar-10-batches-py/data_batch_1"),
+        ("svhn", "train_32x32.mat"),
+        ("svhn", "test_32x32.mat"),
+    ],
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_no_download_writes_through_a_link(dataset, name, exists, tmp_path, monkeypatch):
+    data, victim = tmp_path / "data", tmp_path / "victim"
+    data.mkdir()
+    if "/" in name:
+        make_cifar(data, dataset, monkeypatch)  # an archive that is whole, to be unpacked
+    if exists:
+        victim.write_text("mine")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **settings: Download(b"evil"))
+    (data / name).parent.mkdir(exist_ok=True)
+    (data / name).symlink_to(victim)
+    refused(f"{data / name}: a link", "remove it", dataset=dataset, root=data)
+    assert victim.exists() == exists and (not exists or victim.read_text() == "mine")
+
+
+def test_no_archive_is_unpacked_through_a_link(tmp_path, monkeypatch):
+    make_cifar(tmp_path / "data", "cifar10", monkeypatch)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data" / "cifar-10-batches-py").symlink_to(tmp_path / "elsewhere")
+    refused("cifar-10-batches-py: a link", dataset="cifar10", root=tmp_path / "data")
+    assert not [*(tmp_path / "elsewhere").iterdir()]
+
+
+@pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-batches-py", ""])
+def test_links_to_whole_archives_and_folders_are_read(name, tmp_path, monkeypatch):
+    """Also a link to the whole folder of data, the empty name here."""
+    make_cifar(tmp_path / "elsewhere", "cifar10", monkeypatch)
+    if name == "cifar-10-batches-py":
+        load_data("cifar10", str(tmp_path / "elsewhere"))  # unpacks it
+    if name:
+        (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere" / name)
+    assert len(load_data("cifar10", str(tmp_path / "data")).test) == 40

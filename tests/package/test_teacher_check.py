@@ -128,6 +128,7 @@ def sharp(): return Changed(lambda z: 1000 * z)
 def blind(): return Changed(lambda z: torch.cat([z[:, :9], z[:, 9:] - 100], 1))
 def narrow(): return Changed(lambda z: z[:, :9])
 def nan(): return Changed(lambda z: z * torch.nan)
+def strict(): return Scaled(lambda x: x if 0 <= x.min() and x.max() <= 1 else 1 / 0)
 """
 
 
@@ -152,6 +153,13 @@ def test_a_teacher_made_for_another_scale_of_pixels_is_unfit(net, scale, nets, c
     out = refused(capfd, 4, f"nets:{net}: made for pixels {scale}", "--allow-weak-teacher", *flags)
     assert "epoch 1" not in out
     assert main(*flags, "--allow-weak-teacher", "--resume") == 0
+
+
+def test_a_teacher_that_refuses_pixels_outside_of_0_to_1_is_checked(nets, capfd):
+    results, _ = checked(capfd, "nets:strict", *DIGITS)
+    assert results["verdict"] == "fit" and results["reasons"] == []
+    flags = ["train", "--teacher", "nets:strict", *CPU, "--epochs", "1", "--max-steps", "1"]
+    assert main(*flags) == 0
 
 
 def test_what_names_and_shapes_cannot_tell_is_said(teacher, capfd):
@@ -197,5 +205,5 @@ def test_what_was_stripped_is_said(teacher, capfd):
     state = {f"module.{k}": v for k, v in load(f"{teacher}/best.pt")["model"].items()}
     torch.save({"state_dict": state}, "wrapped.pt")
     results, errors = checked(capfd, "wrapped.pt", *DIGITS, "--examples", "20")
-    assert "without their prefix" in errors and len(results["network"]["notes"]) == 2
+    assert "prefixes removed" in errors and len(results["network"]["notes"]) == 2
     assert few_digits().train.classes == tuple(results["data"]["classes"])

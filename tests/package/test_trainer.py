@@ -1,10 +1,13 @@
 """`fit`: its reports, what it leaves unchanged, and that a resumed run ends as an uninterrupted one."""
 
+import inspect
 import json
 import multiprocessing
 import os
 import random
+import threading
 import time
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 
@@ -19,14 +22,26 @@ from torch import nn
 import absld
 from absld import trainer
 from absld.attack import TrainingAttack
+from absld.config.settings import Config
 from absld.data.augmentation import Views, batches
-from absld.data.dataset import ImageSet
+from absld.data.dataset import ImageSet, Splits
+from absld.engine.distributed import SINGLE_PROCESS
 from absld.engine.logit_cache import LogitCacheSettings
 from absld.engine.precision import float32_precision, legacy_settings, with_precision
-from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError, UsageError
+from absld.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    NonFiniteError,
+    Stopped,
+    UsageError,
+)
+from absld.evaluation.validation import check_state
 from absld.methods import build_method
 from absld.metrics import ClassAccuracies
-from absld.progress import StepReport
+from absld.models.loading import Network
+from absld.progress import Observer, StepReport
+from absld.runs import training_run
 from absld.storage.checkpoint import load
 from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
@@ -127,6 +142,7 @@ def test_the_best_epoch_is_kept(scores, best, monkeypatch, tmp_path):
 
     monkeypatch.setattr(trainer, "validate", evaluated)
     student, states, marks, run = network("student"), [], [], RunDirectory(tmp_path)
+    run.lock()
     for report in fit(student, network("teacher"), TRAIN, VALIDATION, CONFIG, run=run):
         states.append(digest(student.state_dict()))
         marks.append(report.is_best)
@@ -154,6 +170,7 @@ def test_average_and_worst_class_decide_together(monkeypatch):
 def test_the_schedule_is_lr_after_and_rate_before_the_milestone(tmp_path):
     config = replace(CONFIG, epochs=10, milestones=(0.3, 0.6), max_steps=1)
     student, teacher, run = network("student"), network("teacher"), RunDirectory(tmp_path)
+    run.lock()
     before, reports = torch.ones(C), []
     for report in fit(student, teacher, TRAIN, VALIDATION, config, run=run):
         reports.append(report)
@@ -253,6 +270,44 @@ def test_networks_of_another_number_of_channels_are_refused():
         train(student=network(channels=1))
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(VALIDATION.labels, ("1", "0", "2")), (VALIDATION.labels % 2, ("0", "1"))],
+)
+def test_validation_images_of_other_classes_are_refused(labels, classes):
+    validation = ImageSet(VALIDATION.images, labels, classes)
+    with pytest.raises(DataError, match="classes of the training images") as caught:
+        train(data=(TRAIN, validation))
+    assert str(list(classes)) in str(caught.value) and caught.value.hint
+
+
+def test_validation_images_that_the_student_does_not_take_are_refused_before_training():
+    validation = ImageSet(VALIDATION.images[:, :1], VALIDATION.labels, VALIDATION.classes)
+    steps = []
+    with pytest.raises(CheckpointError, match="student does not take images"):
+        train(data=(TRAIN, validation), on_step=steps.append)
+    assert not steps
+
+
+def test_a_run_directory_that_is_not_locked_is_refused(tmp_path):
+    run = RunDirectory(tmp_path)
+    reports = fit(network("student"), network("teacher"), TRAIN, VALIDATION, CONFIG, run=run)
+    with pytest.raises(UsageError, match="is not locked") as caught:
+        next(reports)
+    assert "with RunDirectory" in caught.value.hint and not list(tmp_path.iterdir())
+
+
+def test_a_run_directory_is_locked_for_all_threads(tmp_path):
+    run, heard = RunDirectory(tmp_path), []
+    student, teacher = network("student"), network("teacher")
+    with run:
+        reports = fit(student, teacher, TRAIN, VALIDATION, CONFIG, run=run)
+        thread = threading.Thread(target=lambda: heard.extend(reports))
+        thread.start()
+        thread.join()
+    assert len(heard) == CONFIG.epochs and not run.is_locked
+
+
 def test_images_that_do_not_fill_a_batch_are_refused():
     with pytest.raises(DataError, match="12 training images do not fill a batch of 13"):
         train(replace(CONFIG, batch_size=13))
@@ -286,8 +341,22 @@ def share_memory(student, teacher):
     teacher[4].weight.data = student[4].weight.data
 
 
+def share_rows(student, teacher):
+    """Weights that overlap, at other addresses."""
+    rows = torch.rand(C + 1, 64)
+    student[4].weight, teacher[4].weight = nn.Parameter(rows[:-1]), nn.Parameter(rows[1:])
+
+
+def share_with_a_buffer(student, teacher):
+    teacher[4].register_buffer("copy", student[4].weight.detach())
+
+
 def share_statistics(student, teacher):
     teacher[1].running_var = student[1].running_var
+
+
+def share_counters(student, teacher):
+    teacher[1].num_batches_tracked = student[1].num_batches_tracked
 
 
 def assign(student, teacher):
@@ -298,14 +367,17 @@ def assign(student, teacher):
     ("share", "message"),
     [
         (lambda student, teacher: student, "are the same network"),
-        (lambda student, teacher: nn.Sequential(nn.Identity(), student), "share 0.weight and 7"),
+        (lambda student, teacher: nn.Sequential(nn.Identity(), student), "share 0.weight and 5"),
         (share_module, "share 0.weight and 1 more"),
         (share_memory, "share 4.weight"),
+        (share_rows, "share 4.weight"),
+        (share_with_a_buffer, "share 4.weight"),
         (share_statistics, "share 1.running_var"),
-        (assign, "share 0.weight and 7 more"),
+        (share_counters, "share 1.num_batches_tracked"),
+        (assign, "share 0.weight and 5 more"),
     ],
 )
-def test_a_student_that_shares_weights_with_its_teacher_is_refused(share, message):
+def test_a_student_that_shares_what_it_trains_with_its_teacher_is_refused(share, message):
     student, teacher = linked(share)
     with pytest.raises(UsageError, match=f"student and teacher {message}") as caught:
         train(student=student, teacher=teacher)
@@ -401,6 +473,124 @@ def test_a_student_that_writes_into_its_input_in_training_only_is_refused():
     writer = Wrapped(lambda self, x: self.net(x.add_(0.1) if self.training else x))
     with pytest.raises(CheckpointError, match="the student or the teacher writes into its input"):
         train(student=writer)
+
+
+# --- Networks that are unlike ordinary modules ---
+
+
+class NormFrozen(nn.Module):
+    """With the usual idiom for a batch norm that stays as it is, whose `train` returns None."""
+
+    def __init__(self, role):
+        super().__init__()
+        self.net = network(role)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.net[1].eval()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("method", ["absld", "adaad", "ard", "trades", "sat"])
+def test_networks_whose_train_returns_nothing_train_as_others_do(method):
+    config = replace(CONFIG, method=method, epochs=1)
+    student, (report,) = train(config, NormFrozen("student"), NormFrozen("teacher"))
+    assert np.isfinite(report.loss) and not student.net[1].num_batches_tracked
+    expected = train(config, NormFrozen("student"), network("teacher"))[1]
+    assert report.loss == expected[0].loss
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_teacher_in_torchscript_teaches_as_it_does_in_python():
+    config = replace(CONFIG, epochs=1)
+    student, _ = train(config, teacher=torch.jit.script(network("teacher")))
+    assert digest(student.state_dict()) == digest(train(config)[0].state_dict())
+
+
+class ExtraState(nn.Sequential):
+    def get_extra_state(self):
+        return {"scale": 1}
+
+
+class OwnState(nn.Sequential):
+    def state_dict(self, *given, **named):
+        return {"weights": 1}
+
+
+def with_sparse_buffer():
+    net = network("student")
+    net.register_buffer("graph", torch.eye(3).to_sparse())
+    return net
+
+
+def quantised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch moves it to another package
+        return torch.ao.quantization.quantize_dynamic(network("student"), {nn.Linear})
+
+
+NOT_DENSE = {
+    "1.weight in its state dict is UninitializedParameter": lambda: nn.Sequential(
+        nn.Flatten(), nn.LazyLinear(C)
+    ),
+    "graph in its state dict is Tensor (torch.sparse_coo, cpu)": with_sparse_buffer,
+    "_extra_state in its state dict is dict": lambda: ExtraState(nn.Flatten(), nn.Linear(48, C)),
+    "weights in its state dict is int": lambda: OwnState(nn.Flatten(), nn.Linear(48, C)),
+    "4._packed_params.dtype in its state dict is dtype": quantised,
+    "0.weight in its state dict is Tensor (torch.strided, meta)": lambda: network("student").to(
+        "meta"
+    ),
+}
+
+
+@pytest.mark.parametrize("message", NOT_DENSE)
+def test_networks_without_a_state_dict_of_dense_tensors_are_refused(message):
+    """As student and teacher, and by whatever evaluates one."""
+    net = NOT_DENSE[message]()
+    for use in (
+        lambda: train(student=net),
+        lambda: train(teacher=net),
+        lambda: absld.validate(net, VALIDATION, epsilon=0.1),
+        lambda: absld.evaluate(net, VALIDATION, epsilon=0.1),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            use()
+        assert message in str(caught.value) and caught.value.hint
+
+
+def test_a_teacher_to_train_is_checked_before_anything_is_computed_of_it(monkeypatch, tmp_path):
+    """Its digest and its device."""
+    given = Network(network("teacher").to("meta"), "mine")
+    monkeypatch.setattr(training_run, "load_network", lambda *described: given)
+    config = Config(teacher_model="mine:make", out=str(tmp_path), device="cpu")
+    splits = Splits(TRAIN, VALIDATION, VALIDATION)
+    with pytest.raises(CheckpointError, match=r"mine:make: .* in its state dict is Tensor"):
+        training_run.train_teacher(config, splits, Observer(), SINGLE_PROCESS)
+
+
+def test_a_function_is_refused_as_a_network():
+    with pytest.raises(CheckpointError, match="student is a builtin_function_or_method"):
+        inspect.unwrap(check_state)(torch.abs, "student")
+
+
+def leave(self, x):
+    raise SystemExit(0)
+
+
+def stop(self, x):
+    raise Stopped(143)
+
+
+def test_a_network_that_ends_the_process_is_refused_and_a_signal_is_not():
+    with pytest.raises(CheckpointError, match=r"student does not take images .*SystemExit\(0\)"):
+        train(student=Wrapped(leave))
+    with pytest.raises(Stopped):
+        train(student=Wrapped(stop))
+
+
+# --- Modes of torch ---
 
 
 def test_it_trains_under_no_grad():
@@ -707,6 +897,7 @@ def test_a_training_interrupted_after_each_of_its_steps_ends_as_if_it_were_not(w
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_a_training_abandoned_after_an_epoch_resumes_to_the_same_result(epochs, whole, tmp_path):
     run = RunDirectory(tmp_path)
+    run.lock()
     reports = fit(
         network("student"), network("teacher"), TRAIN, VALIDATION, CONFIG, run=run, about=ABOUT
     )
@@ -871,6 +1062,7 @@ def test_checkpoints_are_tensors_and_plain_values_for_anyone(tmp_path):
 
 def test_a_disk_that_is_full_surfaces_at_once_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
+    run.lock()
     reports = fit(network("student"), network("teacher"), TRAIN, VALIDATION, CONFIG, run=run)
     next(reports)
     before = run.last.read_bytes()

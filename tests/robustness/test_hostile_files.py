@@ -100,6 +100,24 @@ def pickled(operations):
     return changed_pickle(lambda _: b"\x80\x02" + operations + b".")
 
 
+NUMPY_CORE = b"cnumpy._core.multiarray\n"
+ORDERED = b"ccollections\nOrderedDict\n)R"
+
+
+def dtype_of(name, flags=b"\x89\x88"):
+    return b"cnumpy\ndtype\n(U%c%b%bt" % (len(name), name.encode(), flags) + b"R"
+
+
+def dtype_state(size, flags=0):
+    """A state that is set as numpy's own would be."""
+    return b"(K\3U\1|NNNJ%bK\1K%ctb" % (struct.pack("<i", size), flags)
+
+
+def scalar_of(dtype):
+    """Eight bytes, read as a value of a type."""
+    return b"}U\1a" + NUMPY_CORE + b"scalar\n" + dtype + b"U\x08" + b"A" * 8 + b"\x86Rs"
+
+
 def tall_lists():
     """Lists that are filled from the top down: each is small when it is put into the next."""
     names = b"".join(b"]q%c" % number for number in range(41))
@@ -198,10 +216,67 @@ HOSTILE = {
             b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
             b"\x8a\5\0\0\0\0\2\x85X\1\0\0\0b\x87R"
         ),
-        "array without values",
+        "_reconstruct like this",
     ),
-    "another protocol": (lambda: as_bytes({"x": 1}, pickle_protocol=4), "pickled by protocol 4"),
-    "numpy objects": (lambda: as_bytes({"x": np.array([None])}), "holds ndarray"),
+    "another protocol": (lambda: as_bytes({"x": 1}, pickle_protocol=4), "pickled with protocol 4"),
+    "numpy objects": (lambda: as_bytes({"x": np.array([None])}), "call numpy.dtype like this"),
+    "numpy type of numbers, not a copy": (
+        lambda: pickled(scalar_of(dtype_of("f8", b"\x89\x89"))),
+        "call numpy.dtype like this",
+    ),
+    "numpy type with flags": (
+        lambda: pickled(scalar_of(dtype_of("U2") + dtype_state(8, flags=1))),
+        "change numpy.dtype",
+    ),
+    "numpy type with another size": (
+        lambda: pickled(scalar_of(dtype_of("S1") + dtype_state(-8))),
+        "change numpy.dtype",
+    ),
+    "numpy type of gigabytes": (
+        lambda: pickled(scalar_of(dtype_of("S2000000000"))),
+        "call numpy.dtype like this",
+    ),
+    "numpy type of records": (
+        lambda: pickled(scalar_of(dtype_of("(20000,10000)f8"))),
+        "call numpy.dtype like this",
+    ),
+    "numpy scalar without bytes": (
+        lambda: pickled(NUMPY_CORE + b"scalar\n" + dtype_of("f8") + b"\x85R"),
+        "scalar like this",
+    ),
+    "numpy array with strides of its own": (
+        lambda: pickled(b"cnumpy\nndarray\nM\xff\xff\x85\x85R"),
+        "call numpy.ndarray like this",
+    ),
+    "tensor by its class": (
+        lambda: pickled(b"ctorch\nTensor\nM\xff\xff\x85R"),
+        "call torch.Tensor like this",
+    ),
+    "storage by its class": (
+        lambda: pickled(b"ctorch.storage\nUntypedStorage\nM\xff\xff\x85R"),
+        "UntypedStorage like this",
+    ),
+    "set": (lambda: as_bytes({1}), "would run code"),
+    "counter of a list": (
+        lambda: pickled(b"ccollections\nCounter\n](K\1K\2e\x85R"),
+        "call collections.Counter like this",
+    ),
+    "ordered dict of pairs": (
+        lambda: pickled(b"ccollections\nOrderedDict\n](K\1N\x86e\x85R"),
+        "call collections.OrderedDict like this",
+    ),
+    "object made without a call": (lambda: pickled(b"ctorch\nTensor\n)\x81"), "damaged"),
+    "call of what a call returned": (
+        lambda: pickled(b"ctorch\ndevice\n" + ORDERED + b"R"),
+        "call torch.device like this",
+    ),
+    "operations moved by a second header": (
+        lambda: pickled(b"ctorch\nTensor\n" + ORDERED + b"\x80\2\x85R"),
+        "call torch.Tensor like this",
+    ),
+    "state of a list": (lambda: pickled(b"]}b"), "change another object"),
+    "item of a list": (lambda: pickled(b"]\x88K\1s"), "sets an item of what is not a dict"),
+    "items after a tuple": (lambda: pickled(b")K\1a"), "appends to what is not a list"),
     "class": (lambda: pickled(b"ctorch\nFloatStorage\n"), "holds StorageType"),
     "one record, many names": (one_record_many_names, "storage without a number"),
     "views of one storage": (views_of_one, "repeats the bytes"),
@@ -215,7 +290,7 @@ HOSTILE = {
     "texts for tensors": (lambda: as_bytes({"model": {"w": "text"}}), "not a named tensor"),
     "NaN": (lambda: with_tensor("0.weight", torch.full((16, 3, 3, 3), torch.nan)), "holds NaN"),
     "other classes": (lambda: as_bytes(build_model("convnet", 7).state_dict()), "needed is (10"),
-    "another network": (lambda: with_tensor("more", torch.zeros(1)), "has besides ['more']"),
+    "another network": (lambda: with_tensor("more", torch.zeros(1)), "unexpected ['more']"),
     "complex tensor": (lambda: with_tensor("0.weight", torch.zeros(1) + 1j), "complex64"),
     "sparse tensor": (lambda: with_tensor("0.weight", torch.eye(3).to_sparse()), "sparse"),
 }
@@ -245,12 +320,19 @@ def tensor_beyond_the_end():
 
 @pytest.mark.parametrize(
     "content",
-    [struct.pack("<Q", 2**60) + b"{}", b"\0" * 7, tensor_beyond_the_end()],
-    ids=["header beyond the end", "no header", "tensor beyond the end"],
+    [
+        struct.pack("<Q", 2**60) + b"{}",
+        b"\0" * 7,
+        tensor_beyond_the_end(),
+        struct.pack("<Q", 2**24 + 1) + b"{" + b" " * 2**24,
+        struct.pack("<Q", 20_001) + b"{" * 20_001,
+    ],
+    ids=["header beyond the end", "no header", "tensor beyond the end", "long header", "many"],
 )
 def test_a_hostile_safetensors_file_is_refused(content):
     Path("net.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"net\.safetensors: .*safetensors file"):
+    message = r"net\.safetensors: .*(safetensors file|20,000 tensors)"
+    with pytest.raises(CheckpointError, match=message):
         load_network("net.safetensors", 10, (), "convnet")
 
 
@@ -431,7 +513,9 @@ RESUMED = {
     "no settings": ("last.pt", lambda path: save({"identity": {}}, path), "another training"),
     "no progress": ("last.pt", without_progress, "not one of this training"),
     "a FIFO": ("last.pt", make_fifo, "not a regular file"),
+    "no state": ("last.pt", Path.unlink, "last.pt: missing"),
     "no best": ("best.pt", Path.unlink, "no such file"),
+    "no records": ("metrics.jsonl", Path.unlink, "metrics.jsonl: ends before epoch 1"),
     "best of another program": ("best.pt", lambda path: torch.save([], path), "not a checkpoint"),
     "best of another network": ("best.pt", of_another_network, "is of another network"),
     "records": ("metrics.jsonl", lambda path: path.write_text('{"epoch": "1"}\n'), "epoch: '1' is"),
@@ -472,6 +556,37 @@ def test_settings_of_another_version_are_refused(config_bytes):
     Path("config.toml").write_bytes(text + seal)
     with pytest.raises(CheckpointError, match="warp"):
         read_run_config(Path("config.toml"))
+
+
+# --- Folders that are something else ---
+
+FOLDERS = {
+    "evaluations": ["evaluate", "RUN", *EVALUATE],
+    "logit-caches": ["teacher", "cache", "--teacher", "OWN", "--device", "cpu"],
+    "a run": ["train", *QUICK, "--teacher", "OWN", "--resume"],
+}
+IN_PLACE = {
+    "a file": Path.touch,
+    "a FIFO": os.mkfifo,
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link": lambda path: path.symlink_to(Path("mine").resolve()),
+}
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_nothing_is_written_where_something_else_is_in_the_place_of_a_folder(
+    folder, kind, runs, teacher, capfd
+):
+    run = Path(shutil.copytree(runs[0], Path("runs") / runs[0].name))
+    place = {"evaluations": run / folder, "a run": run}.get(folder, run.parent / folder)
+    shutil.rmtree(place, ignore_errors=True)
+    Path("mine").mkdir()
+    IN_PLACE[kind](place)
+    flags = [{"RUN": run, "OWN": teacher}.get(word, word) for word in FOLDERS[folder]]
+    refused(capfd, 4, f"{place}: ", "", *flags)
+    assert not list(Path("mine").iterdir())
 
 
 # --- Memory ---
@@ -517,10 +632,12 @@ def test_a_run_whose_settings_were_changed_is_not_evaluated(runs, teacher, capfd
     text = (path / "config.toml").read_text()
     (path / "config.toml").write_text(text.replace("epsilon = 0.1", "epsilon = 0.2"))
     refused(
-        capfd, 4, "has changed since the run wrote it", "give it as --recipe",
+        capfd, 4, "has changed since the run wrote it", "no such last line",
         "evaluate", path, "--device", "cpu",
     )  # fmt: skip
-    assert main("train", *QUICK, "--teacher", teacher, "--recipe", path / "config.toml") == 0
+    *lines, _ = (path / "config.toml").read_text().splitlines(keepends=True)
+    Path("mine.toml").write_text("".join(lines))
+    assert main("train", *QUICK, "--teacher", teacher, "--recipe", "mine.toml") == 0
 
 
 def test_a_file_of_others_whose_tensors_repeat_a_little_is_read(tmp_path):

@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def test_links_are_followed(root, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (root / "train" / "cat").rename(elsewhere)
     (root / "train" / "cat").symlink_to(elsewhere)
-    (root / "test" / "cat" / "linked.png").symlink_to(next(elsewhere.iterdir()))
+    Image.new("RGB", (10, 10)).save(tmp_path / "x.png")
+    (root / "test" / "cat" / "linked.png").symlink_to(tmp_path / "x.png")
     assert sum(count(root)) == before + 1
 
 
@@ -80,6 +82,29 @@ def test_a_folder_that_is_linked_twice_is_refused(root):
     refused(root, "is reached twice")
 
 
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("test", "train"),
+        ("test/dog", "train/dog"),
+        ("test/dog/all", "train/dog"),
+        ("test/dog/more", "test"),
+        ("test/dog/x.png", "train/dog/00.png"),
+        ("train/dog/x.png", "train/dog/00.png"),
+        ("train/dog/x.png", "train/cat/00.png"),
+        ("train/dog/x.png", "test/dog/y.png"),
+    ],
+)
+def test_no_image_counts_twice_by_a_link(link, target, root, tmp_path):
+    """In its class, in another class or in another part; y.png is a link to elsewhere."""
+    Image.new("RGB", (10, 10)).save(tmp_path / "x.png")
+    (root / "test" / "dog" / "y.png").symlink_to(tmp_path / "x.png")
+    if (root / link).is_dir():
+        shutil.rmtree(root / link)
+    (root / link).symlink_to(root / target)
+    refused(root, "is reached twice")
+
+
 def hidden_folder(folder):
     (folder / ".ipynb_checkpoints" / "deep").mkdir(parents=True)
     for path in (folder / ".ipynb_checkpoints", folder / ".ipynb_checkpoints" / "deep"):
@@ -91,6 +116,8 @@ SKIPPED = {
     "a hidden file": lambda folder: (folder / ".DS_Store").write_bytes(b"Bud1"),
     "a copy of macOS": lambda folder: (folder / "._00.png").write_bytes(b"Mac OS X"),
     "a link to nowhere": lambda folder: (folder / "gone.png").symlink_to("nowhere"),
+    "a link to itself": lambda folder: (folder / "self.png").symlink_to("self.png"),
+    "a link through a file": lambda folder: (folder / "x.png").symlink_to(f"{__file__}/x"),
     "a pipe": lambda folder: os.mkfifo(folder / "pipe.png"),
 }
 
@@ -256,6 +283,15 @@ def test_pictures_are_turned_as_their_exif_says(form, orientation, tmp_path):
     assert ("turned upright, as EXIF says" in traits) == (orientation != 1)
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 99])
+def test_an_orientation_that_means_nothing_turns_nothing(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (4, 6), "red").save(tmp_path / "x.jpg", exif=exif)
+    image, traits = open_image(str(tmp_path / "x.jpg"))
+    assert image.size == (4, 6) and not traits
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\xff\xff\xff\xff"])
 def test_a_picture_with_damaged_exif_is_read_as_it_is(exif, tmp_path):
@@ -369,12 +405,6 @@ def test_all_that_is_no_image_is_named_at_once(root):
     assert not any(str(path) in cause for path in bad[10:])
 
 
-def test_a_pipe_that_a_table_names_is_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(OSError, match="not a regular file"):
-        open_image(str(tmp_path / "x.png"))
-
-
 # --- Size ---
 
 
@@ -382,9 +412,9 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def huge(side=50_000):
+def huge(width=50_000, height=50_000):
     """The header of a PNG that would take 7.5 GB."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(1000))
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
@@ -400,20 +430,49 @@ def train_on(root, said):
     said.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
-def test_an_image_of_a_huge_size_is_refused_before_it_takes_memory(root):
+@pytest.mark.parametrize(
+    ("width", "height", "limit"),
+    [
+        (50_000, 50_000, "decompression bomb"),
+        (8_193, 8_192, "8192x8193 pixels, more than 67,108,864 pixels"),
+        (1, 65_537, "65537x1 pixels, more than 67,108,864 pixels, or 65,536 a side"),
+    ],
+)
+def test_an_image_of_a_huge_size_is_refused_before_it_takes_memory(width, height, limit, root):
     bad = root / "train" / "cat" / "huge.png"
-    bad.write_bytes(huge())
+    bad.write_bytes(huge(width, height))
     with processes.Manager() as manager:
         said = manager.list()
         child = processes.Process(target=train_on, args=(root, said))
         child.start()
         child.join(60)
         cause, grown = said
-    assert cause.startswith(f"cannot read {bad}: ") and "decompression bomb" in cause
+    assert cause.startswith(f"cannot read {bad}: ") and limit in cause
     assert grown < 300, f"{grown} MiB"
 
 
-@pytest.mark.parametrize("content", [huge(), huge()[:30], b"", b"text", b"GIF89a" + bytes(10)])
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_scaling_to_8_bits_takes_no_more_memory_than_other_images(mode, tmp_path):
+    Image.new(mode, (1000, 1000)).save(tmp_path / "x.tif")
+    open_image(str(tmp_path / "x.tif"))
+    tracemalloc.start()
+    open_image(str(tmp_path / "x.tif"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 17e6, peak  # bytes, of a million pixels; Pillow's own are not counted
+
+
+def test_an_image_that_needs_more_memory_than_there_is_is_named(root, monkeypatch):
+    def resize(image, size):
+        raise MemoryError
+
+    monkeypatch.setattr("torchvision.transforms.v2.functional.resize", resize)
+    refused(root, f"cannot read 32 files: {root}/train/cat/00.png: MemoryError; ")
+
+
+@pytest.mark.parametrize(
+    "content", [huge(), huge(8_193, 8_192), huge()[:30], b"", b"text", b"GIF89a" + bytes(10)]
+)
 def test_the_program_names_the_file(content, root, capfd, monkeypatch):
     monkeypatch.chdir(root.parent)
     bad = root / "test" / "dog" / "das hier é.png"

@@ -1,0 +1,91 @@
+"""Predictions of an evaluation in a file, from which an interrupted one is continued."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from absld.config.settings import EvaluationConfig
+from absld.data.dataset import ImageSet
+from absld.errors import CheckpointError, UsageError
+from absld.evaluation.attacks import Attack
+from absld.evaluation.evaluate import Evaluation, evaluate, start_evaluation
+from absld.progress import AttackProgress, Observer
+from absld.storage.checkpoint import load, save
+from absld.storage.run_directory import RunDirectory
+
+SAVE_EVERY = 10.0  # seconds
+REMOVE = "remove it to evaluate anew"
+
+
+def resume_attacks(
+    model: nn.Module,
+    data: ImageSet,
+    config: EvaluationConfig,
+    attacks: Sequence[Attack],
+    directory: RunDirectory,
+    identity: dict[str, Any],
+    observer: Observer,
+) -> Evaluation:
+    """Evaluate, continuing from predictions.pt if it exists.
+
+    Predictions are saved every few seconds, and when the observer or an error ends the evaluation.
+    """
+    path = directory.path / "predictions.pt"
+    latest: Evaluation | None = None
+    last_save = time.perf_counter()
+
+    def save_predictions(evaluation: Evaluation) -> None:
+        nonlocal last_save
+        record = {"identity": identity, "attacks": list(evaluation.attacks)}
+        tensors = {"index": evaluation.index, "labels": evaluation.labels}
+        save(record | tensors | {"predictions": evaluation.predictions}, path)
+        last_save = time.perf_counter()
+
+    def on_batch(progress: AttackProgress, evaluation: Evaluation) -> None:
+        nonlocal latest
+        latest = evaluation
+        if time.perf_counter() - last_save > SAVE_EVERY:
+            save_predictions(evaluation)
+        observer.attack_batch(progress)
+
+    before = read_predictions(path, identity, config, data) if path.exists() else None
+    try:
+        return evaluate(
+            model,
+            data,
+            epsilon=identity["epsilon"],
+            attacks=attacks,
+            each=config.each,
+            examples=config.examples,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            before=before,
+            on_batch=on_batch,
+        )
+    finally:
+        if latest:
+            save_predictions(latest)
+
+
+def read_predictions(
+    path: Path, identity: dict[str, Any], config: EvaluationConfig, data: ImageSet
+) -> torch.Tensor:
+    """Read the predictions of an interrupted evaluation. Raises CheckpointError if not this one's."""
+    try:
+        saved = load(path)
+    except CheckpointError as error:
+        raise CheckpointError(str(error), REMOVE) from error
+    if not isinstance(saved, dict) or saved.get("identity") != identity:
+        raise CheckpointError(f"{path}: is of another evaluation", REMOVE)
+    predictions = saved.get("predictions")
+    if predictions is None:
+        raise CheckpointError(f"{path}: holds no predictions", REMOVE)
+    try:
+        start = start_evaluation(data, config, identity["attacks"], predictions)
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}", REMOVE) from error
+    return start.predictions
