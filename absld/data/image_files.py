@@ -74,7 +74,7 @@ class ImageReader:
             more = "; ..." if len(self.faults) > SHOWN else ""
             raise DataError(
                 f"cannot read {files}{'; '.join(self.faults[:SHOWN])}{more}",
-                f"remove it or save it anew, as {', '.join(FORMATS)}",
+                f"remove such files, or save them anew as {', '.join(FORMATS)}",
             )
 
 

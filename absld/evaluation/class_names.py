@@ -32,7 +32,8 @@ def check_class_names(network: Network, data: ImageSet, name: str, order: ClassO
 
 def identify(classes: Sequence[str]) -> list[str]:
     """Return what tells classes apart: the WordNet id where a name begins with one, else the name."""
-    return [id[0] if (id := WORDNET_ID.match(name)) else name for name in classes]
+    found = [WORDNET_ID.match(name) for name in classes]
+    return [match[0] if match else name for match, name in zip(found, classes, strict=True)]
 
 
 def check_image_shape(

@@ -76,7 +76,7 @@ def read_predictions(
 ) -> torch.Tensor:
     """Read the predictions of an interrupted evaluation. Raises CheckpointError if not this one's."""
     try:
-        saved = load(path)
+        saved = load(path, sealed=True)
     except CheckpointError as error:
         raise CheckpointError(str(error), REMOVE) from error
     if not isinstance(saved, dict) or saved.get("identity") != identity:

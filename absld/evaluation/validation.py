@@ -89,7 +89,9 @@ def read_only(x: Tensor, name: str) -> Iterator[None]:
 
 
 def input_written(name: str) -> CheckpointError:
-    return CheckpointError(f"{name} writes into its input", "x = x - m, not x -= m; inplace=False")
+    return CheckpointError(
+        f"{name} writes into its input", "write x = x - m instead of x -= m; use inplace=False"
+    )
 
 
 def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
@@ -127,7 +129,7 @@ def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
         given = tuple(logits.shape) if logits.is_floating_point() else logits.dtype
     if given != needed:
         raise CheckpointError(
-            f"{name} gives {given} for {len(x)} images, needed are logits {needed}",
+            f"{name} gives {given} for {len(x)} images, not logits {needed}",
             "needed: a network of these classes",
         )
 

@@ -60,8 +60,10 @@ def load_network(
         CheckpointError: a file cannot be loaded, or does not fit the network.
     """
     if target not in MODELS and os.path.exists(target):
-        path = RunDirectory(target).best if os.path.isdir(target) else Path(target)
-        return load_weights(path, num_classes, key, architecture, weights)
+        of_run = os.path.isdir(target)
+        path = RunDirectory(target).best if of_run else Path(target)
+        content = load(path, sealed=of_run)
+        return load_weights(content, path, num_classes, key, architecture, weights)
     if target in MODELS or names_code(target):
         if weights:
             raise UsageError(
@@ -128,10 +130,10 @@ def bind_classes(factory: Any, num_classes: int) -> inspect.BoundArguments | Non
 
 
 def load_weights(
-    path: Path, num_classes: int, key: Key, architecture: str, weights: str = ""
+    content: Any, path: Path, num_classes: int, key: Key, architecture: str, weights: str = ""
 ) -> Network:
-    """Load the network of a file of weights. Raises CheckpointError."""
-    raw, around, left_out = find_state_dict(load(path), path, weights)
+    """Load the network of the content of a file of weights. Raises CheckpointError."""
+    raw, around, left_out = find_state_dict(content, path, weights)
     name, how = choose_architecture(around, raw, path, architecture)
     model = build_network(name, num_classes, key)
     reading = read_names(raw, model.state_dict().keys())

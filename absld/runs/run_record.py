@@ -84,7 +84,7 @@ def changed_conditions(run: RunDirectory, session: Mapping[str, Any]) -> list[st
     if not changes:
         return []
     return [
-        f"this run was computed otherwise before ({'; '.join(changes)}): its weights will not be "
+        f"the conditions of this run have changed ({'; '.join(changes)}): its weights will not be "
         "those of a run without interruption"
     ]
 

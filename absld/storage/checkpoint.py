@@ -85,8 +85,10 @@ def save(content: dict[str, Any], path: Path) -> None:
         file.write(buffer.getbuffer())
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path, *, sealed: bool = False) -> Any:
     """Read a file of tensors and plain values, on the CPU.
+
+    sealed: whether it must have the SHA-256 that `save` writes, as the files of a run.
 
     Raises:
         CheckpointError: the file is something else, would take more memory than its size, or has
@@ -98,8 +100,8 @@ def load(path: str | Path) -> Any:
         with open_regular(path) as file:
             content = read_content(file, path)
             refuse_inflated(content, file_size(file))
-        sealed = content.pop(SEAL, None) if isinstance(content, dict) else None
-        changed = sealed is not None and sealed != content_digest(content)
+        seal = content.pop(SEAL, None) if isinstance(content, dict) else None
+        changed = seal is not None and seal != content_digest(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "check the path") from None
     except (UsageError, CheckpointError):
@@ -112,6 +114,8 @@ def load(path: str | Path) -> Any:
         raise CheckpointError(
             f"{path}: its content has changed since its SHA-256 was taken", COPY_AGAIN
         )
+    if sealed and seal is None:
+        raise CheckpointError(f"{path}: not a file of a run, its SHA-256 is missing", COPY_AGAIN)
     return content
 
 

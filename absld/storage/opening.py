@@ -49,7 +49,8 @@ def irregular(path: Path, mode: str) -> CheckpointError:
     """Build the error for a path that is not a regular file, or has another name."""
     if mode != "rb" and (path.is_symlink() or path.is_file()):
         return CheckpointError(
-            f"{path}: a link, through which nothing is written", "put the file itself there"
+            f"{path}: a link; files of a run are not written through links",
+            "put the file itself there",
         )
     kind = "a directory, not a file" if path.is_dir() else "not a regular file"
     return CheckpointError(f"{path}: {kind}", "remove it, or give the path of a file")
@@ -109,5 +110,6 @@ def refuse_links(path: Path, root: Path) -> None:
             break
         if part.is_symlink():
             raise CheckpointError(
-                f"{part}: a link, through which nothing is written", "put the folder itself there"
+                f"{part}: a link; files of a run are not written through links",
+                "put the folder itself there",
             )

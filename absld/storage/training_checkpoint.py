@@ -91,7 +91,7 @@ def shapes(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def load_of_program(path: Path, name: str) -> dict[str, Any]:
     """Load a checkpoint that a training has written. Raises CheckpointError if `name` is missing."""
-    content = load(path)
+    content = load(path, sealed=True)
     if not isinstance(content, dict) or not isinstance(content.get(name), dict):
         raise CheckpointError(f"{path}: not a checkpoint of a training by absld", COPY_AGAIN)
     return content
@@ -100,7 +100,13 @@ def load_of_program(path: Path, name: str) -> dict[str, Any]:
 def compare_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """List the differences of the settings of a run, as `name is A in the run, B now`."""
     return [
-        f"{name} is {saved.get(name)!r} in the run, {current.get(name)!r} now"
+        f"{name} is {shown(saved.get(name))} in the run, {shown(current.get(name))} now"
         for name in {**current, **saved}
         if saved.get(name) != current.get(name)
     ]
+
+
+def shown(value: Any) -> str:
+    """Return a value as text, of a digest its beginning."""
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:9]}...'"

@@ -782,7 +782,7 @@ def test_a_run_resumed_under_other_conditions_says_so(
     capfd.readouterr()
     assert train(*flags, "--resume") == 0
     text = capfd.readouterr().out
-    assert f"computed otherwise before ({change}" in text
+    assert f"conditions of this run have changed ({change}" in text
     assert text.count("computed otherwise") == 1
     assert train(*flags, "--resume") == 0
     assert "computed otherwise" not in capfd.readouterr().out  # it is finished

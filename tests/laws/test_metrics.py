@@ -189,7 +189,7 @@ def test_pgd20_is_set_as_in_trades(impl, monkeypatch):
         ({"epsilon": math.nan}, absld.UsageError, r"epsilon must be in \[0, 1\], not nan"),
         ({"steps": -1}, absld.UsageError, "steps must be 0 or more, not -1"),
         ({"batch_size": 0}, absld.UsageError, "batch_size must be 1 or more, not 0"),
-        ({"classes": 2}, absld.CheckpointError, r"gives \(2, 3\) .* needed are logits \(2, 2\)"),
+        ({"classes": 2}, absld.CheckpointError, r"gives \(2, 3\) .* not logits \(2, 2\)"),
         ({"how": lambda logits: (logits, 1)}, absld.CheckpointError, "gives tuple"),
     ],
 )

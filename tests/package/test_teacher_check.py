@@ -185,7 +185,7 @@ def test_doubts_have_reasons(nets, capfd):
 
 @pytest.mark.parametrize(
     ("net", "said"),
-    [("narrow", "needed are logits"), ("nan", "NaN or infinity"), ("none", "none")],
+    [("narrow", "not logits"), ("nan", "NaN or infinity"), ("none", "none")],
 )
 def test_networks_that_cannot_teach(net, said, nets, capfd):
     code = 2 if net == "none" else 4

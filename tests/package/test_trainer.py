@@ -261,7 +261,7 @@ def test_a_partly_frozen_student_trains():
 def test_networks_of_another_width_are_refused(wrong):
     nets = {"student": network("student"), "teacher": network("teacher")}
     nets[wrong] = network(classes=C + 2)
-    with pytest.raises(ValueError, match=r"\(2, 5\) for 2 images, needed are logits \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"\(2, 5\) for 2 images, not logits \(2, 3\)"):
         train(**nets)
 
 

@@ -493,6 +493,10 @@ def test_a_file_of_a_run_that_is_damaged_is_refused(name, damage):
     assert caught.value.exit_code == 4 and name in str(caught.value)
 
 
+def without_seal(path):
+    torch.save(load(path), path)
+
+
 def without_progress(path):
     content = load(path)
     save(content | {"progress": {"epoch": "two"}}, path)
@@ -503,20 +507,21 @@ def of_another_network(path):
 
 
 RESUMED = {
-    "nothing": ("last.pt", lambda path: torch.save({}, path), "not a checkpoint of a training"),
-    "a number": ("last.pt", lambda path: torch.save(3, path), "not a checkpoint of a training"),
-    "weights": (
-        "last.pt",
-        lambda path: torch.save(state(), path),
-        "not a checkpoint of a training",
-    ),
+    "nothing": ("last.pt", lambda path: torch.save({}, path), "its SHA-256 is missing"),
+    "a number": ("last.pt", lambda path: torch.save(3, path), "its SHA-256 is missing"),
+    "no seal": ("last.pt", without_seal, "its SHA-256 is missing"),
+    "weights": ("last.pt", lambda path: save(state(), path), "not a checkpoint of a training"),
     "no settings": ("last.pt", lambda path: save({"identity": {}}, path), "another training"),
     "no progress": ("last.pt", without_progress, "not one of this training"),
     "a FIFO": ("last.pt", make_fifo, "not a regular file"),
     "no state": ("last.pt", Path.unlink, "last.pt: missing"),
     "no best": ("best.pt", Path.unlink, "no such file"),
     "no records": ("metrics.jsonl", Path.unlink, "metrics.jsonl: ends before epoch 1"),
-    "best of another program": ("best.pt", lambda path: torch.save([], path), "not a checkpoint"),
+    "best of another program": (
+        "best.pt",
+        lambda path: torch.save([], path),
+        "its SHA-256 is missing",
+    ),
     "best of another network": ("best.pt", of_another_network, "is of another network"),
     "records": ("metrics.jsonl", lambda path: path.write_text('{"epoch": "1"}\n'), "epoch: '1' is"),
     "sessions": ("environment.json", lambda path: path.write_text("[3]"), "[0]: 3 is not"),
