@@ -1,5 +1,6 @@
 """Settings as fields of frozen dataclasses: group, meaning, source and range of each."""
 
+import math
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -68,7 +69,7 @@ def check_range(name: str, number: int | float, low: float, high: float) -> None
     hint = SEE_HELP
     if name == "epsilon" and 1 < number <= 255:
         hint = f"pixels are in [0,1]; did you mean {number:g}/255?"
-    bounded = high not in (MOST, MOST_INTEGER) or number > high
+    bounded = high not in (MOST, MOST_INTEGER, math.inf) or number > high
     allowed = f"in [{low:g}, {high:g}]" if bounded else f"{low:g} or more"
     shown = f"{number:.12g}" if isinstance(number, float) else clip(str(number), 24)
     raise UsageError(f"{name} must be {allowed}, not {shown}", hint)

@@ -249,7 +249,8 @@ def test_comparing_runs_gives_the_figures_of_comparing_methods(compared, capfd):
     assert main("compare", *runs, *given, "--json") == 0
     printed = capfd.readouterr()
     results = json.loads(printed.out)
-    assert figures(results) == figures(document_of(compared))
+    # Only who reads the images knows how many there are of each class.
+    assert figures(results) == figures(document_of(compared)) | {"notes": []}
     assert results == document_of("elsewhere") and "trained before" in printed.err
     assert main("compare", *reversed(runs), *given, "--baseline", "rslad", "--json") == 0
     again = json.loads(capfd.readouterr().out)

@@ -475,7 +475,7 @@ def test_many_state_dicts_are_compared_in_bounded_time_and_listed_in_part(tmp_pa
     with pytest.raises(CheckpointError, match=r"'k19', \.\.\. \(2,999\)") as caught:
         find_state_dict(content, tmp_path)
     assert len(str(caught.value)) < 500
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30  # where each was compared anew, it took minutes
 
 
 def test_weights_are_chosen_only_from_a_file():

@@ -91,6 +91,7 @@ def results_of(classes=DIGITS, **options):
             "of": images + 7,
             "images_sha256": "cd" * 32,
             "classes": list(classes),
+            "notes": [],
         },
         "settings": {
             "epsilon": 8 / 255,
