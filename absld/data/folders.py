@@ -79,6 +79,6 @@ def describe_skipped(part: str, folder: str, skipped: Sequence[str]) -> tuple[st
     names = sorted(printable(os.path.relpath(path, folder)) for path in skipped)
     more = ", ..." if len(skipped) > SHOWN else ""
     return (
-        f"{part}: skipped {len(skipped)} names that begin with a dot, are not files, or are beside "
-        f"the classes or not listed: {', '.join(names[:SHOWN])}{more}",
+        f"{part}: skipped {len(skipped)} names (hidden, not a file, outside of the classes, or not "
+        f"listed): {', '.join(names[:SHOWN])}{more}",
     )

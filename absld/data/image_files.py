@@ -54,7 +54,7 @@ class ImageReader:
         traits["of one constant colour"] = int(
             (images.amin((2, 3)) == images.amax((2, 3))).all(1).sum()
         )
-        return images, (f"{part}: {len(paths)} images {self.describe(sizes, traits)}",)
+        return images, (f"{part}: {len(paths)} files, images {self.describe(sizes, traits)}",)
 
     def describe(self, sizes: set[tuple[int, int]], traits: Counter[str]) -> str:
         """Describe the sizes of image files, and how many had traits that reading changed."""
@@ -74,7 +74,7 @@ class ImageReader:
             more = "; ..." if len(self.faults) > SHOWN else ""
             raise DataError(
                 f"cannot read {files}{'; '.join(self.faults[:SHOWN])}{more}",
-                f"remove such files, or save them anew as {', '.join(FORMATS)}",
+                f"remove it (or all of them), or save it anew as {', '.join(FORMATS)}",
             )
 
 

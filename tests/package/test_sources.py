@@ -235,7 +235,7 @@ def test_what_tiny_imagenet_leaves_out_is_said(tmp_path):
     (root / "train" / "n00000000").mkdir()
     (root / "train" / IDS[0] / "images" / ".DS_Store").write_text("")
     (note,) = [n for n in load_data("tiny-imagenet", str(tmp_path)).train.notes if "skipped" in n]
-    assert "2 names that begin with a dot" in note
+    assert "skipped 2 names (hidden" in note
     assert "n00000000" in note and f"{IDS[0]}/images/.DS_Store" in note
 
 

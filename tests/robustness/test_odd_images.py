@@ -306,11 +306,11 @@ def test_what_reading_changes_is_said(root):
     one_class_more(root, "odd", lambda path: ODD["alpha"][0].save(path, "PNG"))
     train, test = load_data("folder", str(root)).describe()[-2:]
     assert train == (
-        "train: 32 images from 10x10 to 40x40, resized to 32x32; 8 RGBA, read as RGB; "
+        "train: 32 files, images from 10x10 to 40x40, resized to 32x32; 8 RGBA, read as RGB; "
         "8 whose transparency is dropped; 32 of one constant colour"
     )
     assert test == (
-        "test: 12 images from 10x10 to 200x300, resized to 32x32 whatever their aspect ratio; "
+        "test: 12 files, images from 10x10 to 200x300, resized to 32x32 whatever their aspect ratio; "
         "2 grey, read as RGB; 2 RGBA, read as RGB; 2 whose transparency is dropped; "
         "12 of one constant colour"
     )
@@ -318,7 +318,7 @@ def test_what_reading_changes_is_said(root):
 
 def test_images_of_the_right_size_are_not_said_to_be_resized(root):
     assert load_data("folder", str(root), 10).train.notes == (
-        "train: 24 images of 10x10; 24 of one constant colour",
+        "train: 24 files, images of 10x10; 24 of one constant colour",
     )
 
 
