@@ -16,6 +16,7 @@ from absld.metrics import ClassMean, class_sums
 from absld.shapes import check_shape
 
 Fidelity = Literal["paper", "released"]
+NO_LABEL = torch.iinfo(torch.int64).min  # by default, torch leaves out images of label -100
 
 
 def soften(
@@ -40,13 +41,12 @@ def class_risk_sums(
 ) -> tuple[Float[Tensor, " c"], Int[Tensor, " c"]]:
     """Sum the hard-label cross-entropies of each class, in nats, and count its images.
 
-    Both add up over batches, in any order. No gradient. Labels outside 0..C-1 and other shapes are
-    refused as by `soften`. Source: D5.
+    Both add up over batches, in any order. No gradient. Labels outside 0..C-1 are refused by
+    cross-entropy (IndexError), other shapes by ValueError. Source: D5.
     """
     check_shape("logits", logits, "N", num_classes)
     check_shape("labels", labels, len(logits))
-    # Not F.cross_entropy, which leaves out images of label -100.
-    risk = -F.log_softmax(logits.detach(), dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    risk = F.cross_entropy(logits.detach(), labels, reduction="none", ignore_index=NO_LABEL)
     return class_sums(risk, labels, num_classes)  # D5
 
 

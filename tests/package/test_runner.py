@@ -644,7 +644,7 @@ def test_into_a_pipe_that_closes(runs, single_thread):
     child = subprocess.run(
         ["bash", "-c", command], env=single_thread, capture_output=True, text=True
     )
-    assert child.stderr == "" and child.stdout.startswith("clean 599/599")
+    assert child.stderr == "" and child.stdout.startswith("images of 10 classes")
 
 
 @pytest.mark.slow
