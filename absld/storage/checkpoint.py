@@ -25,15 +25,16 @@ from torch import Tensor
 from absld.errors import CheckpointError, UsageError
 from absld.storage.files import raw_bytes, replacing
 from absld.storage.opening import COPY_AGAIN, open_regular
-from absld.storage.pickles import RefusedContentError, check_pickle
+from absld.storage.pickles import OF_A_LIST, RefusedContentError, check_pickle
 
 SEAL = "content_sha256"
 SLACK = 2**20  # bytes that a file may take beyond its size
 EXPORT = "where you trust it, export torch.save(model.state_dict(), FILE) from it"
 MOST_PICKLED = 2**24  # bytes of all but the tensors
+MOST_LISTED = 2**22  # bytes of a list of the tensors; 20,000 take 3 MB
 ZIP = b"PK\x03\x04"
 MOST_TENSORS = 20_000  # in a .safetensors file
-OLD_FORMAT = 5  # pickles, before the bytes of the tensors
+OLD_FORMAT = 4  # pickles, before the list of the storages and their bytes
 PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 # torch.load takes these values of numpy where it is told to. Files by numpy 1 name them otherwise.
 NUMPY_CALLS: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
@@ -135,9 +136,10 @@ def read_content(file: IO[bytes], path: Path) -> Any:
     else:
         file.seek(0)
         pickles = io.BytesIO(head := file.read(MOST_PICKLED))
-        for _ in range(OLD_FORMAT):
-            check_pickle(pickles)
         refuse_tar(head[: tarfile.BLOCKSIZE])
+        *_, content = [check_pickle(pickles) for _ in range(OLD_FORMAT)]
+        if content.storages - check_pickle(pickles, OF_A_LIST).texts:
+            raise RefusedContentError("holds storages without bytes")
     file.seek(0)
     with LOADING, warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY):
         warnings.simplefilter("ignore")  # about formats: the content decides
@@ -167,6 +169,8 @@ def check_archive(file: IO[bytes]) -> None:
         at_end &= tail[:4] == b"PK\x06\x06" and struct.unpack("<Q", tail[64:72]) == (place,)
     if not at_end or offset + length != place:
         raise zipfile.BadZipFile("its directory is not at its end")
+    if length > MOST_LISTED:
+        raise RefusedContentError(f"lists its records in {length:,} bytes")
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
@@ -212,7 +216,7 @@ def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Tensor]:
     except ImportError as error:
         raise UsageError(f"{path}: {error}", "pip install safetensors") from error
     length = int.from_bytes(file.read(8), "little")
-    header = file.read(min(length, MOST_PICKLED))
+    header = file.read(min(length, MOST_LISTED))
     if length > file_size(file) or not header.startswith(b"{"):  # before the whole is read
         raise ValueError("its header is not there")
     if len(header) < length or header.count(b"{") > MOST_TENSORS:  # one for each tensor

@@ -14,7 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from absld.text import clip
+
 MOST_PARTS = 500_000  # of a content written out in full; a thousand tensors with Adam: 150,000
+MOST_DEPTH = 100  # of values in values; that of a training with Adam and schedulers is 8
+LETTERS = 32  # of a text that count as a value: it may be copied as often as it is named
 # All operations that torch.save writes. Others are not followed, and torch.load knows few of them.
 OPERATIONS = frozenset((
     "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST",
@@ -22,6 +26,10 @@ OPERATIONS = frozenset((
     "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "TUPLE",
     "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPERSID",
     "REDUCE", "BUILD",
+))  # fmt: skip
+# Those of a list of texts: in the old format, the storages whose bytes follow.
+OF_A_LIST = frozenset((
+    "PROTO", "EMPTY_LIST", "MARK", "BINUNICODE", "BINPUT", "LONG_BINPUT", "APPEND", "APPENDS", "STOP",
 ))  # fmt: skip
 GROWING = frozenset(("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"))
 CONSTANTS: dict[str, Any] = {
@@ -68,7 +76,7 @@ ARGUMENTS: dict[str, Callable[[tuple[Any, ...]], bool]] = {
     "torch._utils _rebuild_tensor_v3": lambda given: len(given) in (7, 8),
     "torch._utils _rebuild_parameter": lambda given: len(given) == 3,
     "torch device": lambda given: len(given) in (1, 2),
-    "torch Size": lambda given: len(given) == 1 and isinstance(given[0], tuple),
+    "torch Size": lambda given: len(given) == 1 and type(given[0]) is tuple,  # not of a Call
     "collections OrderedDict": lambda given: given == (),
     "collections Counter": lambda given: given == ({},),  # its keys are checked as they are set
     "_codecs encode": lambda given: given[1:] == ("latin1",),
@@ -83,10 +91,11 @@ STATES: dict[str, Callable[[Call, Any], bool]] = {
     "collections OrderedDict": lambda made, state: state == {},  # of attributes
     "numpy dtype": lambda made, state: is_state_of(str(made.arguments[0]), state),
 }
+ONE_BYTE = Call("_codecs encode", ("b", "latin1"))
 for core in ("numpy.core.multiarray", "numpy._core.multiarray"):
     ARGUMENTS |= {
         f"{core} scalar": lambda given: len(given) == 2 and is_dtype(given[0]),
-        f"{core} _reconstruct": lambda given: given[:2] == ("numpy ndarray", (0,)),
+        f"{core} _reconstruct": lambda given: given == ("numpy ndarray", (0,), ONE_BYTE),
     }
     STATES |= {
         f"{core} _reconstruct": lambda made, state: len(state) == 5 and is_dtype(state[2]),
@@ -115,23 +124,37 @@ class Part:
         size: the number of values in it, written out in full.
         value: a text or number itself; a list or dict as it was made, empty; a tuple of the values
             of its parts; a Call; or the name of something else.
+        depth: how many values it is in values: hashing a deep tuple would overflow the stack.
         fetched: whether it is part of something, in which it counts by its size so far.
     """
 
-    __slots__ = ("fetched", "size", "value")
+    __slots__ = ("depth", "fetched", "size", "value")
 
-    def __init__(self, size: int, value: Any) -> None:
-        self.size, self.value, self.fetched = size, value, False
+    def __init__(self, size: int, value: Any, depth: int = 0) -> None:
+        self.size, self.value, self.depth, self.fetched = size, value, depth, False
 
 
-def check_pickle(file: io.BytesIO) -> None:
-    """Read one pickle from a file. Raises RefusedContentError, and others for damaged bytes."""
+class Seen(NamedTuple):
+    """The texts and the numbers of storages in a pickle."""
+
+    texts: set[str]
+    storages: set[str]
+
+
+def check_pickle(file: io.BytesIO, operations: frozenset[str] = OPERATIONS) -> Seen:
+    """Read one pickle from a file, of these operations.
+
+    Raises RefusedContentError, and others for damaged bytes.
+    """
+    seen = Seen(set(), set())
     stack: list[Part] = []
     marks: list[int] = []
     memo: dict[Any, Part] = {}
     total = 0
     for operation, argument, _ in pickletools.genops(file):
         name = operation.name
+        if name not in operations:
+            raise RefusedContentError(f"uses {name}, which torch.save does not write by protocol 2")
         total += 1
         if name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
@@ -146,8 +169,12 @@ def check_pickle(file: io.BytesIO) -> None:
             at = marks.pop() - (name != "TUPLE") if count == MARKED else len(stack) - count
             taken = stack[at:]
             del stack[at:]
+            if name == "BINPERSID":
+                seen.storages.add(check_storage(taken[0].value))
             if name != "STOP":
                 stack.append(combine(name, taken))
+            elif stack:
+                raise RefusedContentError("holds values that are not read")
         elif name == "PROTO":
             if argument not in (2, 3):
                 raise RefusedContentError(
@@ -156,36 +183,50 @@ def check_pickle(file: io.BytesIO) -> None:
         else:
             if name == "GLOBAL":
                 check_name(str(argument))
-            stack.append(Part(1, CONSTANTS.get(name, argument)))
+            size = 1
+            if isinstance(argument, str):
+                seen.texts.add(argument)
+                size += len(argument) // LETTERS
+            stack.append(Part(size, CONSTANTS.get(name, argument)))
         if total > MOST_PARTS:
             raise RefusedContentError(f"holds more than {MOST_PARTS:,} values")
+    return seen
 
 
 def combine(name: str, taken: list[Part]) -> Part:
     """Return what an operation makes of parts. Raises RefusedContentError."""
     added = sum([part.size for part in taken])
+    depth = 1 + max([part.depth for part in taken], default=0)
+    if depth > MOST_DEPTH:
+        raise RefusedContentError(f"holds values in values, more than {MOST_DEPTH} deep")
     if name in GROWING:
         whole = taken[0]
         check_growth(name, whole, taken)
-        whole.size = added
+        whole.size, whole.depth = added, depth
         return whole
     values = tuple([part.value for part in taken])
     if name == "REDUCE":
         check_call(*values)
-        return Part(1 + added, Call(*values))
+        return Part(1 + added, Call(*values), depth)
     if name == "BINPERSID":
-        # torch numbers the storages. Other keys may be several names of one record.
-        if not NUMBER.fullmatch(str(values[0][2])):
-            raise RefusedContentError("holds a storage without a number")
-        return Part(1 + added, Call("storage", values[0]))
-    return Part(1 + added, values)
+        return Part(1 + added, Call("storage", values[0]), depth)
+    return Part(1 + added, values, depth)
+
+
+def check_storage(given: Any) -> str:
+    """Return the number of a storage. Raises RefusedContentError if it is not a whole one."""
+    # Other keys may be several names of one record. torch frees a storage of which others are views.
+    if type(given) is not tuple or not NUMBER.fullmatch(str(given[2])):
+        raise RefusedContentError("holds a storage without a number")
+    if given[5:] not in ((), (None,)):
+        raise RefusedContentError("holds a storage that is a part of another")
+    return str(given[2])
 
 
 def check_name(name: str) -> None:
     """Raise RefusedContentError for a name (module and object) that weights do not need."""
     if name not in ARGUMENTS and not TYPES.fullmatch(name):
-        wanted = name.replace(" ", ".")
-        raise RefusedContentError(f"refused, it would run code or build objects ({wanted})")
+        raise RefusedContentError(f"refused, it would run code or build objects ({spelt(name)})")
 
 
 def check_call(function: Any, arguments: Any) -> None:
@@ -217,7 +258,7 @@ def check_growth(name: str, whole: Part, taken: list[Part]) -> None:
 
 def spelt(function: Any) -> str:
     """Return the dotted name of a callable."""
-    return function.replace(" ", ".") if isinstance(function, str) else "another object"
+    return clip(function.replace(" ", "."), 80) if isinstance(function, str) else "another object"
 
 
 def check_keys(keys: list[Part]) -> None:

@@ -499,7 +499,7 @@ def test_the_counter_of_an_averaged_model_is_left_out_and_said(tmp_path):
 
 def test_a_file_of_nested_wrappers_and_prefixes_is_read_in_bounded_time(tmp_path):
     content = state = {"module." * 20_000 + name: tensor for name, tensor in weights().items()}
-    for _ in range(200):
+    for _ in range(50):
         content = {"model": content}
     started = time.monotonic()
     refused(file_of(tmp_path, state), "unknown")

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import resource
 import shutil
 import socket
@@ -162,6 +163,22 @@ def with_tensor(name, value):
 
 
 # By name: the bytes, and what the message says of them.
+def nested_lists(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def without_bytes():
+    """An old file whose list of storages is empty: torch would not fill them."""
+    content = io.BytesIO(as_bytes(state(), _use_new_zipfile_serialization=False))
+    for _ in range(4):
+        for _ in pickletools.genops(content):
+            pass
+    return content.getvalue()[: content.tell()] + pickle.dumps([], 2)
+
+
 HOSTILE = {
     "payload": (lambda: as_bytes({"model": Payload(PROOF)}), "would run code"),
     "payload in an old format": (lambda: pickle.dumps(Payload(PROOF), 2), "would run code"),
@@ -206,6 +223,36 @@ HOSTILE = {
     "bytearray of 10 GB": (
         lambda: pickled(b"c__builtin__\nbytearray\n\x8a\5\0\0\0\0\2\x85R"),
         "bytearray",
+    ),
+    "text in many places": (
+        lambda: pickled(b"](X\x40\x9c\0\0" + b"a" * 40_000 + b"q\0" + b"h\0" * 500 + b"e"),
+        "holds more than 500,000",
+    ),
+    "deep tuple": (lambda: pickled(b"K\1" + b"\x85" * 200), "more than 100 deep"),
+    "deep list": (lambda: as_bytes(nested_lists(200)), "more than 100 deep"),
+    "part of a storage": (
+        lambda: pickled(
+            b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\1"
+            b"X\1\0\0\x001K\0K\1\x87tQ"
+        ),
+        "a storage that is a part of another",
+    ),
+    "storage without bytes": (without_bytes, "holds storages without bytes"),
+    "value beside the content": (lambda: pickled(b"K\1K\2"), "values that are not read"),
+    "operation of a later protocol": (lambda: pickled(b"\x8f"), "uses EMPTY_SET"),
+    "size of what a call returns": (
+        lambda: pickled(b"ctorch\nSize\nccollections\nOrderedDict\n)R\x85R"),
+        "do not call torch.Size like this",
+    ),
+    "numpy array of a text": (
+        lambda: pickled(
+            b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85X\5\0\0\0i1,i1\x87R"
+        ),
+        "_reconstruct like this",
+    ),
+    "name without end": (
+        lambda: pickled(b"cos\n" + b"a" * 10_000 + b"\n"),
+        "would run code or build objects (os.a",
     ),
     "codec": (
         lambda: pickled(b"c_codecs\nencode\nX\1\0\0\0aX\x08\0\0\0punycode\x86R"),
@@ -265,7 +312,7 @@ HOSTILE = {
         lambda: pickled(b"ccollections\nOrderedDict\n](K\1N\x86e\x85R"),
         "call collections.OrderedDict like this",
     ),
-    "object made without a call": (lambda: pickled(b"ctorch\nTensor\n)\x81"), "damaged"),
+    "object made without a call": (lambda: pickled(b"ctorch\nTensor\n)\x81"), "uses NEWOBJ"),
     "call of what a call returned": (
         lambda: pickled(b"ctorch\ndevice\n" + ORDERED + b"R"),
         "call torch.device like this",
