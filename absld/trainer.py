@@ -7,6 +7,7 @@ that is resumed from a checkpoint computes what it would have computed without t
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
 from absld.storage.training_checkpoint import TrainingCheckpoint
 from absld.temperature import ClassTemperature
+from absld.text import clip
+
+MOST_TOLD = 160  # letters of torch's own message, which may list every tensor
 
 
 def describe_temperatures(method: nn.Module) -> str:
@@ -96,7 +100,7 @@ def fit(
         identity = training_identity(student, teacher, train, validation, stepper.config, role)
         checkpoint = TrainingCheckpoint(run, about or {}, identity)
         if state := checkpoint.load():
-            training.load_state(state)
+            training.load_state(state, run.last)
         training.best = checkpoint.load_best(training.progress.epoch - 1, student.state_dict())
     while training.progress.epoch <= config.epochs:
         try:
@@ -256,8 +260,8 @@ class Training:
             "method": self.stepper.method.state_dict(),
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Resume from what `gather_state` returned. Raises CheckpointError for anything else."""
+    def load_state(self, state: Mapping[str, Any], path: Path) -> None:
+        """Resume from what `gather_state` returned, saved in `path`. Raises CheckpointError."""
         try:
             self.stepper.student.load_state_dict(state["model"])
             self.stepper.optimizer.load_state_dict(state["optimizer"])
@@ -267,7 +271,7 @@ class Training:
             self.progress = Position(int(epoch), int(step), float(seconds), float(score))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the saved state is not one of this training: {error}",
+                f"{path}: its state is not one of this training: {clip(str(error), MOST_TOLD)}",
                 "another --out starts a new run",
             ) from error
         self.stepper.keep_class_means_on_main()
