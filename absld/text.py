@@ -1,6 +1,7 @@
 """Texts from outside, such as class names and paths: one line, nothing hidden, of known width."""
 
 import unicodedata
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
@@ -37,6 +38,11 @@ def clip(text: str, width: int) -> str:
     while columns(head) + columns(tail) >= width:
         head, tail = (head[:-1], tail) if len(head) > 2 * len(tail) else (head, tail[1:])
     return f"{head}…{tail}"
+
+
+def first_of(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Join names; of more than `most`, the first ones, and dots."""
+    return separator.join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 def column(text: str, width: int) -> str:

@@ -16,7 +16,7 @@ from absld.errors import DataError
 from absld.seeding import generator
 from absld.shapes import describe_kind, is_dense
 from absld.storage.files import raw_bytes
-from absld.text import printable
+from absld.text import first_of, printable
 
 SHOWN = 20  # classes in a line
 
@@ -129,9 +129,8 @@ def describe_images(sets: Mapping[str, ImageSet]) -> list[str]:
     for name, data in sets.items():
         absent = [printable(classes[k]) for k, count in enumerate(data.class_counts()) if not count]
         if absent:
-            more = ", ..." if len(absent) > SHOWN else ""
             lines.append(
-                f"warning: no {name} images of {', '.join(absent[:SHOWN])}{more}: "
+                f"warning: no {name} images of {first_of(absent, SHOWN)}: "
                 "accuracy there is NaN, and does not count"
             )
     notes = (note for data in sets.values() for note in data.notes)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from absld.errors import DataError
-from absld.text import printable
+from absld.text import first_of, printable
 
 SHOWN = 10  # names in a message
 
@@ -77,8 +77,7 @@ def describe_skipped(part: str, folder: str, skipped: Sequence[str]) -> tuple[st
     if not skipped:
         return ()
     names = sorted(printable(os.path.relpath(path, folder)) for path in skipped)
-    more = ", ..." if len(skipped) > SHOWN else ""
     return (
         f"{part}: skipped {len(skipped)} names (hidden, not a file, outside of the classes, or not "
-        f"listed): {', '.join(names[:SHOWN])}{more}",
+        f"listed): {first_of(names, SHOWN)}",
     )

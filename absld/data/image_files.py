@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from absld.errors import DataError
-from absld.text import printable
+from absld.text import first_of, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,9 +71,8 @@ class ImageReader:
         """Raise DataError for all files that could not be read: the first ten, and the number."""
         if self.faults:
             files = f"{len(self.faults)} files: " if len(self.faults) > 1 else ""
-            more = "; ..." if len(self.faults) > SHOWN else ""
             raise DataError(
-                f"cannot read {files}{'; '.join(self.faults[:SHOWN])}{more}",
+                f"cannot read {files}{first_of(self.faults, SHOWN, '; ')}",
                 f"remove it (or all of them), or save it anew as {', '.join(FORMATS)}",
             )
 

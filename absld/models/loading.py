@@ -173,7 +173,10 @@ def choose_architecture(
 
 
 def describe_nearest(raw: Mapping[str, Tensor], fitting: int = 0) -> str:
-    """Describe the known network that shares most names with a file; "" if `fitting` is no less."""
+    """Describe the known network that shares most names with a file.
+
+    Returns "" if it does not share more than `fitting` names.
+    """
     states = {name: read_names(raw, state_shapes(name).keys()).state for name in MODELS}
     shared = {name: len(state_shapes(name).keys() & state.keys()) for name, state in states.items()}
     nearest = max(MODELS, key=lambda name: shared[name])

@@ -302,7 +302,7 @@ def test_a_pipe_among_the_files_of_an_archive_is_refused(dataset, name, tmp_path
 
 
 class Download(io.BytesIO):
-    """What urlopen returns: four bytes."""
+    """A response of urlopen, of four bytes."""
 
     headers, url = {"Content-Length": "4"}, None
 

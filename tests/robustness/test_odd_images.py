@@ -339,7 +339,7 @@ def test_of_an_animation_the_first_picture_counts(root):
     assert "2 of several frames, of which the first is read" in said[0]
 
 
-# --- What is no image, or may run something ---
+# --- Files that are not images, or that may run something ---
 
 
 POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
