@@ -67,6 +67,12 @@ class ImageSet:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
     def to(self, device: torch.device | str) -> "ImageSet":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
@@ -121,7 +127,7 @@ class Splits(NamedTuple):
 
 def describe_images(sets: Mapping[str, ImageSet]) -> list[str]:
     """Describe sets of the same classes in lines: sizes, images of each class, and their notes."""
-    channels, height, width = next(iter(sets.values())).images.shape[1:]
+    channels, height, width = next(iter(sets.values())).image_shape
     classes = next(iter(sets.values())).classes
     kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
     lines = [f"images of {len(classes)} classes, {height}x{width}, {kind}"]

@@ -43,7 +43,7 @@ def check_image_shape(
 
     Raises CheckpointError instead if `refuse`: the size of the images was not chosen.
     """
-    trained, given = ("x".join(map(str, s)) for s in (network.image_shape, data.images.shape[1:]))
+    trained, given = ("x".join(map(str, s)) for s in (network.image_shape, data.image_shape))
     if trained in ("", given):
         return network
     note = f"{name}: trained on images of {trained}; those of the data are {given}"

@@ -307,7 +307,7 @@ def train_network(
         about={
             "architecture": network.architecture,
             "classes": list(classes),
-            "image_shape": list(splits.train.images.shape[1:]),
+            "image_shape": list(splits.train.image_shape),
         },
         on_step=observer.step,
         logit_cache=logit_cache,
