@@ -1,27 +1,28 @@
 """Data sets: published archives, folders of images, scikit-learn's digits."""
 
 import os
-import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from absld.data.archives import provide, refuse_irregular, unpack_tar, unpack_zip
 from absld.data.dataset import ImageSet, Splits
 from absld.data.folders import check_utf8, describe_skipped, list_classes, list_files
 from absld.data.image_files import ImageReader
 from absld.errors import CheckpointError, DataError
+from absld.progress import SILENT, Observer
 from absld.seeding import generator
 from absld.storage.opening import read_bytes
 from absld.text import printable
 
 HINTS = {
     "folder": "needed in {folder}: train/CLASS/* to train, test/CLASS/* to test",
-    "cifar10": "needed in {folder}: cifar-10-python.tar.gz, or a network to fetch it",
-    "cifar100": "needed in {folder}: cifar-100-python.tar.gz, or a network to fetch it",
-    "svhn": "needed in {folder}: train_32x32.mat and test_32x32.mat, or a network to fetch them",
+    "cifar10": "needed in {folder}: cifar-10-python.tar.gz",
+    "cifar100": "needed in {folder}: cifar-100-python.tar.gz",
+    "svhn": "needed in {folder}: train_32x32.mat and test_32x32.mat",
     "tiny-imagenet": "needed in {folder}: tiny-imagenet-200/, as tiny-imagenet-200.zip unpacks",
 }
 UNPACK = "unpack tiny-imagenet-200.zip anew"
@@ -30,7 +31,9 @@ RESIZED = ("folder", "tiny-imagenet")  # their images get the size that is asked
 Part = Literal["train", "test"]
 
 
-def load_data(dataset: str, folder: str, image_size: int = 32) -> Splits:
+def load_data(
+    dataset: str, folder: str, image_size: int = 32, observer: Observer = SILENT
+) -> Splits:
     """Load the training, validation and test set of a data set, on the CPU.
 
     Validation is split off the training images by class, the same for all seeds: 5 % (digits 15 %),
@@ -38,37 +41,42 @@ def load_data(dataset: str, folder: str, image_size: int = 32) -> Splits:
 
     Args:
         dataset: digits, or one of those in HINTS.
-        folder: where its files are; archives of CIFAR and SVHN are downloaded to it if missing.
+        folder: where its files are; missing archives are downloaded to it.
         image_size: side in pixels to which images of folder and tiny-imagenet are resized.
+        observer: of downloads.
 
     Raises:
         DataError: with the file or class at fault.
     """
-    train, test = load_parts(dataset, folder, image_size, ("train", "test"))
+    train, test = load_parts(dataset, folder, image_size, ("train", "test"), observer)
     return Splits(*hold_out(train, share_of(dataset)), test)
 
 
-def load_split(dataset: str, folder: str, image_size: int, name: str) -> ImageSet:
+def load_split(
+    dataset: str, folder: str, image_size: int, name: str, observer: Observer = SILENT
+) -> ImageSet:
     """Load one set of `load_data`; nothing else is read, or needs to be there.
 
     name: train, validation or test. Raises DataError.
     """
     if name == "test":
-        return load_parts(dataset, folder, image_size, ("test",))[0]
-    (images,) = load_parts(dataset, folder, image_size, ("train",))
+        return load_parts(dataset, folder, image_size, ("test",), observer)[0]
+    (images,) = load_parts(dataset, folder, image_size, ("train",), observer)
     train, validation = hold_out(images, share_of(dataset))
     return train if name == "train" else validation
 
 
-def load_parts(dataset: str, folder: str, image_size: int, parts: Sequence[Part]) -> list[ImageSet]:
+def load_parts(
+    dataset: str, folder: str, image_size: int, parts: Sequence[Part], observer: Observer = SILENT
+) -> list[ImageSet]:
     """Load the parts of a data set as they were published. Raises DataError."""
     sources: dict[str, Callable[[], list[ImageSet]]] = {
         "digits": lambda: digits(parts),
         "folder": lambda: from_folder(folder, image_size, parts),
-        "cifar10": lambda: cifar(dataset, folder, parts),
-        "cifar100": lambda: cifar(dataset, folder, parts),
-        "svhn": lambda: svhn(folder, parts),
-        "tiny-imagenet": lambda: tiny_imagenet(folder, image_size, parts),
+        "cifar10": lambda: cifar(dataset, folder, parts, observer),
+        "cifar100": lambda: cifar(dataset, folder, parts, observer),
+        "svhn": lambda: svhn(folder, parts, observer),
+        "tiny-imagenet": lambda: tiny_imagenet(folder, image_size, parts, observer),
     }
     if dataset not in sources:
         raise DataError(f"there is no data set {dataset!r}", f"there are: {', '.join(sources)}")
@@ -144,89 +152,66 @@ def digits(parts: Sequence[Part]) -> list[ImageSet]:
     return [train if part == "train" else test for part in parts]
 
 
-@contextmanager
-def socket_timeout(seconds: float) -> Iterator[None]:
-    """Set the default timeout of sockets, so that a network without an answer is an error."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(timeout)
+def load_whole(load: Callable[[], list[Any]], get: Callable[[], None]) -> list[Any]:
+    """Load by torchvision, which checks the MD5 of files; get them if one is missing or not whole."""
+    with suppress(RuntimeError, OSError):
+        return load()
+    get()
+    return load()
 
 
-def download_missing(
-    load: Callable[[Part, bool], Any], parts: Sequence[Part], folder: str, sums: Mapping[str, str]
-) -> list[Any]:
-    """Load the parts of an archive, which torchvision downloads and unpacks if they are not whole.
+def cifar(dataset: str, folder: str, parts: Sequence[Part], observer: Observer) -> list[ImageSet]:
+    """Load CIFAR-10 or CIFAR-100, unpacked or in its archive, which is downloaded if missing.
 
-    Args:
-        load: takes a part, and whether to download it.
-        parts: of the data set.
-        folder: where its files are, or will be.
-        sums: names in `folder` that torchvision writes, with the MD5 sum of those that it leaves
-            alone if they are whole.
-
-    Raises:
-        DataError: it would write through a link, or wait for a pipe.
+    Its batches are pickles; torchvision reads none whose MD5 is not that of the published file.
     """
-    from torchvision.datasets.utils import check_integrity
-
-    try:
-        return [load(part, False) for part in parts]
-    except (RuntimeError, OSError):  # a file is missing, or not whole
-        for path, md5 in ((Path(folder, name), md5) for name, md5 in sums.items()):
-            other = path.exists() and not (path.is_file() or path.is_dir())
-            if (other or path.is_symlink()) and not (md5 and check_integrity(path, md5)):
-                raise DataError(
-                    f"{path}: a link or not a regular file, where a download would write",
-                    "remove it, or put the file itself there",
-                ) from None
-    with socket_timeout(10):
-        return [load(part, True) for part in parts]
-
-
-def cifar(dataset: str, folder: str, parts: Sequence[Part]) -> list[ImageSet]:
-    """Load CIFAR-10 or CIFAR-100 from its archive in `folder`, downloaded if missing."""
     from torchvision import datasets
 
     source = getattr(datasets, dataset.upper())
-    unpacked = [
-        f"{source.base_folder}/{p.name}" for p in Path(folder, source.base_folder).glob("*")
-    ]
-    found = download_missing(
-        lambda part, download: source(folder, train=part == "train", download=download),
-        parts, folder,
-        {source.filename: source.tgz_md5, source.base_folder: ""} | dict.fromkeys(unpacked, ""),
-    )  # fmt: skip
+    names = [name for name, _ in [*source.train_list, *source.test_list]]
+    names.append(source.meta["filename"])
+
+    unpacked = Path(folder, source.base_folder)
+
+    def get() -> None:
+        refuse_irregular([unpacked, *(unpacked / name for name in names)])
+        provide([dataset], folder, observer, lambda path: unpack_tar(path, unpacked.name, names))
+
+    found = load_whole(lambda: [source(folder, train=part == "train") for part in parts], get)
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in found]
     return [image_set(x, part.targets, part.classes) for x, part in zip(images, found, strict=True)]
 
 
-def svhn(folder: str, parts: Sequence[Part]) -> list[ImageSet]:
+def svhn(folder: str, parts: Sequence[Part], observer: Observer) -> list[ImageSet]:
     """Load Street View House Numbers from train_32x32.mat and test_32x32.mat in `folder`.
 
     They are downloaded if missing. The extra training images are not used.
     """
     from torchvision import datasets
 
-    found = download_missing(
-        lambda part, download: datasets.SVHN(folder, split=part, download=download),
-        parts, folder, {name: md5 for _, name, md5 in datasets.SVHN.split_list.values()},
-    )  # fmt: skip
+    found = load_whole(
+        lambda: [datasets.SVHN(folder, split=part) for part in parts],
+        lambda: provide([f"svhn-{part}" for part in parts], folder, observer),
+    )
     return [image_set(part.data, part.labels, "0123456789") for part in found]
 
 
-def tiny_imagenet(folder: str, image_size: int, parts: Sequence[Part]) -> list[ImageSet]:
+def tiny_imagenet(
+    folder: str, image_size: int, parts: Sequence[Part], observer: Observer
+) -> list[ImageSet]:
     """Load Tiny ImageNet as its archive unpacks, in `folder` or its tiny-imagenet-200.
+
+    Where neither is there, it is unpacked from its archive, which is downloaded if missing.
 
     Its labelled validation images are the test set; its test images have no labels. Classes are in
     the order of their sorted ids, as those of a folder set, not in that of wnids.txt. Names are
     the ids and a word.
     """
-    root = Path(folder)
-    if (root / "tiny-imagenet-200").is_dir():
-        root /= "tiny-imagenet-200"
+    root, top = Path(folder), "tiny-imagenet-200"
+    if not (root / top).is_dir() and not os.path.lexists(root / "wnids.txt"):
+        provide(["tiny-imagenet"], folder, observer, lambda path: unpack_zip(path, top, observer))
+    if (root / top).is_dir():
+        root /= top
     ids = sorted({*lines(root / "wnids.txt")})
     names = dict(row.split("\t", 1) for row in lines(root / "words.txt") if "\t" in row)
     # The first synonym tells a reader enough.

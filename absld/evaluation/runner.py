@@ -243,7 +243,7 @@ def load_target(target: str, config: EvaluationConfig, data: ImageSet) -> Networ
 def load_images(config: EvaluationConfig, observer: Observer) -> ImageSet:
     """Load the images to evaluate on and describe them; in the size of the recipe if none was chosen."""
     size = config.image_size or resolve({"dataset": config.dataset}).image_size
-    data = load_split(str(config.dataset), config.data, size, config.split)
+    data = load_split(str(config.dataset), config.data, size, config.split, observer)
     for line in describe_images({config.split: data}):
         observer.note(line)
     return data

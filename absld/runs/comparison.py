@@ -117,7 +117,7 @@ def compare_methods(
     configs, notes = build_configs(methods, seeds, common_settings)
     labels = label_configs(configs)
     baseline = resolve_baseline(labels, configs, baseline)
-    splits = load_data(configs[0].dataset, configs[0].data, configs[0].image_size)
+    splits = load_data(configs[0].dataset, configs[0].data, configs[0].image_size, observer)
     notes += splits.describe()
     parse_attacks(evaluation.attacks, splits.test.num_classes, 1)  # before hours of training
     members = []
@@ -161,7 +161,7 @@ def compare_runs(
             f"these runs are of {' and '.join(sorted({s[0] for s in sources}))}",
             "needed: runs on the same images",
         )
-    images_of = {source: load_split(*source, evaluation.split) for source in sources}
+    images_of = {source: load_split(*source, evaluation.split, observer) for source in sources}
     members = []
     for number, (label, path, config) in enumerate(zip(labels, paths, configs, strict=True), 1):
         observer.begin_run(label, config.seed, number, len(paths))

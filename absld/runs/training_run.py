@@ -31,7 +31,7 @@ from absld.methods.base import Method
 from absld.methods.registry import build_method
 from absld.metrics import ClassAccuracies, fairness
 from absld.models.loading import Network, load_network, load_state
-from absld.progress import Observer, Role, plain
+from absld.progress import SILENT, Observer, Role, plain
 from absld.runs.logit_caches import cache_folder, describe_cache, load_teacher
 from absld.runs.run_record import (
     RunRecord,
@@ -98,14 +98,17 @@ class Plan(NamedTuple):
 
 
 def plan(
-    config: Config, splits: Splits | None = None, distributed: Distributed = SINGLE_PROCESS
+    config: Config,
+    splits: Splits | None = None,
+    distributed: Distributed = SINGLE_PROCESS,
+    observer: Observer = SILENT,
 ) -> Plan:
     """Load and check all inputs, before hours are spent on a teacher.
 
-    splits: the images, if they are loaded already. Raises AbsldError.
+    splits: the images, if they are loaded already. observer: of downloads. Raises AbsldError.
     """
     device = resolve_device(distributed.device(config.device))
-    splits = splits or load_data(config.dataset, config.data, config.image_size)
+    splits = splits or load_data(config.dataset, config.data, config.image_size, observer)
     if config.select_on == "test":
         splits = splits._replace(validation=splits.test)
     if config.teacher_weights and not config.teacher:
@@ -160,7 +163,7 @@ def train(
     loaded already. distributed: the processes that train together. Raises AbsldError.
     """
     device, techniques, splits, method, student, loaded_teacher, inputs, run = plan(
-        config, splits, distributed
+        config, splits, distributed, observer
     )
     session = describe_session(device, splits, inputs, distributed)
     caches = LogitCacheSettings(cache_folder(config), config.logit_cache_gib)

@@ -24,12 +24,12 @@ def few_digits():
     )
 
 
-def load_few(dataset, folder, image_size):
+def load_few(dataset, folder, image_size, observer=None):
     """The data, but of the digits only a few: what is tested here is not how well they learn."""
     return few_digits() if dataset == "digits" else load_data(dataset, folder, image_size)
 
 
-def load_few_split(dataset, folder, image_size, name):
+def load_few_split(dataset, folder, image_size, name, observer=None):
     """One set of them."""
     return getattr(load_few(dataset, folder, image_size), name)
 

@@ -1,6 +1,7 @@
 """The package's image sets, splits, views and batches, and where images come from."""
 
 import inspect
+import socket
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from helpers.image_files import make_folder, numbered
 from hypothesis import given
 from hypothesis import strategies as st
 
+from absld.data.archives import ARCHIVES
 from absld.data.augmentation import Views, batches, steps_per_epoch
 from absld.data.dataset import (
     ImageSet,
@@ -267,17 +269,21 @@ def test_only_what_is_needed_has_to_be_there(part, tmp_path):
     unfit(root, other.name, "to train, test/CLASS/*")
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn", "tiny-imagenet"])
 def test_no_data_and_no_network(dataset, tmp_path, monkeypatch):
-    """The real loader of torchvision, with a network that is not there."""
+    """The host, its mirrors, and the way out without them."""
 
-    def urlopen(*args, **settings):
-        raise OSError("Name or service not known")
+    def getaddrinfo(*args, **settings):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ABSLD_DATA_MIRROR"):
+        monkeypatch.delenv(name, raising=False)
     start = time.monotonic()
     root = tmp_path / "images here"
-    unfit(root, "Name or service not known", str(root), "tar.gz", dataset=dataset)
+    archive = ARCHIVES["svhn-train" if dataset == "svhn" else dataset]
+    causes = [f"{url}: Name or service not known" for url in archive.urls]
+    unfit(root, archive.md5, *causes, f"put it into {root} by hand", dataset=dataset)
     assert time.monotonic() - start < 5
 
 

@@ -1,14 +1,14 @@
 """Data sets in the formats of their archives, made here: SVHN and Tiny ImageNet; sizes of images."""
 
 import hashlib
-import io
 import os
+import shutil
 import time
 
 import numpy as np
 import pytest
 import torch
-from helpers.image_files import make_cifar, make_folder
+from helpers.image_files import make_cifar, make_folder, publish
 from PIL import Image
 
 from absld.data.sources import load_data, load_split
@@ -39,6 +39,7 @@ def make_svhn(root, monkeypatch, per_class=4):
         path = root / f"{part}_32x32.mat"
         savemat(path, {"X": images, "y": labels[:, None].astype(np.uint8)})
         lists[part] = ["nowhere", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+        publish(f"svhn-{part}", path, monkeypatch)
     monkeypatch.setattr(SVHN, "split_list", lists)
 
 
@@ -54,14 +55,6 @@ def test_svhn_in_the_published_format(tmp_path, monkeypatch):
         # Rows stay rows; a class is the digit, so 10 is 0.
         assert torch.equal(part.images[:, 1, 0, 1].long() % 10, part.labels)
         assert not part.images[:, 1, 1, 0].any()
-
-
-def test_svhn_that_is_not_there(tmp_path, monkeypatch):
-    def urlopen(*args, **settings):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    refused("Name or service", "train_32x32.mat", str(tmp_path), dataset="svhn", root=tmp_path)
 
 
 # --- Tiny ImageNet: train/ID/images/*.JPEG, val/images/*.JPEG with a table of their classes ---
@@ -110,8 +103,18 @@ def test_tiny_imagenet_as_its_archive_unpacks(below, tmp_path):
     assert load_data("tiny-imagenet", str(root), 16).test.images.shape[2:] == (16, 16)
 
 
+def test_tiny_imagenet_is_unpacked_from_an_archive_put_there_by_hand(tmp_path, monkeypatch):
+    make_tiny_imagenet(tmp_path / "made" / "tiny-imagenet-200")
+    whole = load_data("tiny-imagenet", str(tmp_path / "made"))
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "tiny-imagenet-200"
+    shutil.make_archive(path, "zip", tmp_path / "made")
+    publish("tiny-imagenet", path.with_suffix(".zip"), monkeypatch)
+    assert load_data("tiny-imagenet", str(tmp_path / "data")).test.digest() == whole.test.digest()
+    assert (path / "wnids.txt").exists()
+
+
 def test_tiny_imagenet_that_is_not_whole(tmp_path):
-    refused("wnids.txt", "tiny-imagenet-200.zip", dataset="tiny-imagenet", root=tmp_path / "none")
     root = tmp_path / "tiny-imagenet-200"
     make_tiny_imagenet(root)
     table = root / "val" / "val_annotations.txt"
@@ -301,12 +304,6 @@ def test_a_pipe_among_the_files_of_an_archive_is_refused(dataset, name, tmp_path
 # --- Links, through which a download would write ---
 
 
-class Download(io.BytesIO):
-    """A response of urlopen, of four bytes."""
-
-    headers, url = {"Content-Length": "4"}, None
-
-
 @pytest.mark.parametrize(
     ("dataset", "name"),
     [
@@ -315,6 +312,7 @@ class Download(io.BytesIO):
         ("cifar10", "cifar-10-batches-py/data_batch_1"),
         ("svhn", "train_32x32.mat"),
         ("svhn", "test_32x32.mat"),
+        ("tiny-imagenet", "tiny-imagenet-200.zip"),
     ],
 )
 @pytest.mark.parametrize("exists", [True, False])
@@ -325,7 +323,6 @@ def test_no_download_writes_through_a_link(dataset, name, exists, tmp_path, monk
         make_cifar(data, dataset, monkeypatch)  # an archive that is whole, to be unpacked
     if exists:
         victim.write_text("mine")
-    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **settings: Download(b"evil"))
     (data / name).parent.mkdir(exist_ok=True)
     (data / name).symlink_to(victim)
     refused(f"{data / name}: a link", "remove it", dataset=dataset, root=data)
