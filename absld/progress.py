@@ -110,6 +110,9 @@ class Observer:
     def wait(self, text: str) -> None:
         """Handle the beginning of a wait, in a line."""
 
+    def decode(self, part: str, done: int, total: int) -> None:
+        """Handle progress in decoding the images of a part of a data set."""
+
     def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
         """Handle the beginning of a training, or its resuming."""
 

@@ -29,6 +29,7 @@ class View(Observer):
     def __init__(self, output: Output) -> None:
         self.stream, self.stop = output.stream, output.stop
         self.last_line = time.perf_counter()  # of progress
+        self.decoding, self.decoding_since = ("", 0), self.last_line  # part and images done
         console = Console(file=self.stream)
         self.live = (
             Live(console=console, refresh_per_second=8, transient=True)
@@ -73,6 +74,16 @@ class View(Observer):
 
     def wait(self, text: str) -> None:
         self.line(text)
+
+    def decode(self, part: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self.decoding[0] != part or done < self.decoding[1]:
+            self.decoding_since = now
+        self.decoding = part, done
+        left = time_left(now - self.decoding_since, done, total)
+        self.progress(f"reading {part} {done:,}/{total:,}", done, total, left, end=False)
+        if done == total:
+            self.show()
 
     def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
         self.stop.training = True
