@@ -56,7 +56,8 @@ def check(
 
 
 CACHE_SETTINGS = (
-    *("dataset", "data", "image_size", "padding", "flip", "teacher", "teacher_model"),
+    *("dataset", "data", "image_size", "resize", "channels", "in_memory"),
+    *("padding", "flip", "teacher", "teacher_model"),
     *("teacher_weights", "class_order"),
     *("logit_cache_gib", "engine", "precision", "teacher_precision", "channels_last", "cuda_graph"),
     *("batch_size", "device", "out"),
@@ -93,6 +94,6 @@ def cache(**settings: Any) -> None:
 
     with command_output(False, continue_with=SAME_COMMAND) as output, View(output) as view:
         started = time.perf_counter()
-        for done, total in fill_logit_cache(config, view.note):
+        for done, total in fill_logit_cache(config, view):
             left = time_left(time.perf_counter() - started, done, total)
             view.progress(f"{done:,} of {total:,} views", done, total, left, end=done == total)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from absld.config.settings import Channels, InMemory, Resize
+from absld.config.settings import Channels, Config, InMemory, Resize
 from absld.data.dataset import ImageSet, InMemoryImages, check_classes, size_text
 from absld.data.image_files import describe_files, fit_size
 from absld.data.mapped import Header, MappedImages, cache_folder, open_or_write
@@ -37,6 +37,11 @@ class Form:
     size: int | None = 32
     resize: Resize = "squash"
     channels: Channels = 3
+
+    @classmethod
+    def of(cls, config: Config) -> "Form":
+        """Return the form of a run's images."""
+        return cls(config.image_size, config.resize, config.channels)
 
 
 def decode(

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from absld.config.settings import Channels, Resize
-from absld.data.dataset import ImageSet, InMemoryImages, Splits
+from absld.data.dataset import ImageSet, InMemoryImages, Splits, check_classes
 from absld.data.decoding import Form, UnreadableError, decode_all
 from absld.data.folders import check_utf8, describe_skipped, list_classes, list_files
 from absld.data.placement import Placement
@@ -349,6 +349,7 @@ def read_parts(
     parts: Mapping[Part, Files], classes: Sequence[str], form: Form, placement: Placement
 ) -> list[ImageSet]:
     """Read the images of all parts; every class needs one."""
+    check_classes(classes)
     for folder, files, _ in parts.values():
         empty = sorted({*range(len(classes))} - {label for _, label in files})
         if empty:

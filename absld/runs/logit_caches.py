@@ -1,11 +1,13 @@
 """The logit caches of runs: where they are, how large, and filling one ahead of all runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from absld.config.settings import Config
 from absld.data.augmentation import Views
 from absld.data.dataset import ImageSet
+from absld.data.decoding import Form
+from absld.data.placement import Placement
 from absld.data.sources import load_split
 from absld.engine.logit_cache import (
     cache_bytes,
@@ -20,6 +22,7 @@ from absld.errors import UsageError
 from absld.evaluation.class_names import check_class_names, check_image_shape
 from absld.evaluation.validation import check_network
 from absld.models.loading import Network, load_network
+from absld.progress import Observer
 from absld.stepper import freeze_teacher
 from absld.storage.opening import refuse_links
 
@@ -35,7 +38,7 @@ def load_teacher(config: Config, train: ImageSet) -> Network:
     return check_image_shape(teacher, train, config.teacher)
 
 
-def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tuple[int, int]]:
+def fill_logit_cache(config: Config, observer: Observer) -> Iterator[tuple[int, int]]:
     """Cache the logits of the given teacher for every view of the training images.
 
     Yields the number of views done, and of all views. Raises AbsldError.
@@ -45,10 +48,11 @@ def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tu
             "teacher cache needs a teacher", "--teacher FILE, a run or package.module:factory"
         )
     device = resolve_device(config.device)
-    train = load_split(config.dataset, config.data, config.image_size, "train")
+    placement = Placement(config.in_memory, device, observer)
+    train = load_split(config.dataset, config.data, Form.of(config), "train", placement)
     teacher = load_teacher(config, train)
     for text in teacher.notes:
-        note(text)
+        observer.note(text)
     size = cache_size(config, train)
     if size > config.logit_cache_gib * 2**30:
         raise UsageError(
@@ -56,7 +60,7 @@ def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tu
             f"{config.logit_cache_gib:g}",
             "a larger --logit-cache-gib, or no cache: the teacher then evaluates every batch",
         )
-    note(describe_cache(config, train))
+    observer.note(describe_cache(config, train))
     views = Views(train.to(device), config.padding)
     # As in a training, whose cache this is to be.
     techniques = choose_techniques(config, device)
@@ -91,7 +95,7 @@ def describe_cache(config: Config, train: ImageSet) -> str:
     size = cache_size(config, train)
     text = f"teacher's logits of all views: {size / 2**20:,.1f} MiB"
     if size <= config.logit_cache_gib * 2**30:
-        on_cpu = train.labels.device.type == "cpu"
+        on_cpu = train.device.type == "cpu"
         when = "" if on_cpu else "; used once all are there: `absld teacher cache` fills it"
         return f"{text} in {cache_folder(config)}{when}"
     limit = f"--logit-cache-gib {config.logit_cache_gib:g}"
