@@ -29,6 +29,8 @@ from .attack import project_linf as project_linf
 from .config.settings import Config as Config
 from .config.settings import TrainConfig as TrainConfig
 from .data.dataset import ImageSet as ImageSet
+from .data.dataset import InMemoryImages as InMemoryImages
+from .data.decoding import decode as decode
 from .data.sources import load_data as load_data
 from .errors import AbsldError as AbsldError
 from .errors import CheckpointError as CheckpointError

@@ -116,6 +116,9 @@ class Observer:
         total: 0 if it is not known.
         """
 
+    def decode(self, part: str, done: int, total: int) -> None:
+        """Handle progress in decoding the images of a part of a data set."""
+
     def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
         """Handle the beginning of a training, or its resuming."""
 

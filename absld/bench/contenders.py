@@ -13,7 +13,7 @@ import absld_min
 from absld.bench.timing import Timer
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Draw
-from absld.data.dataset import ImageSet
+from absld.data.dataset import InMemoryImages
 from absld.engine.logit_cache import CachedTeacher, LogitCacheSettings, cached_epoch
 from absld.engine.precision import float32_precision, resolve_device, to_memory_format
 from absld.engine.step_metrics import StepMetrics
@@ -50,14 +50,14 @@ class BenchConfig:
         name = self.teacher_model if role == "teacher" else self.student
         return build_model(name, self.classes, "bench", role).to(self.resolved_device)
 
-    def image_set(self) -> ImageSet:
+    def image_set(self) -> InMemoryImages:
         """Draw images of noise, at least a batch; each call returns the same."""
         device, count = self.resolved_device, max(self.images, self.batch_size)
         shape = (count, 3, self.image_size, self.image_size)
         random = generator("bench", device=device)
         images = torch.randint(256, shape, generator=random, device=device, dtype=torch.uint8)
         labels = torch.arange(count, device=device) % self.classes
-        return ImageSet(images, labels, tuple(map(str, range(self.classes))))
+        return InMemoryImages(images, labels, tuple(map(str, range(self.classes))))
 
 
 class Contender(Protocol):
@@ -126,7 +126,7 @@ class FileStep:
         self.timer = Timer(device)
         add_marks(self.timer, self.student, self.teacher)
 
-    def endless_batches(self, data: ImageSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def endless_batches(self, data: InMemoryImages) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for epoch in itertools.count(1):
             yield from absld_min.batches(self.config, data.images, data.labels, epoch)
 

@@ -11,6 +11,7 @@ from absld.config.parsing import parse_all
 from absld.config.settings import Config, EvaluationConfig
 from absld.errors import UsageError
 
+OF_BOTH = ("device", "class_order", "in_memory")  # trainings and evaluations
 EVALUATION_OF_COMPARISON = ("attacks", "examples", "checks", "model")
 MODEL_OF_COMPARISON = (
     "networks of the finished runs that are factories: package.module:factory, separated by commas"
@@ -61,7 +62,7 @@ def compare(
     training_flags = (
         flags | ({"seeds": seeds} if seeds else {}) | ({"recipe": recipe} if recipe else {})
     )
-    if runs and (extra := sorted(training_flags.keys() - {"out", "device", "class_order"})):
+    if runs and (extra := sorted(training_flags.keys() - {"out", *OF_BOTH})):
         raise UsageError(
             f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
         )
@@ -86,5 +87,5 @@ def compare(
 def take_evaluation(flags: dict[str, Any]) -> EvaluationConfig:
     """Return the settings of the evaluations, and remove from `flags` those of them alone."""
     chosen = {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
-    chosen |= {name: flags[name] for name in ("device", "class_order") if name in flags}
+    chosen |= {name: flags[name] for name in OF_BOTH if name in flags}
     return EvaluationConfig(**parse_all(chosen, EvaluationConfig))

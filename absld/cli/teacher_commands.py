@@ -56,7 +56,8 @@ def check(
 
 
 CACHE_SETTINGS = (
-    *("dataset", "data", "image_size", "padding", "flip", "teacher", "teacher_model"),
+    *("dataset", "data", "image_size", "resize", "channels", "in_memory"),
+    *("padding", "flip", "teacher", "teacher_model"),
     *("teacher_weights", "class_order"),
     *("logit_cache_gib", "engine", "precision", "teacher_precision", "channels_last", "cuda_graph"),
     *("batch_size", "device", "out"),

@@ -30,6 +30,7 @@ class View(Observer):
         self.stream, self.stop = output.stream, output.stop
         self.last_line = time.perf_counter()  # of progress
         self.loading, self.load_began = "", 0.0
+        self.decoding, self.decoding_since = ("", 0), self.last_line  # part and images done
         console = Console(file=self.stream)
         self.live = (
             Live(console=console, refresh_per_second=8, transient=True)
@@ -85,6 +86,16 @@ class View(Observer):
         self.progress(title, done, total, left, end=False)
         if done == total:
             self.loading = ""
+            self.show()
+
+    def decode(self, part: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self.decoding[0] != part or done < self.decoding[1]:
+            self.decoding_since = now
+        self.decoding = part, done
+        left = time_left(now - self.decoding_since, done, total)
+        self.progress(f"reading {part} {done:,}/{total:,}", done, total, left, end=False)
+        if done == total:
             self.show()
 
     def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:

@@ -51,7 +51,7 @@ def strip_optional(kind: Any) -> Any:
 def choices_of(kind: Any) -> tuple[str, ...]:
     """Return the words that a setting of this type takes; empty if it is not a Literal."""
     kind = strip_optional(kind)
-    return get_args(kind) if get_origin(kind) is Literal else ()
+    return tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
 
 
 def convert_to(kind: Any, value: Any) -> Any:
@@ -59,9 +59,7 @@ def convert_to(kind: Any, value: Any) -> Any:
     if strip_optional(kind) is not kind:
         return None if value is None else convert_to(strip_optional(kind), value)
     if choices := choices_of(kind):
-        if value not in choices:
-            raise ValueError(value)
-        return value
+        return get_args(kind)[choices.index(str(value))]
     if get_origin(kind) is tuple:
         parts = [part for part in value.split(",") if part] if isinstance(value, str) else value
         return tuple(convert_to(float, part) for part in parts)

@@ -17,7 +17,19 @@ from absld.errors import UsageError
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Dataset = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"]
+Resize = Literal["squash", "crop"]
+Channels = Literal[1, 3]
+InMemory = Literal["auto", "yes", "no"]
 ClassOrder = Literal["by-name", "by-position"]
+RESIZE = (
+    "squash: resize images to squares whatever their aspect ratio; crop: resize the shorter side, "
+    "and take the centre"
+)
+CHANNELS = "channels of an image; 1: grey, 3: RGB (grey images are repeated)"
+IN_MEMORY = (
+    "keep the images in memory, or decode them once into a memory-mapped file; auto: in memory "
+    "if they take at most half of what is available, and a quarter of that of a GPU"
+)
 CLASS_ORDER = (
     "by-name: refuse weights of other class names than the data's; by-position: take the classes "
     "in the order of the data, whatever their names"
@@ -181,6 +193,9 @@ class Config(TrainConfig):
         "resize images to N x N pixels (folder and tiny-imagenet only)",
         low=1.0,
     )
+    resize: Resize = setting("squash", "Data", f"{RESIZE} (folder and tiny-imagenet only)")
+    channels: Channels = setting(3, "Data", CHANNELS)
+    in_memory: InMemory = setting("auto", "Data", IN_MEMORY)
     class_order: ClassOrder = setting("by-name", "Data", CLASS_ORDER)
     select_on: Literal["validation", "test"] = setting(
         "validation",
@@ -288,6 +303,9 @@ class EvaluationConfig(Settings):
         "the data set's]",
         low=1.0,
     )
+    resize: Resize | None = setting(None, "Data", f"{RESIZE} [default: the run's, else squash]")
+    channels: Channels | None = setting(None, "Data", f"{CHANNELS} [default: the run's, else 3]")
+    in_memory: InMemory = setting("auto", "Data", IN_MEMORY)
     class_order: ClassOrder = setting("by-name", "Data", CLASS_ORDER)
     split: Literal["test", "validation", "train"] = setting(
         "test", "Data", "split of the data set to evaluate on"

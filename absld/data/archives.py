@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from absld.data.dataset import size_text
 from absld.data.downloads import (
     Refused,
     download,
     is_whole,
     locked,
-    size_text,
     without_password,
 )
 from absld.errors import DataError
@@ -121,7 +121,7 @@ def fetch(archive: Archive, path: Path, observer: Observer) -> None:
         observer.note(f"{path} is not the published file, and is replaced")
     for source in [*([f"{mirror}/{archive.name}"] if mirror else []), *archive.urls]:
         shown = without_password(source)
-        observer.note(f"downloading {shown}, {size_text(archive.size)}, to {path}")
+        observer.note(f"downloading {shown} ({size_text(archive.size)}) to {path}")
         try:
             download(source, path, archive.size, archive.sha256, observer)
             return
@@ -129,7 +129,7 @@ def fetch(archive: Archive, path: Path, observer: Observer) -> None:
             faults.append(f"{shown}: {error}")
             observer.note(faults[-1])
     raise DataError(
-        f"cannot download {archive.name} ({size_text(archive.size)}, MD5 {archive.md5}): "
+        f"cannot download {archive.name} ({archive.size:,} bytes, MD5 {archive.md5}): "
         f"{'; '.join(faults)}",
         f"put it into {path.parent} by hand, or set {MIRROR} to a URL or folder that has it",
     )

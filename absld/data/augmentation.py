@@ -27,9 +27,13 @@ class Batch(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The random choices of a batch (n,): images, offsets of crops, flips, and the noise."""
+    """The random choices of a batch (n,): images, offsets of crops, flips, and the noise.
+
+    rows: the numbers of the images once more, where the set reads them without a wait.
+    """
 
     images: Int[Tensor, " n"]
+    rows: Int[Tensor, " n"]
     dy: Int[Tensor, " n"]
     dx: Int[Tensor, " n"]
     mirror: Bool[Tensor, " n"]
@@ -47,9 +51,6 @@ class Views:
     def __init__(self, data: ImageSet, padding: int) -> None:
         self.data, self.padding = data, padding
         self.side = 2 * padding + 1  # offsets of a crop in each direction
-        height, width = data.images.shape[2:]
-        padded = F.pad(data.images, [padding] * 4)
-        self.windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # shares the memory
 
     def __call__(
         self,
@@ -59,13 +60,16 @@ class Views:
         mirror: Tensor,
     ) -> Float[Tensor, "n channels height width"]:
         """Crop images at row `dy`, column `dx` (0 to twice the padding); flip where `mirror`."""
-        crop = pixels(self.windows[index, :, dy, dx])
+        _, height, width = self.data.image_shape
+        padded = F.pad(self.data.rows(index), [self.padding] * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # shares the memory
+        crop = pixels(windows[torch.arange(len(dy), device=dy.device), :, dy, dx])
         return torch.where(mirror.view(-1, 1, 1, 1), crop.flip(3), crop)
 
     def batch(self, draw: Draw) -> Batch:
         """Make the batch of a draw."""
-        images, dy, dx, mirror, noise = draw
-        return Batch(self(images, dy, dx, mirror), self.data.labels[images], noise)
+        images, rows, dy, dx, mirror, noise = draw
+        return Batch(self(rows, dy, dx, mirror), self.data.labels[images], noise)
 
     def __len__(self) -> int:
         """Count all views of all images."""
@@ -104,21 +108,23 @@ def draws(
     flip: probability of a horizontal flip. start: distribution of the noise; radius: its standard
     deviation if normal, its half-width if uniform, in pixels.
     """
-    data, device = views.data, views.data.labels.device
-    dtype = data.images.dtype if data.images.is_floating_point() else torch.get_default_dtype()
+    data, device = views.data, views.data.device
+    dtype = data.dtype if data.dtype.is_floating_point else torch.get_default_dtype()
     order = torch.randperm(len(data), generator=generator(*key, device=device), device=device)
+    rows = order.to(data.index_device)  # once an epoch, not once a step
     for step in range(first_step, steps):
         random = generator(*key, step, device=device)
-        index = order[step * batch_size : (step + 1) * batch_size]
+        batch = slice(step * batch_size, (step + 1) * batch_size)
+        index = order[batch]
         n = len(index)
         dy, dx = torch.randint(views.side, (2, n), generator=random, device=device)
         mirror = torch.rand(n, generator=random, device=device) < flip
         source = torch.randn if start == "normal" else torch.rand
-        shape = n, *data.images.shape[1:]
+        shape = n, *data.image_shape
         noise = source(shape, generator=random, device=device, dtype=dtype)
         if start == "uniform":
             noise = 2 * noise - 1
-        yield Draw(index, dy, dx, mirror, radius * noise)
+        yield Draw(index, rows[batch], dy, dx, mirror, radius * noise)
 
 
 def batches(views: Views, *key: int | str, **settings: Any) -> Iterator[Batch]:

@@ -1,12 +1,13 @@
-"""Image sets as tensors, their splits, and stratified subsets.
+"""Image sets, their splits, and stratified subsets.
 
-A set lies whole on the device as uint8: no worker processes, no global random state.
+`ImageSet` is what trainings and evaluations take. `InMemoryImages` holds its images as a tensor;
+`absld.data.mapped` reads them from a file.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -21,8 +22,91 @@ from absld.text import first_of, printable
 SHOWN = 20  # classes in a line
 
 
+@runtime_checkable
+class ImageSet(Protocol):
+    """Images with labels (N,) int64 in 0..C-1, and the names of the C classes.
+
+    Images are uint8, or floating in [0,1]. notes: what reading them changed or left out, in lines.
+    device: where labels and images are given. index_device: where `rows` takes an index without a
+    wait for the device.
+    """
+
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def index_device(self) -> torch.device: ...
+    @property
+    def storage(self) -> str:
+        """Where the images are, in words."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """Return the images of these numbers (n,channels,H,W), on `device`."""
+        ...
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return all images with their labels, `size` at a time, in order."""
+        ...
+
+    def subset(self, index: Int[Tensor, " m"]) -> "ImageSet":
+        """Return the images of these numbers, in this order."""
+        ...
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """Return the set with its labels, and from now on its images, on a device."""
+        ...
+
+    def class_counts(self) -> list[int]:
+        """Count the images of each class."""
+        ...
+
+    def digest(self) -> str:
+        """Compute the SHA-256 of type, shape and bytes of images and labels, and of class names."""
+        ...
+
+
+class Labelled:
+    """The part of an image set that its labels and classes decide."""
+
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    def class_counts(self) -> list[int]:
+        """Count the images of each class."""
+        counts: list[int] = self.labels.bincount(minlength=self.num_classes).tolist()
+        return counts
+
+
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class InMemoryImages(Labelled):
     """Images (N,channels,H,W), uint8 or floating in [0,1]; labels (N,) int64; names of the classes.
 
     Floating images become torch's default dtype, float32, as networks have; their gradient is not
@@ -43,14 +127,7 @@ class ImageSet:
                 raise DataError(f"{name} must be a dense tensor, not {describe_kind(value)}")
         if self.images.ndim != 4 or not self.images.numel():
             raise DataError(f"images must be (N,channels,H,W), not {tuple(self.images.shape)}")
-        if self.labels.dtype != torch.long or self.labels.shape != self.images.shape[:1]:
-            raise DataError(
-                f"labels must be int64 of shape ({len(self.images)},), "
-                f"not {self.labels.dtype} of shape {tuple(self.labels.shape)}"
-            )
-        low, high = (int(end) for end in self.labels.aminmax())
-        if low < 0 or high >= len(self.classes):
-            raise DataError(f"labels must be in 0..{len(self.classes) - 1}, not {low}..{high}")
+        check_labels(self.labels, len(self.images), len(self.classes))
         if self.images.dtype != torch.uint8:
             if not self.images.is_floating_point():
                 raise DataError(f"images must be uint8 or floating, not {self.images.dtype}")
@@ -60,39 +137,85 @@ class ImageSet:
             if not (ends.min >= 0 and ends.max <= 1):  # NaN is neither
                 raise DataError(f"pixels must be in [0,1], not {ends.min:g}..{ends.max:g}")
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
-    def to(self, device: torch.device | str) -> "ImageSet":
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.images.dtype
+
+    @property
+    def index_device(self) -> torch.device:
+        """The device of the images: an index elsewhere is copied to it."""
+        return self.images.device
+
+    @property
+    def storage(self) -> str:
+        """Where the images are, in words."""
+        return "in memory"
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """Return the images of these numbers (n,channels,H,W), on their device."""
+        return self.images[index if isinstance(index, slice) else index.to(self.images.device)]
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return all images with their labels, `size` at a time, in order."""
+        return zip(torch.split(self.images, size), torch.split(self.labels, size), strict=True)
+
+    def to(self, device: torch.device | str) -> "InMemoryImages":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def subset(self, index: Int[Tensor, " m"]) -> "ImageSet":
+    def subset(self, index: Int[Tensor, " m"]) -> "InMemoryImages":
         """Return the images of these numbers, in this order."""
         index = index.to(self.labels.device)
         return replace(self, images=self.images[index], labels=self.labels[index])
 
-    def class_counts(self) -> list[int]:
-        """Count the images of each class."""
-        counts: list[int] = self.labels.bincount(minlength=self.num_classes).tolist()
-        return counts
-
     def digest(self) -> str:
         """Compute the SHA-256 of type, shape and bytes of images and labels, and of class names."""
-        sha = hashlib.sha256(repr(self.classes).encode())
-        for tensor in (self.images, self.labels):
-            sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            sha.update(raw_bytes(tensor))
-        return sha.hexdigest()
+        return digest_images(
+            self.classes,
+            self.images.dtype,
+            self.images.shape,
+            [raw_bytes(self.images)],
+            self.labels,
+        )
+
+
+def digest_images(
+    classes: tuple[str, ...],
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    images: Iterable[bytes | memoryview],
+    labels: Tensor,
+) -> str:
+    """Compute the SHA-256 of an image set; images: their bytes, in any parts."""
+    sha = hashlib.sha256(repr(classes).encode())
+    sha.update(f"{dtype}{tuple(shape)}".encode())
+    for part in images:
+        sha.update(part)
+    sha.update(f"{labels.dtype}{tuple(labels.shape)}".encode())
+    sha.update(raw_bytes(labels))
+    return sha.hexdigest()
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes as text, in MiB or GiB."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def check_labels(labels: Tensor, count: int, num_classes: int) -> None:
+    """Raise DataError unless labels are int64 of shape (count,) in 0..num_classes-1."""
+    if labels.dtype != torch.long or labels.shape != (count,):
+        raise DataError(
+            f"labels must be int64 of shape ({count},), "
+            f"not {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    low, high = (int(end) for end in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise DataError(f"labels must be in 0..{num_classes - 1}, not {low}..{high}")
 
 
 def check_classes(classes: Sequence[str]) -> None:
@@ -130,7 +253,13 @@ def describe_images(sets: Mapping[str, ImageSet]) -> list[str]:
     channels, height, width = next(iter(sets.values())).image_shape
     classes = next(iter(sets.values())).classes
     kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
-    lines = [f"images of {len(classes)} classes, {height}x{width}, {kind}"]
+    size = sum(
+        len(data) * channels * height * width * data.dtype.itemsize for data in sets.values()
+    )
+    where = " and ".join(dict.fromkeys(data.storage for data in sets.values()))
+    lines = [
+        f"images of {len(classes)} classes, {height}x{width}, {kind}; {size_text(size)} {where}"
+    ]
     lines += [f"{name}: {len(data)} images; {describe_counts(data)}" for name, data in sets.items()]
     for name, data in sets.items():
         absent = [printable(classes[k]) for k, count in enumerate(data.class_counts()) if not count]

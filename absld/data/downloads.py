@@ -148,8 +148,3 @@ def without_password(source: str) -> str:
     """Return a URL without the name and password that it may have."""
     host = urlsplit(source).netloc
     return source.replace(host, host.rpartition("@")[2], 1) if "@" in host else source
-
-
-def size_text(size: int) -> str:
-    """Return a size in bytes and in MiB."""
-    return f"{size:,} bytes, {size / 2**20:.1f} MiB"

@@ -1,19 +1,22 @@
 """Data sets: published archives, folders of images, scikit-learn's digits."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from absld.data.archives import provide, refuse_irregular, unpack_tar, unpack_zip
-from absld.data.dataset import ImageSet, Splits
+from absld.config.settings import Channels, Resize
+from absld.data.archives import provide, unpack_zip
+from absld.data.dataset import ImageSet, Splits, check_classes
+from absld.data.decoding import Form, UnreadableError, decode_all
 from absld.data.folders import check_utf8, describe_skipped, list_classes, list_files
-from absld.data.image_files import ImageReader
+from absld.data.placement import Placement
+from absld.data.published import cifar, image_set, svhn
+from absld.data.readers import FileReader
 from absld.errors import CheckpointError, DataError
-from absld.progress import SILENT, Observer
 from absld.seeding import generator
 from absld.storage.opening import read_bytes
 from absld.text import printable
@@ -27,14 +30,21 @@ HINTS = {
 }
 UNPACK = "unpack tiny-imagenet-200.zip anew"
 RESIZED = ("folder", "tiny-imagenet")  # their images get the size that is asked for
+GREY = ("digits", *RESIZED)  # their images may be of one channel
+ON_CPU = Placement()
 
 Part = Literal["train", "test"]
 
 
 def load_data(
-    dataset: str, folder: str, image_size: int = 32, observer: Observer = SILENT
+    dataset: str,
+    folder: str,
+    image_size: int = 32,
+    resize: Resize = "squash",
+    channels: Channels = 3,
+    placement: Placement = ON_CPU,
 ) -> Splits:
-    """Load the training, validation and test set of a data set, on the CPU.
+    """Load the training, validation and test set of a data set, for batches on the CPU.
 
     Validation is split off the training images by class, the same for all seeds: 5 % (digits 15 %),
     at least one image of a class that has two or more, and none of a class of one.
@@ -43,46 +53,54 @@ def load_data(
         dataset: digits, or one of those in HINTS.
         folder: where its files are; missing archives are downloaded to it.
         image_size: side in pixels to which images of folder and tiny-imagenet are resized.
-        observer: of downloads.
+        resize: how they become square: squashed, or their centre.
+        channels: 1 makes images of folder, tiny-imagenet and digits grey.
+        placement: whether images are kept in memory or in a file, and who is told.
 
     Raises:
         DataError: with the file or class at fault.
     """
-    train, test = load_parts(dataset, folder, image_size, ("train", "test"), observer)
-    return Splits(*hold_out(train, share_of(dataset)), test)
+    form = Form(image_size, resize, channels)
+    train, test = load_parts(dataset, folder, form, ("train", "test"), placement)
+    splits = *hold_out(train, share_of(dataset)), test
+    return Splits(*map(placement.place, splits))
 
 
 def load_split(
-    dataset: str, folder: str, image_size: int, name: str, observer: Observer = SILENT
+    dataset: str, folder: str, form: Form, name: str, placement: Placement = ON_CPU
 ) -> ImageSet:
     """Load one set of `load_data`; nothing else is read, or needs to be there.
 
     name: train, validation or test. Raises DataError.
     """
     if name == "test":
-        return load_parts(dataset, folder, image_size, ("test",), observer)[0]
-    (images,) = load_parts(dataset, folder, image_size, ("train",), observer)
+        return placement.place(load_parts(dataset, folder, form, ("test",), placement)[0])
+    (images,) = load_parts(dataset, folder, form, ("train",), placement)
     train, validation = hold_out(images, share_of(dataset))
-    return train if name == "train" else validation
+    return placement.place(train if name == "train" else validation)
 
 
 def load_parts(
-    dataset: str, folder: str, image_size: int, parts: Sequence[Part], observer: Observer = SILENT
+    dataset: str, folder: str, form: Form, parts: Sequence[Part], placement: Placement
 ) -> list[ImageSet]:
     """Load the parts of a data set as they were published. Raises DataError."""
-    sources: dict[str, Callable[[], list[ImageSet]]] = {
-        "digits": lambda: digits(parts),
-        "folder": lambda: from_folder(folder, image_size, parts),
-        "cifar10": lambda: cifar(dataset, folder, parts, observer),
-        "cifar100": lambda: cifar(dataset, folder, parts, observer),
-        "svhn": lambda: svhn(folder, parts, observer),
-        "tiny-imagenet": lambda: tiny_imagenet(folder, image_size, parts, observer),
+    sources: dict[str, Callable[[], Sequence[ImageSet]]] = {
+        "digits": lambda: digits(parts, form.channels),
+        "folder": lambda: from_folder(folder, form, parts, placement),
+        "cifar10": lambda: cifar(dataset, folder, parts, placement.observer),
+        "cifar100": lambda: cifar(dataset, folder, parts, placement.observer),
+        "svhn": lambda: svhn(folder, parts, placement.observer),
+        "tiny-imagenet": lambda: tiny_imagenet(folder, form, parts, placement),
     }
     if dataset not in sources:
         raise DataError(f"there is no data set {dataset!r}", f"there are: {', '.join(sources)}")
+    if form.channels == 1 and dataset not in GREY:
+        raise DataError(
+            f"{dataset} has images of 3 channels", f"--channels 1 is for {', '.join(GREY)}"
+        )
     check_utf8(folder)
     try:
-        return sources[dataset]()
+        return [*sources[dataset]()]
     except (OSError, RuntimeError, ValueError, ImportError, EOFError) as error:
         hint = getattr(error, "hint", "") or HINTS[dataset].format(folder=folder)
         raise DataError(printable(str(error)), printable(hint)) from error
@@ -134,70 +152,21 @@ class Files(NamedTuple):
     skipped: list[str]
 
 
-def image_set(images: Any, labels: Any, classes: Iterable[str]) -> ImageSet:
-    """Make a set of arrays or lists."""
-    return ImageSet(torch.as_tensor(images), torch.as_tensor(labels).long(), tuple(classes))
-
-
 # --- Published archives ---
 
 
-def digits(parts: Sequence[Part]) -> list[ImageSet]:
-    """Load scikit-learn's 1,797 digits of 8x8 pixels, grey as RGB; a third is the test set."""
+def digits(parts: Sequence[Part], channels: int = 3) -> list[ImageSet]:
+    """Load scikit-learn's 1,797 digits of 8x8 pixels, grey or as RGB; a third is the test set."""
     from sklearn.datasets import load_digits
 
     grey, labels = map(torch.from_numpy, load_digits(return_X_y=True))
-    images = (grey * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
-    train, test = split(image_set(images, labels, "0123456789"), 599)
+    images = (grey * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    train, test = split(image_set(images.repeat(1, channels, 1, 1), labels, "0123456789"), 599)
     return [train if part == "train" else test for part in parts]
 
 
-def load_whole(load: Callable[[], list[Any]], get: Callable[[], None]) -> list[Any]:
-    """Load by torchvision, which checks the MD5 of files; get them if one is missing or not whole."""
-    with suppress(RuntimeError, OSError):
-        return load()
-    get()
-    return load()
-
-
-def cifar(dataset: str, folder: str, parts: Sequence[Part], observer: Observer) -> list[ImageSet]:
-    """Load CIFAR-10 or CIFAR-100, unpacked or in its archive, which is downloaded if missing.
-
-    Its batches are pickles; torchvision reads none whose MD5 is not that of the published file.
-    """
-    from torchvision import datasets
-
-    source = getattr(datasets, dataset.upper())
-    names = [name for name, _ in [*source.train_list, *source.test_list]]
-    names.append(source.meta["filename"])
-
-    unpacked = Path(folder, source.base_folder)
-
-    def get() -> None:
-        refuse_irregular([unpacked, *(unpacked / name for name in names)])
-        provide([dataset], folder, observer, lambda path: unpack_tar(path, unpacked.name, names))
-
-    found = load_whole(lambda: [source(folder, train=part == "train") for part in parts], get)
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in found]
-    return [image_set(x, part.targets, part.classes) for x, part in zip(images, found, strict=True)]
-
-
-def svhn(folder: str, parts: Sequence[Part], observer: Observer) -> list[ImageSet]:
-    """Load Street View House Numbers from train_32x32.mat and test_32x32.mat in `folder`.
-
-    They are downloaded if missing. The extra training images are not used.
-    """
-    from torchvision import datasets
-
-    found = load_whole(
-        lambda: [datasets.SVHN(folder, split=part) for part in parts],
-        lambda: provide([f"svhn-{part}" for part in parts], folder, observer),
-    )
-    return [image_set(part.data, part.labels, "0123456789") for part in found]
-
-
 def tiny_imagenet(
-    folder: str, image_size: int, parts: Sequence[Part], observer: Observer
+    folder: str, form: Form, parts: Sequence[Part], placement: Placement
 ) -> list[ImageSet]:
     """Load Tiny ImageNet as its archive unpacks, in `folder` or its tiny-imagenet-200.
 
@@ -209,6 +178,7 @@ def tiny_imagenet(
     """
     root, top = Path(folder), "tiny-imagenet-200"
     if not (root / top).is_dir() and not os.path.lexists(root / "wnids.txt"):
+        observer = placement.observer
         provide(["tiny-imagenet"], folder, observer, lambda path: unpack_zip(path, top, observer))
     if (root / top).is_dir():
         root /= top
@@ -224,7 +194,7 @@ def tiny_imagenet(
         found["train"] = tiny_training_files(root / "train", label_of, seen)
     if "test" in parts:
         found["test"] = tiny_validation_files(root / "val", label_of, seen)
-    return read_parts(found, classes, image_size)
+    return read_parts(found, classes, form, placement)
 
 
 def tiny_training_files(folder: Path, label_of: Mapping[str, int], seen: set[str]) -> Files:
@@ -277,7 +247,9 @@ def lines(path: Path) -> list[str]:
 # --- Folders of images ---
 
 
-def from_folder(folder: str, image_size: int, parts: Sequence[Part]) -> list[ImageSet]:
+def from_folder(
+    folder: str, form: Form, parts: Sequence[Part], placement: Placement
+) -> list[ImageSet]:
     """Load images in `folder`/{train,test}/CLASS/ and folders below, resized."""
     skipped: dict[Part, list[str]] = {part: [] for part in parts}
     classes = {part: list_classes(os.path.join(folder, part), skipped[part]) for part in parts}
@@ -297,29 +269,29 @@ def from_folder(folder: str, image_size: int, parts: Sequence[Part]) -> list[Ima
             for path in list_files(os.path.join(root, name), skipped[part], seen)
         ]
         found[part] = Files(root, files, skipped[part])
-    return read_parts(found, names, image_size)
+    return read_parts(found, names, form, placement)
 
 
 def read_parts(
-    parts: Mapping[Part, Files], classes: Sequence[str], image_size: int
+    parts: Mapping[Part, Files], classes: Sequence[str], form: Form, placement: Placement
 ) -> list[ImageSet]:
     """Read the images of all parts; every class needs one."""
+    check_classes(classes)
     for folder, files, _ in parts.values():
         empty = sorted({*range(len(classes))} - {label for _, label in files})
         if empty:
             raise DataError(f"{folder}: no images of {classes[empty[0]]}", "remove it, or add some")
-    reader = ImageReader(image_size)
-    sets = []
+    sets: list[ImageSet] = []
+    faults: list[str] = []
     for part, (folder, files, skipped) in parts.items():
-        images, notes = reader.read(part, [path for path, _ in files])
-        labels = torch.tensor([label for _, label in files])
-        notes += describe_skipped(part, folder, skipped)
-        sets.append(ImageSet(images, labels, tuple(classes), notes))
-    reader.check()
-    for part, data in zip(parts, sets, strict=True):
-        if torch.equal(data.images.amin((0, 2, 3)), data.images.amax((0, 2, 3))):
-            raise DataError(
-                f"{parts[part].folder}: all {len(data)} images are one constant colour",
-                "check how they were saved: their pixels are lost",
-            )
+        try:
+            reader = FileReader(folder, files, form.channels)
+            data = decode_all(reader, classes, form, part, placement)
+        except UnreadableError as error:
+            faults += error.faults  # those of all parts are told together
+        else:
+            notes = *data.notes, *describe_skipped(part, folder, skipped)
+            sets.append(replace(data, notes=notes))
+    if faults:
+        raise UnreadableError(faults, FileReader.noun, FileReader.hint)
     return sets

@@ -229,7 +229,7 @@ def open_logit_cache(
     teacher: as it is called, in `precision`; flip: probability of a mirror image; batch_size: of
     this process, which decides rounding on an accelerator.
     """
-    device = views.data.labels.device
+    device = views.data.device
     rows = cache_rows(len(views.data), views.padding, flip)
     on_cpu = device.type == "cpu"
     # The same weights in other code, or with other rounding, are another teacher.
@@ -279,7 +279,7 @@ class LogitCacheSettings(NamedTuple):
         cache = open_logit_cache(
             self.folder, teacher, views, flip=flip, precision=precision, batch_size=batch_size
         )
-        return cached_teacher(teacher, cache, views.data.labels.device)
+        return cached_teacher(teacher, cache, views.data.device)
 
 
 def fill(teacher: CachedTeacher, views: Views, batch_size: int) -> Iterator[tuple[int, int]]:
@@ -293,7 +293,7 @@ def fill(teacher: CachedTeacher, views: Views, batch_size: int) -> Iterator[tupl
         # The last batch is a whole one, too: it goes on with views that are cached already.
         index = torch.arange(start, start + size) % total
         if not teacher.cache.read(index)[1].all():
-            numbers = index.to(views.data.labels.device)
+            numbers = index.to(views.data.device)
             teacher(views.of_numbers(numbers), numbers)
         if isinstance(teacher, DeviceCachedTeacher):
             teacher.store_evaluated()

@@ -291,14 +291,14 @@ def run_attacks(
     on_batch: OnBatch,
 ) -> None:
     """Fill in the predictions that are pending, row by row, batch by batch."""
-    memory_format = fastest_memory_format(model, pixels(data.images[:2]))
+    memory_format = fastest_memory_format(model, pixels(data.rows(slice(2))))
     networks = surrogates(model, probe_images(data)) if attacks else []
     for row, attack in enumerate([None, *attacks]):
         pending = pending_images(evaluation, row)
         for start in range(0, len(pending), batch_size):
             chosen = pending[start : start + batch_size]
             index = evaluation.index[chosen]
-            images = pixels(data.images[index.to(data.images.device)])
+            images = pixels(data.rows(index))
             batch = AttackBatch(
                 x_nat=images.contiguous(memory_format=memory_format),
                 labels=evaluation.labels[chosen].to(images.device),
@@ -317,7 +317,7 @@ def run_attacks(
 def probe_images(data: ImageSet) -> Tensor:
     """Return images by which to judge a network, of all classes."""
     chosen = stratified(data.labels, data.num_classes, PROBED, "probe")
-    return pixels(data.images[chosen.to(data.images.device)])
+    return pixels(data.rows(chosen))
 
 
 def pending_images(evaluation: Evaluation, row: int) -> Int[Tensor, " m"]:

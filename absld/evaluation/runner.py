@@ -20,6 +20,8 @@ from absld.config.imports import names_code
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
 from absld.data.dataset import ImageSet, describe_images, pixels
+from absld.data.decoding import Form
+from absld.data.placement import Placement
 from absld.data.sources import RESIZED, load_split
 from absld.engine.precision import (
     emulation_warnings,
@@ -208,16 +210,19 @@ def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
             f"no data set given, and {target} is not a run directory",
             "--dataset NAME, and --data DIR",
         )
-    size = config.image_size
+    size, resize, channels = config.image_size, config.resize, config.channels
     if defaults is None or config.dataset not in (None, defaults.dataset):
         defaults = resolve({"dataset": config.dataset})
     else:
         size = size or defaults.image_size
+        resize, channels = resize or defaults.resize, channels or defaults.channels
     return replace(
         config,
         dataset=defaults.dataset,
         data=config.data or defaults.data,
         image_size=size,
+        resize=resize,
+        channels=channels,
         epsilon=defaults.epsilon if config.epsilon is None else config.epsilon,
     )
 
@@ -243,7 +248,9 @@ def load_target(target: str, config: EvaluationConfig, data: ImageSet) -> Networ
 def load_images(config: EvaluationConfig, observer: Observer) -> ImageSet:
     """Load the images to evaluate on and describe them; in the size of the recipe if none was chosen."""
     size = config.image_size or resolve({"dataset": config.dataset}).image_size
-    data = load_split(str(config.dataset), config.data, size, config.split, observer)
+    form = Form(size, config.resize or "squash", config.channels or 3)
+    placement = Placement(config.in_memory, resolve_device(config.device), observer)
+    data = load_split(str(config.dataset), config.data, form, config.split, placement)
     for line in describe_images({config.split: data}):
         observer.note(line)
     return data
@@ -271,7 +278,7 @@ def sample_outputs(target: str, network: Network, data: ImageSet) -> list[list[f
     if network.architecture in MODELS:
         return None
     with blame_target(target), frozen_eval(network.model), torch.no_grad():
-        logits = network.model(pixels(data.images[:2]).clone())
+        logits = network.model(pixels(data.rows(slice(2))).clone())
     return [[round(value, 2) for value in row] for row in logits.tolist()]
 
 

@@ -57,7 +57,7 @@ def run_checks(
 
 def check_outputs(model: nn.Module, sample: ImageSet) -> Iterator[Check]:
     """Check that outputs are logits, are repeatable, and do not depend on the batch."""
-    x = pixels(sample.images)
+    x = pixels(sample.rows(slice(None)))
     buffers = [buffer.clone() for buffer in model.buffers()]
     logits = model(x)
     bounds = output_bounds(model, x)
@@ -94,7 +94,7 @@ def accuracy_by_scale(model: nn.Module, sample: ImageSet) -> dict[str, float]:
 
     It is 0 on a scale that the network refuses.
     """
-    x = pixels(sample.images)
+    x = pixels(sample.rows(slice(None)))
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
     scales = {
         "normalised by mean and deviation": (x - mean) / std.clamp_min(1e-6),
@@ -161,7 +161,7 @@ def check_teacher_scale(
 
 def check_gradients(model: nn.Module, sample: ImageSet) -> Check:
     """Check that the input gradient of every image is finite and not zero, nor blocked by a clamp."""
-    x = pixels(sample.images).clone().requires_grad_()
+    x = pixels(sample.rows(slice(None))).clone().requires_grad_()
     with torch.enable_grad():
         loss = F.cross_entropy(differentiable(model)(x), sample.labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, x)

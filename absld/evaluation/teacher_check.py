@@ -87,7 +87,7 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
 def compute_logits(model: nn.Module, data: ImageSet, batch_size: int) -> Tensor:
     """Compute logits (N,C) of clean images, on the CPU."""
     with frozen_eval(model), torch.no_grad():
-        parts = [model(pixels(part)).cpu() for part in torch.split(data.images, batch_size)]
+        parts = [model(pixels(images)).cpu() for images, _ in data.batches(batch_size)]
     return torch.cat(parts)
 
 

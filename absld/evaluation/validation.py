@@ -48,16 +48,15 @@ def validate(
         check_range(name, value, least, math.inf)
     check_network(model, data, "the network")
     attack = partial(pgd, epsilon=epsilon, step_size=0.003 * epsilon / (8 / 255), steps=steps)
-    device = data.labels.device
+    device = data.device
     random = generator("evaluate", device=device)
     # Of each class: hits clean, hits under attack, images. Nothing is read before the last batch:
     # no batch waits for the device.
     counts = torch.zeros(3, data.num_classes, dtype=torch.long, device=device)
     not_finite = torch.zeros((), dtype=torch.long, device=device)
     total = -(-len(data) // batch_size)
-    split = (torch.split(tensor, batch_size) for tensor in (data.images, data.labels))
     with frozen_eval(model), torch.no_grad():
-        for done, (images, labels) in enumerate(zip(*split, strict=True), 1):
+        for done, (images, labels) in enumerate(data.batches(batch_size), 1):
             x_nat, labels = pixels(images), labels.clone()  # which may be inference tensors
             # Drawn for all batches, so that the noise does not depend on the process.
             noise = torch.empty_like(x_nat).uniform_(-epsilon, epsilon, generator=random)
@@ -100,7 +99,7 @@ def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
     It must leave its input alone, and autograd must be able to use its weights.
     """
     check_state(model, name)
-    x, before = (pixels(data.images[:2]) for _ in range(2))
+    x, before = (pixels(data.rows(slice(2))) for _ in range(2))
     needed = (len(x), data.num_classes)
     weights = [*model.parameters(), *model.buffers()]
     if any(tensor.is_inference() for tensor in weights):

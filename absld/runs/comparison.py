@@ -15,7 +15,10 @@ from absld.config.recipes import METHOD_RECIPES
 from absld.config.resolve import SETTING_GROUPS, resolve
 from absld.config.settings import Config, EvaluationConfig
 from absld.data.dataset import ImageSet
-from absld.data.sources import load_data, load_split
+from absld.data.decoding import Form
+from absld.data.placement import Placement
+from absld.data.sources import load_split
+from absld.engine.precision import resolve_device
 from absld.errors import AbsldError, CheckpointError, Interrupted, UsageError
 from absld.evaluation.attacks import parse_attacks
 from absld.evaluation.runner import (
@@ -117,13 +120,14 @@ def compare_methods(
     configs, notes = build_configs(methods, seeds, common_settings)
     labels = label_configs(configs)
     baseline = resolve_baseline(labels, configs, baseline)
-    splits = load_data(configs[0].dataset, configs[0].data, configs[0].image_size, observer)
+    device = resolve_device(configs[0].device)
+    splits = training_run.load_splits(configs[0], device, observer)
     notes += splits.describe()
     parse_attacks(evaluation.attacks, splits.test.num_classes, 1)  # before hours of training
     members = []
     for number, (label, config) in enumerate(zip(labels, configs, strict=True), 1):
         observer.begin_run(label, config.seed, number, len(configs))
-        run = training_run.plan(config, splits).run
+        run = training_run.plan(config, observer, splits).run
         reused = run.exists() and run.status() == "finished"
         if not reused:
             try:
@@ -155,17 +159,18 @@ def compare_runs(
         configs.append(read_run_config(run.path / "config.toml"))
     labels = label_configs(configs)
     baseline = resolve_baseline(labels, configs, baseline)
-    sources = {(c.dataset, c.data, c.image_size) for c in configs}
+    sources = {(c.dataset, c.data, Form.of(c)) for c in configs}
     if len({dataset for dataset, _, _ in sources}) > 1:
         raise UsageError(
             f"these runs are of {' and '.join(sorted({s[0] for s in sources}))}",
             "needed: runs on the same images",
         )
-    images_of = {source: load_split(*source, evaluation.split, observer) for source in sources}
+    placement = Placement(evaluation.in_memory, resolve_device(evaluation.device), observer)
+    images_of = {source: load_split(*source, evaluation.split, placement) for source in sources}
     members = []
     for number, (label, path, config) in enumerate(zip(labels, paths, configs, strict=True), 1):
         observer.begin_run(label, config.seed, number, len(paths))
-        images = images_of[config.dataset, config.data, config.image_size]
+        images = images_of[config.dataset, config.data, Form.of(config)]
         members.append(evaluate_run(label, Path(path), config, evaluation, images, observer))
         observer.end_run(members[-1].figures(), members[-1].seconds, True)
     return summarise(members, evaluation, baseline, Path(out or Path(paths[0]).parent))

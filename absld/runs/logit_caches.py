@@ -6,6 +6,8 @@ from pathlib import Path
 from absld.config.settings import Config
 from absld.data.augmentation import Views
 from absld.data.dataset import ImageSet
+from absld.data.decoding import Form
+from absld.data.placement import Placement
 from absld.data.sources import load_split
 from absld.engine.logit_cache import (
     cache_bytes,
@@ -46,7 +48,8 @@ def fill_logit_cache(config: Config, observer: Observer) -> Iterator[tuple[int, 
             "teacher cache needs a teacher", "--teacher FILE, a run or package.module:factory"
         )
     device = resolve_device(config.device)
-    train = load_split(config.dataset, config.data, config.image_size, "train", observer)
+    placement = Placement(config.in_memory, device, observer)
+    train = load_split(config.dataset, config.data, Form.of(config), "train", placement)
     teacher = load_teacher(config, train)
     for text in teacher.notes:
         observer.note(text)
@@ -92,7 +95,7 @@ def describe_cache(config: Config, train: ImageSet) -> str:
     size = cache_size(config, train)
     text = f"teacher's logits of all views: {size / 2**20:,.1f} MiB"
     if size <= config.logit_cache_gib * 2**30:
-        on_cpu = train.labels.device.type == "cpu"
+        on_cpu = train.device.type == "cpu"
         when = "" if on_cpu else "; used once all are there: `absld teacher cache` fills it"
         return f"{text} in {cache_folder(config)}{when}"
     limit = f"--logit-cache-gib {config.logit_cache_gib:g}"

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from absld.storage.training_checkpoint import compare_settings
 
 # Settings that say where things are, not what is computed; a given teacher counts by its weights.
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
+PLACES |= {"in_memory"}
 PLACES |= {"class_order", "student_weights", "teacher_weights"}
+# Settings that count where they are not the default: runs that had none of them keep their names.
+YOUNGER = ("resize", "channels")
 # What the last digits depend on, and with the number of processes more: each has a part of a batch.
 CONDITIONS = ("processes", "device", "instructions", "cuda", "cudnn", "torch", "threads")
 SHOWN = 5  # differences to another run
@@ -92,7 +95,12 @@ def changed_conditions(run: RunDirectory, session: Mapping[str, Any]) -> list[st
 def deciding_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that decide what is computed, without places."""
     skipped = PLACES | NEUTRAL
-    return {name: value for name, value in asdict(config).items() if name not in skipped}
+    defaults = {f.name: f.default for f in fields(config) if f.name in YOUNGER}
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in skipped and not (name in defaults and value == defaults[name])
+    }
 
 
 def techniques_of_run(config: TrainConfig, run: RunDirectory, device: torch.device) -> Techniques:

@@ -13,6 +13,7 @@ from torch import nn
 
 from absld.config.settings import Config, TrainConfig
 from absld.data.dataset import Splits
+from absld.data.placement import Placement
 from absld.data.sources import load_data
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
 from absld.engine.logit_cache import LogitCacheSettings
@@ -31,7 +32,7 @@ from absld.methods.base import Method
 from absld.methods.registry import build_method
 from absld.metrics import ClassAccuracies, fairness
 from absld.models.loading import Network, load_network, load_state
-from absld.progress import SILENT, Observer, Role, plain
+from absld.progress import Observer, Role, plain
 from absld.runs.logit_caches import cache_folder, describe_cache, load_teacher
 from absld.runs.run_record import (
     RunRecord,
@@ -97,18 +98,26 @@ class Plan(NamedTuple):
     run: RunDirectory
 
 
+def load_splits(config: Config, device: torch.device, observer: Observer) -> Splits:
+    """Load the images of a run. Raises DataError."""
+    form = config.image_size, config.resize, config.channels
+    placement = Placement(config.in_memory, device, observer)
+    return load_data(config.dataset, config.data, *form, placement)
+
+
 def plan(
     config: Config,
+    observer: Observer,
     splits: Splits | None = None,
     distributed: Distributed = SINGLE_PROCESS,
-    observer: Observer = SILENT,
 ) -> Plan:
     """Load and check all inputs, before hours are spent on a teacher.
 
-    splits: the images, if they are loaded already. observer: of downloads. Raises AbsldError.
+    splits: the images, if they are loaded already. Raises AbsldError.
     """
     device = resolve_device(distributed.device(config.device))
-    splits = splits or load_data(config.dataset, config.data, config.image_size, observer)
+    if splits is None:
+        splits = load_splits(config, device, observer)
     if config.select_on == "test":
         splits = splits._replace(validation=splits.test)
     if config.teacher_weights and not config.teacher:
@@ -163,7 +172,7 @@ def train(
     loaded already. distributed: the processes that train together. Raises AbsldError.
     """
     device, techniques, splits, method, student, loaded_teacher, inputs, run = plan(
-        config, splits, distributed, observer
+        config, observer, splits, distributed
     )
     session = describe_session(device, splits, inputs, distributed)
     caches = LogitCacheSettings(cache_folder(config), config.logit_cache_gib)
@@ -226,7 +235,7 @@ def find_teacher(
         teacher, name = train_teacher(config, splits, observer, distributed)
     observer.note(f"teacher: {name}")
     with float32_precision(techniques.precision):
-        teacher.to(splits.train.labels.device)
+        teacher.to(splits.train.device)
         if given:
             check_teacher_scale(teacher, splits.validation, name, config.allow_weak_teacher)
         check_teacher(teacher, splits.validation, name, config.allow_weak_teacher)
@@ -240,7 +249,7 @@ def train_teacher(
 
     Waits for another process that trains it. Returns the teacher and its run directory.
     """
-    device = splits.train.labels.device
+    device = splits.train.device
     teacher = load_network(config.teacher_model, splits.train.num_classes, (config.seed, "teacher"))
     check_state(teacher.model, config.teacher_model)
     teacher.model.to(device)

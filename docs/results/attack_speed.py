@@ -17,7 +17,7 @@ import torch
 import torchattacks
 
 import absld
-from absld.data.dataset import ImageSet
+from absld.data.dataset import InMemoryImages
 from absld.evaluation.attacks import parse_attack
 
 EPSILON, STEPS, IMAGES, BATCH, ROUNDS = 0.1, 20, 1000, 250, 15
@@ -30,7 +30,7 @@ def correct_digits(model, splits):
     with torch.no_grad():
         correct = (model(images).argmax(1) == labels).nonzero().squeeze(1)[:IMAGES]
     assert len(correct) == IMAGES
-    return ImageSet(images[correct], labels[correct], splits.test.classes)
+    return InMemoryImages(images[correct], labels[correct], splits.test.classes)
 
 
 def main(run):

@@ -27,7 +27,7 @@ BATCH, ROUNDS, CLASSES = 16, 7, 10
 def main() -> None:
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (BATCH, 3, 32, 32), generator=random, dtype=torch.uint8)
-    data = absld.ImageSet(images, torch.arange(BATCH) % CLASSES, tuple("0123456789"))
+    data = absld.InMemoryImages(images, torch.arange(BATCH) % CLASSES, tuple("0123456789"))
     views = Views(data, 4)
     teacher = absld.build_model("wrn-34-10", CLASSES, "teacher").eval().requires_grad_(False)
     print("| student | teacher evaluated, s | logits cached, s | ratio, median (range) |")

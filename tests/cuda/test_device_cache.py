@@ -7,7 +7,7 @@ from helpers.small_training import TRAIN, bytes_of, network
 import absld
 from absld.config.resolve import resolve
 from absld.data.augmentation import Views
-from absld.data.dataset import ImageSet
+from absld.data.dataset import InMemoryImages
 from absld.engine.logit_cache import DeviceCachedTeacher, LogitCacheSettings, cached_epoch, fill
 from absld.engine.precision import float32_precision
 from absld.engine.techniques import Techniques
@@ -43,7 +43,7 @@ def test_cached_and_evaluated_logits_are_equal(name, precision, channels_last, r
     """Wherever in its batch a view is; in TF32, up to the rounding of 10 bits: there, the order of
     some sums depends on the place."""
     size, device = 128, real_cuda.device
-    data = ImageSet(
+    data = InMemoryImages(
         torch.rand(size, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
         torch.arange(size) % 10,
         tuple("0123456789"),

@@ -10,7 +10,7 @@ from helpers.small_networks import network
 import absld
 import absld.evaluation.evaluate
 from absld.config.settings import EvaluationConfig
-from absld.data.dataset import ImageSet
+from absld.data.dataset import InMemoryImages
 from absld.evaluation import sanity_checks
 from absld.evaluation.attacks import SquareSearch, parse_attack
 from absld.evaluation.evaluate import evaluate
@@ -22,7 +22,7 @@ C = 5
 NET = network(dtype=torch.float32, classes=C)
 IMAGES = draw.images(0, 12, dtype=torch.float32)
 # Every image is correct when clean, so that every attack has some.
-DATA = ImageSet(IMAGES, NET(IMAGES).argmax(1), tuple("abcde"))
+DATA = InMemoryImages(IMAGES, NET(IMAGES).argmax(1), tuple("abcde"))
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_the_sanity_checks_have_the_result_of_a_cpu(cuda, monkeypatch):
 def test_a_teacher_is_checked(cuda, tmp_path, monkeypatch):
     data = absld.load_data("digits", "")
     images, labels = data.test.images[:40], data.test.labels[:40]
-    few = absld.ImageSet(images, labels, data.test.classes)
+    few = absld.InMemoryImages(images, labels, data.test.classes)
     monkeypatch.setattr("absld.evaluation.runner.load_split", lambda *_: few)
     path = tmp_path / "teacher.pt"
     save({"model": absld.build_model("convnet", 10, "teacher").state_dict()}, path)

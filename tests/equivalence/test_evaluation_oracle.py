@@ -39,7 +39,7 @@ def written(said, labels):
     images = torch.zeros(len(said), 3, 2, 2, dtype=draw.DTYPE)
     images[:, 0, 0, 0] = torch.tensor(said) / 2
     images[:, 0, 0, 1] = torch.arange(len(said)) / len(said)  # equal logits look bounded
-    return absld.ImageSet(images, torch.tensor(labels), NAMES)
+    return absld.InMemoryImages(images, torch.tensor(labels), NAMES)
 
 
 @dataclass
@@ -159,7 +159,7 @@ def test_epsilon_0_is_clean_accuracy_under_every_attack(each):
         attacks += [part for part in autoattack_parts(4) if part.name != "square"]
     except UsageError:
         pass
-    data = absld.ImageSet(x, labels, tuple("abcd"))
+    data = absld.InMemoryImages(x, labels, tuple("abcd"))
     found = evaluate(model, data, epsilon=0.0, attacks=attacks, each=each)
     assert torch.equal(found.predictions, found.predictions[:1].expand(1 + len(attacks), -1))
     assert int(found.robust.sum()) == 9
@@ -168,7 +168,7 @@ def test_epsilon_0_is_clean_accuracy_under_every_attack(each):
 def test_bytes_are_the_same_images():
     model = network(0, torch.float32)
     whole = (draw.images(2, 12) * 255).round().to(torch.uint8)
-    sets = [absld.ImageSet(x, torch.arange(12) % C, NAMES) for x in (whole, whole / 255)]
+    sets = [absld.InMemoryImages(x, torch.arange(12) % C, NAMES) for x in (whole, whole / 255)]
     one, other = (evaluate(model, data, epsilon=0.02, attacks="pgd3") for data in sets)
     assert torch.equal(one.predictions, other.predictions)
     assert (one.predictions >= 0).all() and (one.predictions < C).all()
@@ -201,7 +201,7 @@ class Returns:
     ],
 )
 def test_the_network_is_shown_what_is_allowed(make):
-    data = absld.ImageSet(draw.images(0, 6), torch.zeros(6, dtype=torch.long), NAMES)
+    data = absld.InMemoryImages(draw.images(0, 6), torch.zeros(6, dtype=torch.long), NAMES)
     shown = []
 
     class Watched(nn.Module):
@@ -245,7 +245,7 @@ def test_an_attack_that_raises_leaves_the_network_as_it_was():
     model = absld.build_model("convnet", C, "test").train()
     model[1].eval()
     modes = [module.training for module in model.modules()]
-    data = absld.ImageSet(draw.images(0, 3), torch.arange(3), NAMES)
+    data = absld.InMemoryImages(draw.images(0, 3), torch.arange(3), NAMES)
     said = [row for row in evaluate(model, data, epsilon=0.1, attacks=()).predictions]
     data = replace(data, labels=said[0])
     with pytest.raises(Stop):
@@ -263,7 +263,7 @@ def test_going_on_is_the_same_with_random_numbers_of_batches_too(each, double_pr
     model, x = network(), draw.images(1, 14)
     labels = model(x).argmax(1)
     labels[::5] = (labels[::5] + 1) % C
-    data = absld.ImageSet(x, labels, NAMES)
+    data = absld.InMemoryImages(x, labels, NAMES)
     settings = {
         "epsilon": 0.1,
         "attacks": [

@@ -44,7 +44,7 @@ def training_attack(impl, epsilon):
 
 def image_set(images, labels):
     """Return the images as a set of the package; classes are named 0, 1, ..."""
-    return absld.ImageSet(images, labels, tuple(map(str, range(int(labels.max()) + 1))))
+    return absld.InMemoryImages(images, labels, tuple(map(str, range(int(labels.max()) + 1))))
 
 
 def evaluate(impl, model, images, labels, epsilon):

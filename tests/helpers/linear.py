@@ -32,4 +32,4 @@ def sample(seed, classes, n=80, dtype=torch.float64):
         labels = model(images).argmax(1)
     labels[::9] = (labels[::9] + 1) % classes  # and some are wrong from the start
     names = tuple(map(str, range(classes)))
-    return model, absld.ImageSet(images, labels, names)
+    return model, absld.InMemoryImages(images, labels, names)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from absld.cli import app as cli
-from absld.data.dataset import ImageSet, Splits
+from absld.data.dataset import InMemoryImages, Splits
 from absld.data.sources import load_data
 
 QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--allow-weak-teacher"]
@@ -18,26 +18,26 @@ QUICK += ["--device", "cpu", "--batch-size", "32"]
 def few_digits():
     return Splits(
         *(
-            ImageSet(part.images[:n], part.labels[:n], part.classes)
+            InMemoryImages(part.images[:n], part.labels[:n], part.classes)
             for part, n in zip(load_data("digits", ""), (64, 40, 40), strict=True)
         )
     )
 
 
-def load_few(dataset, folder, image_size, observer=None):
+def load_few(dataset, folder, *how):
     """The data, but of the digits only a few: what is tested here is not how well they learn."""
-    return few_digits() if dataset == "digits" else load_data(dataset, folder, image_size)
+    return few_digits() if dataset == "digits" else load_data(dataset, folder, *how)
 
 
-def load_few_split(dataset, folder, image_size, name, observer=None):
+def load_few_split(dataset, folder, form, name, placement):
     """One set of them."""
-    return getattr(load_few(dataset, folder, image_size), name)
+    few = load_few(dataset, folder, form.size, form.resize, form.channels, placement)
+    return getattr(few, name)
 
 
 def use_few_digits(monkeypatch):
     """Let every command read only a few of the digits."""
     monkeypatch.setattr("absld.runs.training_run.load_data", load_few)
-    monkeypatch.setattr("absld.runs.comparison.load_data", load_few)
     for module in ("evaluation.runner", "runs.comparison", "runs.logit_caches"):
         monkeypatch.setattr(f"absld.{module}.load_split", load_few_split)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from absld.config.settings import TrainConfig
-from absld.data.dataset import ImageSet
+from absld.data.dataset import InMemoryImages
 from absld.seeding import global_generator
 from absld.trainer import fit
 from helpers import strategies as draw
@@ -34,12 +34,12 @@ def image_set(n=12, classes=C, seed=0, channels=3, dtype=torch.float32):
     labels = torch.arange(n) % classes
     images = draw.images(seed, n, side=4, dtype=dtype)[:, :channels]
     images = (images + labels.view(-1, 1, 1, 1) / classes) / 2
-    return ImageSet(images, labels, tuple(map(str, range(classes))))
+    return InMemoryImages(images, labels, tuple(map(str, range(classes))))
 
 
 def bytes_of(data):
     """Return the set with its images as uint8."""
-    return ImageSet((data.images * 255).to(torch.uint8), data.labels, data.classes)
+    return InMemoryImages((data.images * 255).to(torch.uint8), data.labels, data.classes)
 
 
 TRAIN, VALIDATION = bytes_of(image_set()), bytes_of(image_set(9, seed=1))

@@ -17,7 +17,7 @@ import absld
 import absld.trainer
 import absld_min
 from absld.config.settings import TrainConfig
-from absld.data.dataset import ImageSet
+from absld.data.dataset import InMemoryImages
 from absld.engine.logit_cache import LogitCacheSettings
 from helpers.cuda_device import ROOT
 from helpers.cuda_steps import StepRecords
@@ -44,10 +44,10 @@ torch {torch}
 """
 
 
-def images(count: int) -> ImageSet:
+def images(count: int) -> InMemoryImages:
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 3, SIDE, SIDE), generator=random, dtype=torch.uint8)
-    return ImageSet(pixels, torch.arange(count) % CLASSES, tuple("abcdefghij"))
+    return InMemoryImages(pixels, torch.arange(count) % CLASSES, tuple("abcdefghij"))
 
 
 def step_of_the_file(folder: str) -> tuple[int, int]:

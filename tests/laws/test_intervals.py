@@ -188,7 +188,7 @@ def test_a_subset_is_in_proportion_and_leaves_no_class_out(sizes, size, seed):
 
 
 def test_a_subset_of_a_set():
-    data = absld.ImageSet(draw.images(0, 6), torch.arange(6) % 2, ("a", "b"))
+    data = absld.InMemoryImages(draw.images(0, 6), torch.arange(6) % 2, ("a", "b"))
     some = data.subset(torch.tensor([4, 1]))
     assert torch.equal(some.images, data.images[[4, 1]]) and some.labels.tolist() == [0, 1]
     assert some.classes == data.classes

@@ -200,7 +200,7 @@ def test_validation_with_settings_or_logits_that_cannot_be_is_refused(settings, 
 
     settings = {"epsilon": 0.1, "classes": 3, "how": lambda logits: logits} | settings
     how, classes = settings.pop("how"), map(str, range(settings.pop("classes")))
-    data = absld.ImageSet(draw.images(0), torch.arange(4) % 2, tuple(classes))
+    data = absld.InMemoryImages(draw.images(0), torch.arange(4) % 2, tuple(classes))
     with pytest.raises(error, match=message):
         inspect.unwrap(absld.validate)(Net(), data, **settings)
 

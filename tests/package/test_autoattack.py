@@ -173,7 +173,7 @@ def test_outputs_that_are_a_view_of_the_image(part):
             return x[:, :, 0, 0]
 
     x = torch.rand(20, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.4
-    data = absld.ImageSet(x, x[:, :, 0, 0].argmax(1), tuple("abcd"))
+    data = absld.InMemoryImages(x, x[:, :, 0, 0].argmax(1), tuple("abcd"))
     found = absld.evaluate(View(), data, epsilon=0.06, attacks=[AutoAttackPart(part)])
     assert found.correct.sum(1).tolist() == [20, 0]
 
@@ -181,7 +181,7 @@ def test_outputs_that_are_a_view_of_the_image(part):
 def test_a_missing_package_is_missed_before_any_image(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     model, x, labels = sample(4)
-    data = absld.ImageSet(x, labels, tuple("abcd"))
+    data = absld.InMemoryImages(x, labels, tuple("abcd"))
     seen = []
     with pytest.raises(absld.UsageError, match="pyautoattack"):
         absld.evaluate(

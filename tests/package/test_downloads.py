@@ -150,9 +150,7 @@ def test_an_archive_is_downloaded_with_its_url_size_and_progress(server, archive
     path, seen = archive(f"{server.url}/whole/x.mat"), Notes()
     provide(["svhn-test"], str(path.parent), seen)
     assert path.read_bytes() == CONTENT
-    assert seen.notes == [
-        f"downloading {server.url}/whole/x.mat, 262,144 bytes, 0.2 MiB, to {path}"
-    ]
+    assert seen.notes == [f"downloading {server.url}/whole/x.mat (0.2 MiB) to {path}"]
     assert [done for _, done, *_ in seen.loads] == [2**16, 2**17, 3 * 2**16, 2**18, 2**18]
     provide(["svhn-test"], str(path.parent), seen)
     assert len(server.asked) == 1  # a file that is there is not downloaded again
@@ -190,7 +188,7 @@ def test_all_sources_with_their_causes_are_named_when_none_has_the_file(server, 
     with pytest.raises(DataError) as caught:
         provide(["svhn-test"], str(path.parent), SILENT)
     assert str(caught.value) == (
-        f"cannot download x.mat (262,144 bytes, 0.2 MiB, MD5 {hashlib.md5(CONTENT).hexdigest()}): "
+        f"cannot download x.mat (262,144 bytes, MD5 {hashlib.md5(CONTENT).hexdigest()}): "
         f"{path} is another file; {urls[0]}: HTTP 404 Not Found; {urls[1]}: an HTML page; "
         "http://127.0.0.1:9/x.mat: Connection refused"
     )
@@ -318,7 +316,7 @@ def test_a_zip_with_names_elsewhere_or_links_is_refused(member, tmp_path):
 
 def test_a_zip_that_is_too_large_unpacked_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "MOST_UNPACKED", 10)
-    with pytest.raises(DataError, match="takes more than 10 bytes"):
+    with pytest.raises(DataError, match="takes more than"):
         unpack_zip(make_zip(tmp_path / "x.zip", "top/a", "top/b"), "top", SILENT)
 
 

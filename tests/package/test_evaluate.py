@@ -39,7 +39,7 @@ def network(seed=0, dtype=torch.float32):
 
 def images(seed=0, n=24, classes=C):
     labels = torch.arange(n) % classes
-    return absld.ImageSet(draw.images(seed, n), labels, tuple("abc"[:classes]))
+    return absld.InMemoryImages(draw.images(seed, n), labels, tuple("abc"[:classes]))
 
 
 def some_right(seed=0, n=24):
@@ -48,7 +48,7 @@ def some_right(seed=0, n=24):
     with torch.no_grad():
         said = model(data.images).argmax(1)
     labels = torch.where(torch.arange(n) % 4 == 0, (said + 1) % C, said)
-    return model, absld.ImageSet(data.images, labels, data.classes)
+    return model, absld.InMemoryImages(data.images, labels, data.classes)
 
 
 def test_a_subset_has_the_predictions_of_the_whole_set():
@@ -279,7 +279,7 @@ def test_evaluations_run_in_any_mode_of_torch(mode):
 
     outside = run(data)
     with MODES[mode]():
-        made_inside = absld.ImageSet(data.images.clone(), data.labels.clone(), data.classes)
+        made_inside = absld.InMemoryImages(data.images.clone(), data.labels.clone(), data.classes)
         inside = run(made_inside)
     for one, other in zip(outside, inside, strict=True):
         assert one.shape == other.shape and not other.is_inference()
@@ -380,7 +380,7 @@ class Bounded(nn.Module):
 def test_a_margin_attack_breaks_as_many_images_behind_a_bounded_function(change, monkeypatch):
     """By the log-odds, which for a sigmoid are the logits."""
     model, data = Bounded(lambda z: z), images(n=60)
-    data = absld.ImageSet(data.images, model(data.images).argmax(1), data.classes)
+    data = absld.InMemoryImages(data.images, model(data.images).argmax(1), data.classes)
 
     def robust(net):
         return int(evaluate(net, data, epsilon=0.03, attacks="cw10").robust.sum())
@@ -403,7 +403,7 @@ CLAMPS = {
 def test_black_and_white_images_are_attacked_behind_a_clamp(name, monkeypatch):
     model, data = Bounded(lambda z: z), images(n=60)
     ends = data.images.round()
-    data = absld.ImageSet(ends, model(ends).argmax(1), data.classes)
+    data = absld.InMemoryImages(ends, model(ends).argmax(1), data.classes)
 
     def robust(net):
         return int(evaluate(net, data, epsilon=0.03, attacks="cw10").robust.sum())

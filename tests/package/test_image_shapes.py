@@ -10,7 +10,7 @@ import torch
 from helpers.image_files import make_folder
 from helpers.program import QUICK, main, refused
 
-from absld.data.dataset import ImageSet
+from absld.data.dataset import InMemoryImages
 from absld.errors import CheckpointError
 from absld.evaluation.class_names import check_image_shape
 from absld.models.architectures import build_model
@@ -88,13 +88,13 @@ def test_a_file_that_states_no_shape_is_not_compared(stated, small):
     save(load(Path(small)) | {"image_shape": stated}, Path("other.pt"))
     network = load_network("other.pt", 2, ("seed",))
     assert network.image_shape == ()
-    data = ImageSet(torch.zeros(2, 3, 5, 5), torch.arange(2), ("a", "b"))
+    data = InMemoryImages(torch.zeros(2, 3, 5, 5), torch.arange(2), ("a", "b"))
     assert check_image_shape(network, data, "other.pt", refuse=True) is network
 
 
 def test_other_channels_and_sides_are_told():
     network = Network(torch.nn.Identity(), "convnet", image_shape=(1, 28, 20))
-    data = ImageSet(torch.zeros(2, 3, 5, 6), torch.arange(2), ("a", "b"))
+    data = InMemoryImages(torch.zeros(2, 3, 5, 6), torch.arange(2), ("a", "b"))
     with pytest.raises(CheckpointError, match="of 1x28x20; those of the data are 3x5x6"):
         check_image_shape(network, data, "x.pt", refuse=True)
     (note,) = check_image_shape(network, data, "x.pt").notes

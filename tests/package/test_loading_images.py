@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from absld.data.archives import ARCHIVES
 from absld.data.augmentation import Views, batches, steps_per_epoch
 from absld.data.dataset import (
-    ImageSet,
+    InMemoryImages,
     Splits,
     check_classes,
     describe_images,
     pixels,
     stratified,
 )
+from absld.data.decoding import Form
 from absld.data.sources import hold_out, load_data, load_split
 from absld.errors import DataError
 from absld.seeding import generator
@@ -32,7 +33,7 @@ CLASSES = ("cat", "dog", "eel")
 
 def refused(*patterns, images=IMAGES, labels=LABELS, classes=CLASSES):
     with pytest.raises(ValueError) as caught:
-        ImageSet(images, labels, classes)
+        InMemoryImages(images, labels, classes)
     assert isinstance(caught.value, DataError)
     for pattern in patterns:
         assert pattern in str(caught.value)
@@ -43,7 +44,7 @@ def refused(*patterns, images=IMAGES, labels=LABELS, classes=CLASSES):
 
 @pytest.mark.parametrize("images", [IMAGES, IMAGES.to(torch.uint8), IMAGES.double(), IMAGES[:, :1]])
 def test_a_set(images):
-    data = ImageSet(images, LABELS, CLASSES)
+    data = InMemoryImages(images, LABELS, CLASSES)
     assert (len(data), data.num_classes) == (4, 3)
     assert data.to("cpu").digest() == data.digest()
 
@@ -51,16 +52,18 @@ def test_a_set(images):
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
 def test_floating_images_become_float32(kind):
     images = (numbered(4) / 255).to(kind)
-    data = ImageSet(images.requires_grad_(), LABELS, CLASSES)
+    data = InMemoryImages(images.requires_grad_(), LABELS, CLASSES)
     assert data.images.dtype == torch.float32 and not data.images.requires_grad
     assert torch.equal(data.images, images.detach().float())
 
 
 def test_a_description_has_sizes_and_counts_of_all_sets():
-    sets = Splits(*(ImageSet(IMAGES[:n], LABELS[:n], CLASSES, ("a note",)) for n in (4, 3, 2)))
+    sets = Splits(
+        *(InMemoryImages(IMAGES[:n], LABELS[:n], CLASSES, ("a note",)) for n in (4, 3, 2))
+    )
     assert sets.class_counts() == {"train": [1, 2, 1], "validation": [1, 1, 1], "test": [1, 1, 0]}
     assert sets.describe() == [
-        "images of 3 classes, 8x8, RGB",
+        "images of 3 classes, 8x8, RGB; 0.0 MiB in memory",
         "train: 4 images; cat 1, dog 2, eel 1",
         "validation: 3 images; 1 of each class",
         "test: 2 images; cat 1, dog 1, eel 0",
@@ -72,9 +75,9 @@ def test_a_description_has_sizes_and_counts_of_all_sets():
 def test_of_many_classes_the_rarest_and_the_most_frequent_are_described():
     labels = torch.cat([torch.arange(2, 100).repeat_interleave(2), torch.tensor([0] * 9 + [1])])
     names = [f"class\n{k}" for k in range(130)]
-    data = ImageSet(torch.zeros(len(labels), 1, 2, 2), labels, tuple(names))
+    data = InMemoryImages(torch.zeros(len(labels), 1, 2, 2), labels, tuple(names))
     first, counts, absent = describe_images({"test": data})
-    assert first == "images of 130 classes, 2x2, grey"
+    assert first == "images of 130 classes, 2x2, grey; 0.0 MiB in memory"
     assert counts.startswith(r"test: 206 images; class\n100 0, ") and ", ..., " in counts
     assert counts.endswith(r", class\n0 9") and counts.count("class") == 20
     assert absent.endswith(r"class\n119, ...: accuracy there is NaN, and does not count")
@@ -133,9 +136,9 @@ def test_a_number_is_no_set_of_images():
 )
 def test_images_and_labels_that_are_not_dense_tensors(part):
     """The checks of types in these tests would refuse some before."""
-    check = inspect.unwrap(ImageSet.__post_init__)
+    check = inspect.unwrap(InMemoryImages.__post_init__)
     for name in ("images", "labels"):
-        data = object.__new__(ImageSet)
+        data = object.__new__(InMemoryImages)
         fields = {"images": IMAGES, "labels": LABELS, "classes": CLASSES, name: part}
         data.__dict__.update(fields)
         with pytest.raises(DataError, match=f"{name} must be a dense tensor, not "):
@@ -165,21 +168,21 @@ def test_less_than_two_classes(classes):
 
 def test_a_digest_is_of_all_there_is():
     sets = [
-        ImageSet(IMAGES, LABELS, CLASSES),
-        ImageSet(IMAGES.to(torch.uint8), LABELS, CLASSES),
-        ImageSet(IMAGES.view(4, 1, 24, 8), LABELS, CLASSES),
-        ImageSet(IMAGES, LABELS.flip(0), CLASSES),
-        ImageSet(IMAGES, LABELS, ("cat", "dog", "elk")),
-        ImageSet(IMAGES + 1, LABELS, CLASSES),
+        InMemoryImages(IMAGES, LABELS, CLASSES),
+        InMemoryImages(IMAGES.to(torch.uint8), LABELS, CLASSES),
+        InMemoryImages(IMAGES.view(4, 1, 24, 8), LABELS, CLASSES),
+        InMemoryImages(IMAGES, LABELS.flip(0), CLASSES),
+        InMemoryImages(IMAGES, LABELS, ("cat", "dog", "elk")),
+        InMemoryImages(IMAGES + 1, LABELS, CLASSES),
     ]
     assert len({data.digest() for data in sets}) == len(sets)
-    assert sets[0].digest() == ImageSet(IMAGES.clone(), LABELS.clone(), CLASSES).digest()
+    assert sets[0].digest() == InMemoryImages(IMAGES.clone(), LABELS.clone(), CLASSES).digest()
 
 
 def test_a_set_that_lies_otherwise_in_memory_has_the_same_digest():
     images = draw.images(0).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    data = ImageSet(images, LABELS, CLASSES)
-    assert data.digest() == ImageSet(images.contiguous(), LABELS, CLASSES).digest()
+    data = InMemoryImages(images, LABELS, CLASSES)
+    assert data.digest() == InMemoryImages(images.contiguous(), LABELS, CLASSES).digest()
 
 
 def test_pixels_are_bytes_over_255():
@@ -264,7 +267,7 @@ def test_only_what_is_needed_has_to_be_there(part, tmp_path):
         else:
             other.rename(root / "elsewhere")
         for name in names:
-            found = load_split("folder", str(root), 32, name)
+            found = load_split("folder", str(root), Form(), name)
             assert found.digest() == getattr(whole, name).digest()
     unfit(root, other.name, "to train, test/CLASS/*")
 
@@ -296,7 +299,7 @@ def test_every_class_has_its_share_of_the_validation_images(counts):
     """Whatever the rarest class: about 5 %, at least one of two or more, none of one."""
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     images = torch.arange(len(labels)).view(-1, 1, 1, 1).float() / len(labels)
-    data = ImageSet(images, labels, tuple(map(str, range(len(counts)))))
+    data = InMemoryImages(images, labels, tuple(map(str, range(len(counts)))))
     train, validation = hold_out(data, 0.05)
     for count, held_out in zip(counts, validation.class_counts(), strict=True):
         assert held_out == 0 if count < 2 else 1 <= held_out <= max(1, 0.05 * count + 1)
@@ -313,7 +316,7 @@ def test_balanced_classes_are_split_by_scikit_learn(count, classes):
     images = torch.rand(len(labels), 1, 1, 1)
     size = max(round(0.05 * len(labels)), classes)
     expected = train_test_split(images, test_size=size, stratify=labels, random_state=0)
-    found = hold_out(ImageSet(images, labels, tuple(map(str, range(classes)))))
+    found = hold_out(InMemoryImages(images, labels, tuple(map(str, range(classes)))))
     assert all(torch.equal(x, part.images) for x, part in zip(expected, found, strict=True))
 
 
@@ -325,7 +328,9 @@ def test_balanced_classes_are_split_by_scikit_learn(count, classes):
 def test_views_are_all_crops_and_their_mirrors(padding, kind):
     """Each offset is its own window of the padded image; the zeros are where they should be."""
     images = numbered(2, side=5)
-    data = ImageSet(images if kind == torch.uint8 else images / 255, torch.tensor([0, 1]), CLASSES)
+    data = InMemoryImages(
+        images if kind == torch.uint8 else images / 255, torch.tensor([0, 1]), CLASSES
+    )
     views = Views(data, padding)
     padded = torch.zeros(2, 3, 5 + 2 * padding, 5 + 2 * padding)
     padded[:, :, padding : padding + 5, padding : padding + 5] = images / 255
@@ -340,7 +345,7 @@ def test_views_are_all_crops_and_their_mirrors(padding, kind):
 
 
 def epoch(key=(0, "student", 1), n=11, padding=1, side=8, **settings):
-    data = ImageSet(numbered(n, side), torch.arange(n), tuple(map(str, range(n))))
+    data = InMemoryImages(numbered(n, side), torch.arange(n), tuple(map(str, range(n))))
     given = {"batch_size": 4, "flip": 0.5, "radius": 0.001, "steps": n // 4} | settings
     return list(batches(Views(data, padding), *key, **given))
 
@@ -430,7 +435,7 @@ def test_every_image_has_its_chance():
 def test_a_subset_has_its_images_in_the_order_of_their_numbers(images):
     images = images.clone()
     images[:, 0, 0, 0] = torch.tensor([0, 1, 0, 1]).to(images.dtype)
-    data = ImageSet(images, LABELS, CLASSES)
+    data = InMemoryImages(images, LABELS, CLASSES)
     some = data.subset(torch.tensor([3, 0, 3]))
     assert torch.equal(some.images, images[[3, 0, 3]]) and some.images.dtype == images.dtype
     assert (some.labels.tolist(), some.classes) == ([1, 0, 1], CLASSES)

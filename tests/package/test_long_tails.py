@@ -8,7 +8,7 @@ import torch
 from helpers import strategies as draw
 from helpers.small_training import CONFIG, train
 
-from absld.data.dataset import ImageSet
+from absld.data.dataset import InMemoryImages
 from absld.data.sources import hold_out
 from absld.methods.registry import METHODS
 from absld.storage.run_directory import RunDirectory
@@ -26,7 +26,7 @@ def long_tail(counts):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     images = draw.images(0, len(labels), side=4, dtype=torch.float32)
     images = (images + labels.view(-1, 1, 1, 1) / len(counts)) / 2
-    return hold_out(ImageSet(images, labels, ("head", "body", "tail")))
+    return hold_out(InMemoryImages(images, labels, ("head", "body", "tail")))
 
 
 @pytest.mark.parametrize(

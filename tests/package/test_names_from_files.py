@@ -12,7 +12,7 @@ from helpers.program import QUICK, main, refused
 from absld.config.files import to_toml
 from absld.config.resolve import resolve
 from absld.config.settings import EvaluationConfig
-from absld.data.dataset import ImageSet
+from absld.data.dataset import InMemoryImages
 from absld.errors import CheckpointError
 from absld.evaluation.class_names import check_class_names
 from absld.models.architectures import build_model
@@ -202,7 +202,7 @@ def network_of(classes):
 
 def data_of(classes):
     n = len(classes)
-    return ImageSet(torch.zeros(n, 1, 1, 1), torch.arange(n), tuple(classes))
+    return InMemoryImages(torch.zeros(n, 1, 1, 1), torch.arange(n), tuple(classes))
 
 
 def test_of_many_classes_those_that_differ_are_listed():

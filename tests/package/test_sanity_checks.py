@@ -68,7 +68,7 @@ def data():
     labels = torch.arange(240) % C
     noise = 0.1 * torch.randn(240, 3 * SIDE * SIDE, generator=random)
     images = (Nearest().own[labels] + noise).clamp(0, 1).view(-1, 3, SIDE, SIDE)
-    return absld.ImageSet(images, labels, tuple("abcd"))
+    return absld.InMemoryImages(images, labels, tuple("abcd"))
 
 
 def checked(data, change=lambda net, x: net(x), attacks="pgd20,cw30", epsilon=EPSILON, **settings):

@@ -11,6 +11,7 @@ import torch
 from helpers.image_files import make_cifar, make_folder, publish
 from PIL import Image
 
+from absld.data.decoding import Form
 from absld.data.sources import load_data, load_split
 from absld.errors import DataError
 from absld.evaluation.class_names import check_class_names
@@ -260,7 +261,7 @@ def test_a_set_that_is_read_alone_is_the_same(dataset, name, tmp_path, monkeypat
     if dataset == "tiny-imagenet":
         make_tiny_imagenet(tmp_path / "tiny-imagenet-200")
     whole = getattr(load_data(dataset, str(tmp_path)), name)
-    alone = load_split(dataset, str(tmp_path), 32, name)
+    alone = load_split(dataset, str(tmp_path), Form(), name)
     assert alone.digest() == whole.digest() and alone.notes == whole.notes
 
 

@@ -24,7 +24,7 @@ from absld import trainer
 from absld.attack import TrainingAttack
 from absld.config.settings import Config
 from absld.data.augmentation import Views, batches
-from absld.data.dataset import ImageSet, Splits
+from absld.data.dataset import InMemoryImages, Splits
 from absld.engine.distributed import SINGLE_PROCESS
 from absld.engine.logit_cache import LogitCacheSettings
 from absld.engine.precision import float32_precision, legacy_settings, with_precision
@@ -239,7 +239,9 @@ def test_networks_and_images_in_double_precision_train(double_precision):
 
 def test_a_class_without_images_stays_as_it_is(tmp_path):
     """In training and validation: its temperature stays 1, and a record says null, not NaN."""
-    some = [ImageSet(data.images, data.labels % 2, data.classes) for data in (TRAIN, VALIDATION)]
+    some = [
+        InMemoryImages(data.images, data.labels % 2, data.classes) for data in (TRAIN, VALIDATION)
+    ]
     run = RunDirectory(tmp_path)
     _, reports = train(data=some, run=run)
     for report, record in zip(reports, run.records(), strict=True):
@@ -275,14 +277,14 @@ def test_networks_of_another_number_of_channels_are_refused():
     [(VALIDATION.labels, ("1", "0", "2")), (VALIDATION.labels % 2, ("0", "1"))],
 )
 def test_validation_images_of_other_classes_are_refused(labels, classes):
-    validation = ImageSet(VALIDATION.images, labels, classes)
+    validation = InMemoryImages(VALIDATION.images, labels, classes)
     with pytest.raises(DataError, match="classes of the training images") as caught:
         train(data=(TRAIN, validation))
     assert str(list(classes)) in str(caught.value) and caught.value.hint
 
 
 def test_validation_images_that_the_student_does_not_take_are_refused_before_training():
-    validation = ImageSet(VALIDATION.images[:, :1], VALIDATION.labels, VALIDATION.classes)
+    validation = InMemoryImages(VALIDATION.images[:, :1], VALIDATION.labels, VALIDATION.classes)
     steps = []
     with pytest.raises(CheckpointError, match="student does not take images"):
         train(data=(TRAIN, validation), on_step=steps.append)
@@ -1005,7 +1007,7 @@ def test_a_student_with_dropout_goes_on_with_the_numbers_it_would_have_had(tmp_p
 def changed_pixel():
     images = TRAIN.images.clone()
     images[3, 0, 1, 1] ^= 1
-    return ImageSet(images, TRAIN.labels, TRAIN.classes)
+    return InMemoryImages(images, TRAIN.labels, TRAIN.classes)
 
 
 OTHERS = {
@@ -1022,7 +1024,7 @@ OTHERS = {
     "teacher is": {"teacher": network("another teacher")},
     "initial_weights is": {"student": network("another student")},
 }
-RENAMED = [ImageSet(d.images, d.labels, ("0", "1", "eel")) for d in (TRAIN, VALIDATION)]
+RENAMED = [InMemoryImages(d.images, d.labels, ("0", "1", "eel")) for d in (TRAIN, VALIDATION)]
 OTHERS["training_images is '"] = {"data": RENAMED}
 
 

@@ -28,7 +28,7 @@ import absld.runs.training_run
 from absld.cli import app as cli
 from absld.config.files import read_run_config, to_toml
 from absld.config.resolve import resolve
-from absld.data.dataset import ImageSet, Splits
+from absld.data.dataset import InMemoryImages, Splits
 from absld.engine.logit_cache import CachedTeacher, LogitCache
 from absld.errors import AbsldError, CheckpointError
 from absld.models.architectures import build_model
@@ -44,7 +44,7 @@ def load_noise(*_):
     """Three small sets of noise: there is nothing to learn, and nothing to import."""
     images = (draw.images(0, 60, side=8, dtype=torch.float32) * 255).to(torch.uint8)
     labels = torch.arange(60) % 10
-    parts = [ImageSet(images[at : at + 20], labels[at : at + 20], tuple("0123456789"))
+    parts = [InMemoryImages(images[at : at + 20], labels[at : at + 20], tuple("0123456789"))
              for at in (0, 20, 40)]  # fmt: skip
     return Splits(*parts)
 
@@ -426,7 +426,7 @@ def test_logits_that_are_not_finite_are_not_cached(tmp_path):
 def test_two_to_a_hundred_balanced_and_unbalanced_classes_train(counts):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     images = (draw.images(0, len(labels), side=8, dtype=torch.float32) * 255).to(torch.uint8)
-    data = ImageSet(images, labels, tuple(map(str, range(len(counts)))))
+    data = InMemoryImages(images, labels, tuple(map(str, range(len(counts)))))
     config = resolve({"epochs": 2, "batch_size": 20, "attack_steps": 1}).training()
     student, teacher = (build_model("convnet", len(counts), role) for role in ("ours", "theirs"))
     *_, report = absld.fit(student, teacher, data, data, config)

@@ -1,0 +1,232 @@
+"""Decoding: images of files or of a dataset become an image set, in memory or mapped."""
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from absld.config.settings import Channels, Config, InMemory, Resize
+from absld.data.dataset import ImageSet, InMemoryImages, check_classes, size_text
+from absld.data.image_files import describe_files, fit_size
+from absld.data.mapped import Header, MappedImages, cache_folder, open_or_write
+from absld.data.placement import LARGE, Placement
+from absld.data.readers import DatasetReader, IndexedImages, Picture, Reader
+from absld.errors import DataError
+from absld.progress import Observer
+from absld.storage.files import raw_bytes
+from absld.text import first_of, printable
+
+VERSION = 1  # of what decoding computes
+SHOWN = 10  # names in a message
+TOGETHER = 2**24  # bytes that are decoded before they are written
+THREADS = min(4, os.cpu_count() or 1)  # each may hold a photograph
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form in which images are decoded; size: None keeps that of the images."""
+
+    size: int | None = 32
+    resize: Resize = "squash"
+    channels: Channels = 3
+
+    @classmethod
+    def of(cls, config: Config) -> "Form":
+        """Return the form of a run's images."""
+        return cls(config.image_size, config.resize, config.channels)
+
+
+def decode(
+    source: IndexedImages,
+    classes: Sequence[str],
+    *,
+    size: int | None = None,
+    resize: Resize = "squash",
+    channels: Channels = 3,
+    in_memory: InMemory = "auto",
+    key: str = "",
+    part: str = "images",
+    device: torch.device | str = "cpu",
+    observer: Observer | None = None,
+) -> ImageSet:
+    """Make an image set of a torch Dataset, or of anything that gives (image, label) by index.
+
+    Args:
+        source: its images are of PIL, arrays (H,W) or (H,W,channels) uint8, or tensors
+            (channels,H,W), uint8 or floating in [0,1]; its labels are numbers of classes.
+        classes: their names.
+        size: resize images to squares of this side; None: all have one shape, and keep it.
+        resize: squash them, or resize the shorter side and take the centre.
+        channels: 3 for RGB, 1 for grey.
+        in_memory: keep the images in memory, or in a memory-mapped file; see `--in-memory`.
+        key: names the content, such as a fingerprint, so that its file is used again. Without one,
+            the content is found by decoding.
+        part: names the set in messages.
+        device: of the batches.
+        observer: receives the progress.
+
+    Raises:
+        DataError: with the images at fault.
+    """
+    check_classes(classes)
+    placement = Placement(in_memory, torch.device(device), observer or Observer())
+    reader = DatasetReader(source, len(classes), channels, key)
+    data = decode_all(reader, classes, Form(size, resize, channels), part, placement)
+    return placement.place(data).to(device)
+
+
+def decode_all(
+    reader: Reader, classes: Sequence[str], form: Form, part: str, placement: Placement
+) -> InMemoryImages | MappedImages:
+    """Decode all images of a reader, on the CPU.
+
+    The set is in memory if it is small and is to be there; else in a file, decoded only if there is
+    none of the same content. Raises DataError.
+    """
+    decoding = Decoding(reader, form, part, placement.observer)
+    size = len(reader) * math.prod(decoding.shape)
+    if placement.fits(size) and size < LARGE:
+        images, done = torch.empty((len(reader), *decoding.shape), dtype=torch.uint8), 0
+        for chunk in decoding.chunks():
+            images[done : done + len(chunk)] = chunk
+            done += len(chunk)
+        header = decoding.header()
+        notes = (f"{part}: {header.description}",)
+        return InMemoryImages(images, header.labels, tuple(classes), notes)
+    path = cache_folder() / f"{decoding.key()}.images"
+    placement.observer.note(f"{part}: {len(reader):,} images, {size_text(size)} in {path}")
+
+    def write(file: IO[bytes]) -> Header:
+        for chunk in decoding.chunks():
+            file.write(raw_bytes(chunk))
+        return decoding.header()
+
+    mapped, header = open_or_write(path, write, placement.observer)
+    notes = (f"{part}: {header.description}",)
+    return MappedImages(mapped, torch.arange(len(reader)), header.labels, tuple(classes), notes)
+
+
+class Decoded(NamedTuple):
+    """An image in the form of its set, what it was read from, and what is wrong with it."""
+
+    pixels: UInt8[Tensor, "channels height width"] | None
+    picture: Picture | None
+    fault: str = ""
+
+
+class UnreadableError(DataError):
+    """Images that cannot be read: the first ten in words, and their number."""
+
+    def __init__(self, faults: Sequence[str], noun: str, hint: str) -> None:
+        number = f"{len(faults)} {noun}: " if len(faults) > 1 else ""
+        super().__init__(f"cannot read {number}{first_of(faults, SHOWN, '; ')}", hint)
+        self.faults = faults
+
+
+class Decoding:
+    """The decoding of a reader's images: passes over all of them, and what the last one found."""
+
+    def __init__(self, reader: Reader, form: Form, part: str, observer: Observer) -> None:
+        self.reader, self.form, self.part, self.observer = reader, form, part, observer
+        if not len(reader):
+            raise DataError(f"{part}: no images", reader.hint)
+        size = form.size
+        self.shape: tuple[int, ...] = (form.channels, size, size) if size else ()
+        self.start()
+        if not size:
+            self.shape = tuple(self.found(self.decode_one(0), 0).shape)
+            self.refuse_faults()
+
+    def start(self) -> None:
+        """Forget what was found."""
+        self.faults: list[str] = []
+        self.traits: Counter[str] = Counter()
+        self.sizes: set[tuple[int, int]] = set()
+        self.labels = torch.zeros(len(self.reader), dtype=torch.long)
+        self.colours = set[tuple[int, ...]]()  # the least and the greatest values: one, if constant
+
+    def chunks(self) -> Iterator[UInt8[Tensor, "n channels height width"]]:
+        """Decode all images in order, some at a time; zeros stand for those at fault."""
+        self.start()
+        count, together = len(self.reader), max(1, TOGETHER // math.prod(self.shape))
+        with ThreadPoolExecutor(THREADS if self.reader.parallel else 1) as threads:
+            for start in range(0, count, together):
+                numbers = range(start, min(start + together, count))
+                decoded = threads.map(self.decode_one, numbers)
+                images = torch.stack([*map(self.found, decoded, numbers)])
+                low, high = images.amin((2, 3)), images.amax((2, 3))
+                self.traits["of one constant colour"] += int((low == high).all(1).sum())
+                self.colours |= {tuple(low.amin(0).tolist()), tuple(high.amax(0).tolist())}
+                self.observer.decode(self.part, numbers.stop, count)
+                yield images
+
+    def decode_one(self, number: int) -> Decoded:
+        """Decode an image; called by several threads."""
+        try:
+            picture = self.reader.read(number)
+            pixels = fit_size(picture.image, self.form.size, self.form.resize)
+            if self.shape and pixels.shape != self.shape:
+                raise ValueError(
+                    f"{'x'.join(map(str, pixels.shape[1:]))} pixels, the first image has "
+                    f"{'x'.join(map(str, self.shape[1:]))}: a size is needed"
+                )
+        except Exception as error:  # Pillow raises many kinds, and seldom names the file
+            name = self.reader.name(number)
+            cause = str(error) or type(error).__name__  # a MemoryError says nothing
+            return Decoded(None, None, f"{printable(name)}: {cause.replace(f' {name!r}', '')}")
+        return Decoded(pixels, picture)
+
+    def found(self, decoded: Decoded, number: int) -> UInt8[Tensor, "channels height width"]:
+        """Note what was found in an image; return its pixels."""
+        pixels, picture, fault = decoded
+        if pixels is None or picture is None:
+            self.faults.append(fault)
+            return torch.zeros(self.shape or (self.form.channels, 1, 1), dtype=torch.uint8)
+        self.sizes.add((picture.image.height, picture.image.width))
+        self.traits.update(picture.traits)
+        self.labels[number] = picture.label
+        return pixels
+
+    def header(self) -> Header:
+        """Describe the images of a whole pass.
+
+        Raises DataError if some could not be read, or all are of one constant colour.
+        """
+        self.refuse_faults()
+        count, form = len(self.reader), self.form
+        if len(self.colours) == 1:
+            raise DataError(
+                f"{self.part}: all {count} images are one constant colour",
+                "check how they were saved: their pixels are lost",
+            )
+        found = describe_files(self.traits, self.sizes, form.size, form.resize)
+        description = f"{count} {self.reader.noun}, images {found}"
+        return Header((count, *self.shape), self.labels, description)
+
+    def refuse_faults(self) -> None:
+        """Raise UnreadableError if images of the last pass could not be read."""
+        if self.faults:
+            raise UnreadableError(self.faults, self.reader.noun, self.reader.hint)
+
+    def key(self) -> str:
+        """Compute what names the cache: the content, the form, and the versions that decode it."""
+        import PIL
+        import torchvision
+
+        content = self.reader.key()
+        if not content:
+            sha = hashlib.sha256()
+            for images in self.chunks():
+                sha.update(raw_bytes(images))
+            sha.update(raw_bytes(self.labels))
+            content = sha.hexdigest()
+        what = (VERSION, self.form, PIL.__version__, torchvision.__version__, content)
+        return hashlib.sha256(repr(what).encode()).hexdigest()[:32]
