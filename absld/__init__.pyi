@@ -12,6 +12,7 @@ from . import loss as loss
 from . import methods as methods
 from . import metrics as metrics
 from . import models as models
+from . import norms as norms
 from . import progress as progress
 from . import report as report
 from . import runs as runs
@@ -25,6 +26,7 @@ from .attack import TrainingAttack as TrainingAttack
 from .attack import frozen_eval as frozen_eval
 from .attack import kl as kl
 from .attack import pgd as pgd
+from .attack import project_l2 as project_l2
 from .attack import project_linf as project_linf
 from .config.settings import Config as Config
 from .config.settings import TrainConfig as TrainConfig

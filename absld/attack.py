@@ -1,8 +1,9 @@
-"""Projected gradient descent in the L-infinity ball (D2) and its objectives, for training and for
-the named attacks of an evaluation (absld.evaluation.attacks).
+"""Projected gradient descent in a ball (D2) and its objectives, for training and for the named
+attacks of an evaluation (absld.evaluation.attacks).
 
 The attack takes a forward function and an objective of its outputs; teachers, labels and methods
-are in the objective. Pixels, epsilon and step size are in [0,1] units.
+are in the objective. Pixels, epsilon and step size are in [0,1] units. The ball is that of the
+L-infinity norm, as in D2, or of the L2 norm of all pixels and channels of an image.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from absld.errors import UsageError
 from absld.module_locks import hold
+from absld.norms import NORM_NAMES, Norm
 from absld.shapes import check_shape
 
 Objective = Callable[[Tensor], Tensor]
@@ -25,19 +28,87 @@ Objective = Callable[[Tensor], Tensor]
 depend on the rest of the batch."""
 
 Budget = float | Float[Tensor, "n 1 1 1"]
-"""Radius of the L-infinity ball, one for all images or one for each; pixels in [0,1]."""
+"""Radius of the ball, one for all images or one for each; pixels in [0,1]."""
 
 
 def project_linf(
     x_adv: Float[Tensor, "*shape"], x_nat: Float[Tensor, "*shape"], epsilon: Budget
 ) -> Float[Tensor, "*shape"]:
-    """Project `x_adv` into the ball of radius `epsilon` around `x_nat`, then into the box [0,1].
+    """Project into the L-infinity ball of radius `epsilon` around `x_nat`, then into the box [0,1].
 
     The box comes last: the result is an image. Raises ValueError for a negative epsilon. Source:
     D2.
     """
     check_radius(epsilon, x_nat)
     return x_adv.clamp(x_nat - epsilon, x_nat + epsilon).clamp(0, 1)
+
+
+def project_l2(
+    x_adv: Float[Tensor, "n *shape"], x_nat: Float[Tensor, "n *shape"], epsilon: Budget
+) -> Float[Tensor, "n *shape"]:
+    """Project into the L2 ball of radius `epsilon` around each image, then into the box [0,1].
+
+    The box comes last, as in AutoAttack and foolbox: the result is an image. It stays in the ball,
+    since no pixel moves away from that of an image `x_nat` by a clamp to [0,1]. Raises ValueError
+    for a negative epsilon. Source: arXiv 1706.06083.
+    """
+    check_radius(epsilon, x_nat)
+    delta = x_adv - x_nat
+    distance: Tensor = torch.linalg.vector_norm(delta, dim=pixel_dims(delta), keepdim=True)
+    on_sphere = x_nat + epsilon * normalize_l2(delta)
+    return torch.where(distance <= epsilon, x_adv, on_sphere).clamp(0, 1)
+
+
+def normalize_l2(gradient: Float[Tensor, "n *shape"]) -> Float[Tensor, "n *shape"]:
+    """Divide each image by its L2 norm; one that is zero stays zero.
+
+    The largest entry is divided out first: else squares of tiny gradients would vanish, and a
+    network could hide by small logits.
+    """
+    dims = pixel_dims(gradient)
+    largest = gradient.abs().amax(dims, keepdim=True)
+    scaled = torch.where(largest == 0, 0.0, gradient / largest)
+    norm: Tensor = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True)
+    return scaled / norm.clamp_min(1)  # at least 1, but for a zero image
+
+
+def pixel_dims(x: Tensor) -> tuple[int, ...]:
+    """Return all dimensions but that of the batch. Raises ValueError if there is no other."""
+    if x.ndim < 2:
+        raise ValueError(f"images must have pixels, not the shape {tuple(x.shape)}")
+    return tuple(range(1, x.ndim))
+
+
+class Geometry(NamedTuple):
+    """A norm's projection into ball and box, and its direction of steepest ascent of unit norm."""
+
+    project: Callable[[Tensor, Tensor, Budget], Tensor]
+    steepest: Callable[[Tensor], Tensor]
+
+
+GEOMETRIES = {
+    "linf": Geometry(project_linf, torch.sign),
+    "l2": Geometry(project_l2, normalize_l2),
+}
+
+
+def geometry(norm: Norm) -> Geometry:
+    """Return the geometry of a norm. Raises ValueError for a name that is not one."""
+    if norm not in GEOMETRIES:
+        raise ValueError(f"norm must be one of {', '.join(NORM_NAMES)}, not {norm!r}")
+    return GEOMETRIES[norm]
+
+
+def uniform_noise_(noise: Tensor, epsilon: float, norm: Norm, random: torch.Generator) -> Tensor:
+    """Fill `noise` (n,...) with points drawn uniformly in the ball of radius `epsilon`."""
+    geometry(norm)
+    if norm == "linf":
+        return noise.uniform_(-epsilon, epsilon, generator=random)
+    # A normal has every direction alike, and a ball of radius r the share r^d of the volume.
+    shape = len(noise), *[1] * (noise.ndim - 1)
+    direction = normalize_l2(noise.normal_(generator=random))
+    share = torch.rand(shape, generator=random, device=noise.device, dtype=noise.dtype)
+    return noise.copy_(epsilon * share ** (1 / math.prod(noise.shape[1:])) * direction)
 
 
 def check_radius(epsilon: Budget, x_nat: Tensor) -> None:
@@ -69,18 +140,22 @@ def pgd(
     epsilon: Budget,
     step_size: float,
     steps: int,
+    norm: Norm = "linf",
 ) -> Float[Tensor, "n *shape"]:
-    """Maximise `objective(forward(x))` by signed gradient steps from `x_nat + noise`, in the ball.
+    """Maximise `objective(forward(x))` by steps of norm `step_size` from `x_nat + noise`, in the ball.
 
-    The start is not clipped before the first step: noise moves it off the centre, where the
-    gradient of a KL is zero. Without a step, the start is projected. No gradients are left on
-    parameters and no global state changes; for the mode of the network see `frozen_eval`. Source:
-    D2.
+    A step goes along the sign of the gradient, or in the L2 norm along the gradient of each image;
+    where that is zero, there is no step. The start is not clipped before the first step: noise
+    moves it off the centre, where the gradient of a KL is zero. Without a step, the start is
+    projected. No gradients are left on parameters and no global state changes; for the mode of the
+    network see `frozen_eval`. Source: D2; for L2 arXiv 1706.06083.
 
     Raises:
-        ValueError: for a negative epsilon, step size or number of steps; see also `check_noise`.
+        ValueError: for a negative epsilon, step size or number of steps, or another norm; see also
+            `check_noise`.
         UsageError: if no gradient reaches the images.
     """
+    project, steepest = geometry(norm)
     check_noise(noise, x_nat)
     if not 0 <= step_size < math.inf or steps < 0:
         raise ValueError(f"step_size and steps must be 0 or more, not {step_size:g} and {steps}")
@@ -90,9 +165,9 @@ def pgd(
         # Gradients for the image alone. enable_grad: callers may be under no_grad.
         with torch.enable_grad():
             gradient = input_gradient(objective(forward(x_adv)), x_adv)
-        step = step_size * gradient.sign()
-        x_adv = project_linf(x_adv.detach() + step, x_nat, epsilon)  # D2
-    return x_adv if steps else project_linf(x_adv, x_nat, epsilon)
+        step = step_size * steepest(gradient)
+        x_adv = project(x_adv.detach() + step, x_nat, epsilon)  # D2
+    return x_adv if steps else project(x_adv, x_nat, epsilon)
 
 
 def input_gradient(value: Tensor, x: Tensor) -> Tensor:
@@ -185,6 +260,7 @@ class TrainingAttack:
     epsilon: Budget
     step_size: float
     steps: int
+    norm: Norm = "linf"
 
     def __call__(
         self,
@@ -202,4 +278,5 @@ class TrainingAttack:
                 epsilon=self.epsilon,
                 step_size=self.step_size,
                 steps=self.steps,
+                norm=self.norm,
             )

@@ -1,11 +1,13 @@
 """The steps of one training: networks, method, attack, optimiser and augmented images."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from absld.attack import TrainingAttack
+from absld.config.fields import check_epsilon
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch, Draw, Views, draws, steps_per_epoch
 from absld.data.dataset import ImageSet
@@ -163,6 +165,7 @@ class Stepper:
                 "evenly",
                 "another --batch-size",
             )
+        check_epsilon(config.epsilon, config.norm, math.prod(train.image_shape))
         self.views = Views(train.to(self.device), config.padding)
         if config.sync_batch_norm:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
@@ -220,6 +223,7 @@ class Stepper:
             flip=config.flip,
             start=config.start,
             radius=config.start_noise if config.start == "normal" else config.epsilon,
+            norm=config.norm,
             steps=self.count,
             first_step=first_step,
         )

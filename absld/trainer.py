@@ -240,6 +240,7 @@ class Training:
                 self.validated_network,
                 self.validation,
                 epsilon=self.config.epsilon,
+                norm=self.config.norm,
                 batch_size=self.config.batch_size,
                 on_batch=lambda *done: self.report_step(StepReport(epoch, "validation", *done)),
                 distributed=self.stepper.distributed,

@@ -8,6 +8,7 @@ from typing import Any
 from absld.cli.output import Output
 from absld.cli.view import View, time_left
 from absld.evaluation.runner import EvaluationRun
+from absld.norms import NORM_NAMES
 from absld.progress import AttackProgress, Check
 from absld.report.summary import METRICS, worst_classes
 from absld.text import column
@@ -57,9 +58,10 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
     """Return the tables in lines of at most 80 columns; figures are in per cent."""
     clean, robust, data = results["attacks"][0], results["robust"], results["data"]
     names = ", ".join(attack["name"] for attack in results["attacks"])
+    settings = results["settings"]
     lines = [
-        f"{results['network']['architecture']}, {data['images']} of {data['of']} "
-        f"{data['split']} images of {data['dataset']}, epsilon {results['settings']['epsilon']:.4g}",
+        f"{results['network']['architecture']}, {data['images']} of {data['of']} {data['split']} "
+        f"images of {data['dataset']}, {NORM_NAMES[settings['norm']]} {settings['epsilon']:.4g}",
         f"robust: correct under each of {names}; brackets: 95 % intervals",
         "",
         f"{'class':22} images {'clean':>20} {'robust':>20}",
@@ -74,7 +76,7 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
     for name, label in NAMES.items():
         pair = f"{figure(clean['metrics'][name])} {figure(robust['metrics'][name])}"
         lines.append(f"{label:22} {'':6} {pair}")
-    after = "alone" if results["settings"]["each"] else "after those above it"
+    after = "alone" if settings["each"] else "after those above it"
     lines += ["", f"{'attack, ' + after:29} {'average':>20} {'worst class':>20} {'NSD':>7}"]
     for attack in results["attacks"]:
         metrics = attack["metrics"]

@@ -23,8 +23,8 @@ def teacher_lines(results: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{network['architecture']}, {network['parameters']:,} parameters",
         f"teacher sha256: {network['weights_sha256']}",
-        f"{data['images']} of {data['of']} {data['split']} images of {data['dataset']}, "
-        f"epsilon {budget(attack['epsilon'])}; brackets: 95 % intervals",
+        f"{data['images']} of {data['of']} {data['split']} images of {data['dataset']}",
+        f"epsilon {budget(attack)}; brackets: 95 % intervals",
         "",
         f"{'class':22} {'clean':>20} {attack['name']:>20} {'true':>6} {'nats':>6}",
     ]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from absld.config.parsing import SEE_HELP, parse
 from absld.config.recipes import OWN
 from absld.errors import UsageError
+from absld.norms import Norm, largest_epsilon
 from absld.text import clip
 
 T = TypeVar("T")
@@ -58,8 +59,22 @@ class Settings:
             value = parse(f.name, getattr(self, f.name), type(self))
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, (int, float)):
-                    check_range(f.name, number, *f.metadata["range"])
+                    check_range(f.name, number, *self.bounds(f))
             object.__setattr__(self, f.name, value)  # 1 where a float is meant is 1.0
+
+    def bounds(self, f: "Field[Any]") -> tuple[float, float]:
+        """Return the range of a number; epsilon has an upper bound only in the L-infinity norm."""
+        low, high = f.metadata["range"]
+        other_norm = f.name == "epsilon" and getattr(self, "norm", "linf") != "linf"
+        return low, MOST if other_norm else high
+
+
+def check_epsilon(epsilon: float, norm: Norm, pixels: int) -> None:
+    """Raise UsageError unless a budget is in the range of distances between images.
+
+    pixels: numbers of an image, on which the largest distance in the L2 norm depends.
+    """
+    check_range("epsilon", epsilon, 0.0, largest_epsilon(norm, pixels))
 
 
 def check_range(name: str, number: int | float, low: float, high: float) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from absld.norms import Norm
+
 Recipe = dict[str, tuple[Any, str]]
 
 RELEASE = "the authors' release"
@@ -48,4 +50,11 @@ METHOD_RECIPES: dict[str, Recipe] = {
     ),
     "trades": recipe("TRADES", relative_step_size=0.007 / 0.031, epochs=76, milestones=(75 / 76,)),
     "sat": recipe("PGD adversarial training", start="uniform"),
+}
+
+# They go before the recipes of methods and data sets, whose budgets are of the L-infinity norm.
+NORM_RECIPES: dict[Norm, Recipe] = {
+    "linf": {},
+    "l2": recipe("RobustBench, arXiv 2010.09670", norm="l2", epsilon=0.5)
+    | recipe("Rice et al., arXiv 2002.11569", relative_step_size=15 / 128),
 }

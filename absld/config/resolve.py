@@ -6,14 +6,14 @@ from typing import Any
 
 from absld.config.fields import group_of
 from absld.config.parsing import parse_all
-from absld.config.recipes import METHOD_RECIPES, RECIPES
+from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RECIPES
 from absld.config.settings import Config
 
 SETTING_GROUPS = {f.name: group_of(f) for f in fields(Config)}
 
 
 def resolve(explicit: Mapping[str, Any], *, schedule_of_method: bool = True) -> Config:
-    """Complete a configuration: defaults, the method's recipe, the data set's, `explicit`.
+    """Complete a configuration: defaults, the recipes of method, data set and norm, `explicit`.
 
     Each overrides those before it.
 
@@ -32,14 +32,16 @@ def resolve(explicit: Mapping[str, Any], *, schedule_of_method: bool = True) -> 
         if schedule_of_method or SETTING_GROUPS[name] != "Training"
     }
     recipe = RECIPES[explicit.get("dataset", "digits")]
-    from_dataset = {name: value for name, (value, _) in recipe.items()}
-    return Config(**from_method | from_dataset | explicit)
+    recipe = recipe | NORM_RECIPES[explicit.get("norm", "linf")]
+    from_recipe = {name: value for name, (value, _) in recipe.items()}
+    return Config(**from_method | from_recipe | explicit)
 
 
 def setting_source(config: Config, name: str) -> str:
     """Return the source of a setting's value; "given" if it is neither a recipe's nor a default."""
     value = getattr(config, name)
     recipe = METHOD_RECIPES.get(config.method, {}) | RECIPES[config.dataset]
+    recipe = recipe | NORM_RECIPES[config.norm]
     if name in recipe and recipe[name][0] == value:
         return recipe[name][1]
     setting = next(f for f in fields(Config) if f.name == name)

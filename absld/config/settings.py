@@ -12,8 +12,9 @@ from typing import Any, Literal
 from absld.config.fields import Settings, group_of, setting
 from absld.config.imports import names_code
 from absld.config.parsing import did_you_mean
-from absld.config.recipes import METHOD_RECIPES, RELEASE
+from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RELEASE
 from absld.errors import UsageError
+from absld.norms import Norm
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Dataset = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"]
@@ -38,7 +39,7 @@ CLASS_ORDER = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """Settings of one training. The defaults are CIFAR-10's."""
+    """Settings of one training. The defaults are CIFAR-10's in the L-infinity norm."""
 
     method: str = setting(
         "absld", "Method", f"one of {', '.join(METHOD_RECIPES)}, or package.module:Class"
@@ -92,8 +93,11 @@ class TrainConfig(Settings):
     max_steps: int | None = setting(
         None, "Training", "end each epoch after N steps, for a quick trial", low=1.0
     )
+    norm: Norm = setting(
+        "linf", "Attack", "norm of the budget: largest change of a pixel, or Euclidean", RELEASE
+    )
     epsilon: float = setting(
-        8 / 255, "Attack", "L-infinity budget; pixels are in [0,1]", RELEASE, high=1.0
+        8 / 255, "Attack", "budget in the norm; pixels are in [0,1]", RELEASE, high=1.0
     )
     relative_step_size: float = setting(
         0.25, "Attack", "step size of the training attack, as a fraction of epsilon", RELEASE
@@ -259,6 +263,7 @@ class Config(TrainConfig):
             for f in fields(TrainConfig)
             if group_of(f) == "Method" or f.name in in_recipes
         }
+        defaults |= {k: value for k, (value, _) in NORM_RECIPES[self.norm].items() if k in defaults}
         changes = defaults | {"method": "trades", "epochs": self.teacher_epochs}
         return replace(self.training(), **changes)
 
@@ -272,10 +277,13 @@ class EvaluationConfig(Settings):
         "Attacks",
         "any of clean, fgsm, pgd20, pgd20-sat, cw30 (or other numbers of steps), autoattack",
     )
+    norm: Norm | None = setting(
+        None, "Attacks", "norm of the budget [default: the run's, else linf]", RELEASE
+    )
     epsilon: float | None = setting(
         None,
         "Attacks",
-        "L-infinity budget; pixels are in [0,1] [default: the run's, else the data set's]",
+        "budget in the norm; pixels are in [0,1] [default: the run's, else the data set's]",
         RELEASE,
         high=1.0,
     )

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from absld.attack import uniform_noise_
 from absld.data.dataset import ImageSet, pixels
+from absld.norms import Norm
 from absld.seeding import generator
 
 
@@ -100,13 +102,14 @@ def draws(
     flip: float,
     start: Literal["normal", "uniform"] = "normal",
     radius: float,
+    norm: Norm = "linf",
     steps: int,
     first_step: int = 0,
 ) -> Iterator[Draw]:
     """Draw the augmentations and noises of an epoch; each depends on `key` and its step alone.
 
     flip: probability of a horizontal flip. start: distribution of the noise; radius: its standard
-    deviation if normal, its half-width if uniform, in pixels.
+    deviation if normal, the radius of its ball in the norm if uniform, in pixels.
     """
     data, device = views.data, views.data.device
     dtype = data.dtype if data.dtype.is_floating_point else torch.get_default_dtype()
@@ -123,7 +126,7 @@ def draws(
         shape = n, *data.image_shape
         noise = source(shape, generator=random, device=device, dtype=dtype)
         if start == "uniform":
-            noise = 2 * noise - 1
+            noise = 2 * noise - 1 if norm == "linf" else uniform_noise_(noise, 1.0, norm, random)
         yield Draw(index, rows[batch], dy, dx, mirror, radius * noise)
 
 

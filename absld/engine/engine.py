@@ -102,9 +102,10 @@ class EngineAttack(TrainingAttack):
                 epsilon=self.epsilon,
                 step_size=self.step_size,
                 steps=self.steps,
+                norm=self.norm,
             )
 
-        budget = self.epsilon, self.step_size, self.steps
+        budget = self.norm, self.epsilon, self.step_size, self.steps
         key = student, function, budget, *(tensor.shape for tensor in inputs)
         with frozen_eval(student):
             if key not in self.graphs:
@@ -118,6 +119,7 @@ def training_attack(config: TrainConfig, techniques: Techniques) -> EngineAttack
         config.epsilon,
         config.epsilon * config.relative_step_size,
         config.attack_steps,
+        config.norm,
         precision=techniques.attack_precision,
         cuda_graph=techniques.cuda_graph,
     )

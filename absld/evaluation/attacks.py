@@ -2,6 +2,7 @@
 
 `fgsm`, `pgd20` (the step of TRADES), `pgd20-sat` (the longer step of plain adversarial training) and
 `cw30` (PGD on the margin), with any number of steps; `autoattack` is the four parts of AutoAttack.
+Each is an attack in the norm of its batch.
 
 Random numbers are keyed by the image's number in its set, or a batch's by that of its first image.
 """
@@ -17,9 +18,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from absld.attack import Objective, cross_entropy, margin, margins, pgd, project_linf
+from absld.attack import (
+    Objective,
+    cross_entropy,
+    geometry,
+    margin,
+    margins,
+    pgd,
+    uniform_noise_,
+)
 from absld.errors import UsageError
 from absld.evaluation.surrogates import Images, differentiable
+from absld.norms import Norm
 from absld.seeding import Key, generator, global_generator
 
 OBJECTIVES: dict[str, Callable[[Tensor], Objective]] = {
@@ -33,8 +43,8 @@ class AttackBatch:
     """Images to attack, and the settings of this attempt.
 
     x_nat (n,channels,H,W): clean images, pixels in [0,1]. labels (n,). index (n,): the images'
-    numbers in their set. epsilon: radius of the L-infinity ball. seed: of the evaluation. restart:
-    number of the attempt, from 0.
+    numbers in their set. epsilon: radius of the ball. seed: of the evaluation. restart: number of
+    the attempt, from 0.
     """
 
     x_nat: Images
@@ -43,6 +53,7 @@ class AttackBatch:
     epsilon: float
     seed: int = 0
     restart: int = 0
+    norm: Norm = "linf"
 
     def key(self, attack: str, row: int = 0) -> Key:
         """Return the key of an attack's random numbers for the image in this row of the batch."""
@@ -72,10 +83,10 @@ class Attack(Protocol):
 
 
 @dataclass(frozen=True)
-class SignedGradient:
-    """PGD in the L-infinity ball (arXiv 1706.06083).
+class GradientAttack:
+    """PGD in the ball (arXiv 1706.06083).
 
-    step_size: in multiples of epsilon. The first attempt starts at the image, or uniformly in the
+    step_size: norm of a step, in multiples of epsilon. The first attempt starts at the image, or uniformly in the
     ball if `uniform_start`; restarts start uniformly.
     """
 
@@ -95,9 +106,9 @@ class SignedGradient:
         noise = torch.zeros(x_nat.shape)
         if self.uniform_start or batch.restart:
             # Keyed by the image: batch size, a subset and an interruption do not change it.
-            for row, image_noise in enumerate(noise):
+            for row in range(len(noise)):
                 random = generator(*batch.key(self.name, row))
-                image_noise.uniform_(-epsilon, epsilon, generator=random)
+                uniform_noise_(noise[row : row + 1], epsilon, batch.norm, random)
         return pgd(
             differentiable(model),
             OBJECTIVES[self.objective](batch.labels),
@@ -106,12 +117,14 @@ class SignedGradient:
             epsilon=epsilon,
             step_size=self.step_size * epsilon,
             steps=self.steps,
+            norm=batch.norm,
         )
 
 
 # Approximate forward-backward passes for an image: 100 steps; 100 towards each of nine classes; the
 # same with two passes a step; 5000 forwards.
 AUTOATTACK_COSTS = {"apgd-ce": 100.0, "apgd-t": 900.0, "fab-t": 1800.0, "square": 1700.0}
+AUTOATTACK_NORMS = {"linf": "Linf", "l2": "L2"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +150,12 @@ class AutoAttackPart:
             return forward(x).clone()  # it writes to them, and they may be a view of the image
 
         suite = import_autoattack().AutoAttack(
-            logits, norm="Linf", eps=batch.epsilon, seed=0, version="standard", device=device
+            logits,
+            norm=AUTOATTACK_NORMS[batch.norm],
+            eps=batch.epsilon,
+            seed=0,
+            version="standard",
+            device=device,
         )
         suite.apgd.loss = "ce"
         suite.fab.targeted = True
@@ -182,7 +200,8 @@ class SquareSearch:
     """Random search without gradients: squares of +-epsilon are kept where the margin grows.
 
     A simplified Square attack (arXiv 1912.00049) with one square for the whole batch, which the
-    sanity checks compare with PGD; `autoattack` has the original. Source: decided here.
+    sanity checks compare with PGD; `autoattack` has the original. In the L2 norm a square has the
+    norm epsilon and is added to what was kept before. Source: decided here.
     """
 
     name: str
@@ -195,14 +214,16 @@ class SquareSearch:
 
     def perturb(self, model: nn.Module, batch: AttackBatch) -> Images:
         x_nat, labels, epsilon = batch.x_nat, batch.labels, batch.epsilon
+        project, l2 = geometry(batch.norm).project, batch.norm == "l2"
         random = generator(*batch.key(self.name))
         n, channels, height, width = x_nat.shape
 
-        def random_corners(*shape: int) -> Tensor:
-            return epsilon * (torch.randint(2, shape, generator=random) * 2 - 1)
+        def random_corners(*shape: int, pixels: int) -> Tensor:
+            size = epsilon / (channels * pixels) ** 0.5 if l2 else epsilon
+            return size * (torch.randint(2, shape, generator=random) * 2 - 1)
 
         # All is drawn ahead and copied at once, so that no query waits for the device.
-        stripes = random_corners(n, channels, 1, width).to(x_nat)
+        stripes = random_corners(n, channels, 1, width, pixels=height * width).to(x_nat)
         corners = torch.empty(self.queries, n, channels, 1, 1)
         windows = []
         for query in range(self.queries):
@@ -212,14 +233,14 @@ class SquareSearch:
             top = int(torch.randint(height - side + 1, (), generator=random))
             left = int(torch.randint(width - side + 1, (), generator=random))
             windows.append((..., slice(top, top + side), slice(left, left + side)))
-            corners[query] = random_corners(n, channels, 1, 1)
+            corners[query] = random_corners(n, channels, 1, 1, pixels=side**2)
         with torch.no_grad():
-            x_adv = project_linf(x_nat + stripes, x_nat, epsilon)
+            x_adv = project(x_nat + stripes, x_nat, epsilon)
             best = margins(model(x_adv), labels)
             for window, corner in zip(windows, corners.to(x_nat), strict=True):
                 candidate = x_adv.clone()
-                candidate[window] = x_nat[window] + corner
-                candidate = project_linf(candidate, x_nat, epsilon)
+                candidate[window] = (x_adv if l2 else x_nat)[window] + corner
+                candidate = project(candidate, x_nat, epsilon)
                 reached = margins(model(candidate), labels)
                 better = reached > best
                 x_adv = torch.where(better.view(-1, 1, 1, 1), candidate, x_adv)
@@ -227,8 +248,10 @@ class SquareSearch:
         return x_adv
 
 
-def parse_attacks(names: str, num_classes: int, restarts: int = 1) -> tuple[Attack, ...]:
-    """Return the attacks that `names`, separated by commas, mean.
+def parse_attacks(
+    names: str, num_classes: int, restarts: int = 1, norm: Norm = "linf"
+) -> tuple[Attack, ...]:
+    """Return the attacks that `names`, separated by commas, mean in a norm.
 
     `clean` is left out: it is always evaluated. restarts: of PGD and CW. Raises UsageError.
     """
@@ -238,7 +261,7 @@ def parse_attacks(names: str, num_classes: int, restarts: int = 1) -> tuple[Atta
             import_autoattack()  # a missing package is reported before any work
             attacks += autoattack_parts(num_classes)
         elif name != "clean":
-            attacks.append(parse_attack(name, restarts))
+            attacks.append(parse_attack(name, restarts, norm))
     if len({attack.name for attack in attacks}) < len(attacks):
         raise UsageError(f"an attack is named twice in {names!r}", "name each once")
     return tuple(attacks)
@@ -252,14 +275,14 @@ STYLES: dict[str, tuple[Literal["cross-entropy", "margin"], float, bool]] = {
 }
 
 
-def parse_attack(name: str, restarts: int = 1) -> SignedGradient:
+def parse_attack(name: str, restarts: int = 1, norm: Norm = "linf") -> GradientAttack:
     """Return fgsm, pgdN, pgdN-sat or cwN, of N steps.
 
-    The steps are those of TRADES (arXiv 1901.08573), and of arXiv 1706.06083 for -sat and cw.
-    Raises UsageError.
+    The steps are those of TRADES (arXiv 1901.08573), in the L2 norm of arXiv 2002.11569; for -sat
+    and cw of arXiv 1706.06083. Raises UsageError.
     """
     if name == "fgsm":
-        return SignedGradient(name, "cross-entropy", 1, 1.0, uniform_start=False)
+        return GradientAttack(name, "cross-entropy", 1, 1.0, uniform_start=False)
     match = re.fullmatch(r"(pgd|cw)([1-9][0-9]{0,4})(-sat)?", name)
     style = STYLES.get(match[1] + (match[3] or "")) if match else None
     if match is None or style is None:
@@ -268,4 +291,6 @@ def parse_attack(name: str, restarts: int = 1) -> SignedGradient:
             "there are clean, fgsm, pgd20, pgd20-sat, cw30, autoattack; 20 and 30 are steps",
         )
     objective, step_size, uniform_start = style
-    return SignedGradient(name, objective, int(match[2]), step_size, uniform_start, restarts)
+    if norm == "l2" and match[1] == "pgd" and not match[3]:
+        step_size = 15 / 128
+    return GradientAttack(name, objective, int(match[2]), step_size, uniform_start, restarts)

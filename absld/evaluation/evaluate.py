@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from absld.attack import frozen_eval
+from absld.config.fields import check_epsilon
 from absld.config.parsing import parse, parse_all
 from absld.config.settings import EvaluationConfig
 from absld.data.dataset import ImageSet, pixels, stratified
@@ -25,6 +26,7 @@ from absld.evaluation.predictions import fastest_memory_format, predict, predict
 from absld.evaluation.surrogates import surrogates
 from absld.evaluation.validation import check_network
 from absld.metrics import METRICS, present, rho
+from absld.norms import Norm
 from absld.progress import AttackProgress
 from absld.seeding import generator
 
@@ -50,6 +52,7 @@ class Evaluation:
     index: Int[Tensor, " n"]
     labels: Int[Tensor, " n"]
     predictions: Int[Tensor, "a n"]
+    norm: Norm = "linf"
 
     @property
     def correct(self) -> Bool[Tensor, "a n"]:
@@ -182,6 +185,7 @@ def evaluate(
     data: ImageSet,
     *,
     epsilon: float,
+    norm: Norm = "linf",
     attacks: str | Sequence[Attack] = EvaluationConfig.attacks,
     restarts: int = 1,
     each: bool = False,
@@ -199,7 +203,7 @@ def evaluate(
     Args:
         model: takes images in [0,1] and gives logits (N,C).
         data: the images.
-        epsilon: radius of the L-infinity ball, pixels in [0,1].
+        epsilon, norm: radius of the ball, pixels in [0,1], and its norm.
         attacks: names, as "fgsm,pgd20,cw30,autoattack", or objects (`Attack`). A misclassified
             image is not attacked again.
         restarts: attempts of the named PGD and CW.
@@ -217,14 +221,8 @@ def evaluate(
     """
     if not isinstance(data, ImageSet):
         raise UsageError(f"the data are a {type(data).__name__}, not an absld.ImageSet")
-    given = {
-        "epsilon": epsilon,
-        "restarts": restarts,
-        "each": each,
-        "examples": examples,
-        "seed": seed,
-        "batch_size": batch_size,
-    }
+    given: dict[str, object] = {"norm": norm, "epsilon": epsilon, "restarts": restarts}
+    given |= {"each": each, "examples": examples, "seed": seed, "batch_size": batch_size}
     settings = EvaluationConfig(**parse_all(given, EvaluationConfig))
     attacks = list_attacks(attacks, data, settings)
     check_network(model, data, "the network")
@@ -237,7 +235,8 @@ def evaluate(
 def list_attacks(attacks: object, data: ImageSet, settings: EvaluationConfig) -> list[Attack]:
     """Return the attacks that names or objects mean. Raises UsageError for anything else."""
     if isinstance(attacks, str):
-        return list(parse_attacks(attacks, data.num_classes, settings.restarts))
+        norm = settings.norm or "linf"
+        return list(parse_attacks(attacks, data.num_classes, settings.restarts, norm))
     listed: list[Attack] = []
     for attack in attacks if isinstance(attacks, Iterable) else [attacks]:
         if not isinstance(attack, Attack):
@@ -259,8 +258,10 @@ def start_evaluation(
 
     Raises UsageError for predictions of another shape, type or number of classes.
     """
+    norm = settings.norm or "linf"
     if settings.epsilon is None:
         raise UsageError("epsilon takes a number, not None")
+    check_epsilon(settings.epsilon, norm, math.prod(data.image_shape))
     classes = data.num_classes
     index = stratified(data.labels, classes, settings.examples, "examples", settings.seed)
     predictions = torch.full((1 + len(attacks), len(index)), PENDING)
@@ -279,7 +280,7 @@ def start_evaluation(
         predictions = before.to("cpu", copy=True)
     labels = data.labels.cpu()[index]
     fixed = settings.epsilon, settings.seed, settings.each, ("clean", *attacks)
-    return Evaluation(data.classes, *fixed, index, labels, predictions)
+    return Evaluation(data.classes, *fixed, index, labels, predictions, norm)
 
 
 def run_attacks(
@@ -305,6 +306,7 @@ def run_attacks(
                 index=index,
                 epsilon=evaluation.epsilon,
                 seed=evaluation.seed,
+                norm=evaluation.norm,
             )
             if attack is None:
                 classes = predict(model, batch.x_nat, "of clean images")

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from absld.attack import project_linf
+from absld.attack import geometry
 from absld.errors import NonFiniteError, UsageError
 from absld.evaluation.attacks import Attack, AttackBatch
 
@@ -50,7 +50,7 @@ def predict_under_attack(
         x_adv = as_images(attack.perturb(network, attempt), x_left, attack.name)
         # Only images in the ball count, whatever an attack returns; NaN is the clean image.
         x_adv = torch.where(x_adv.isfinite(), x_adv, x_left)
-        x_adv = project_linf(x_adv, x_left, batch.epsilon)
+        x_adv = geometry(batch.norm).project(x_adv, x_left, batch.epsilon)
         predictions[left] = predict(model, x_adv, f"under {attack.name}")
     return predictions
 

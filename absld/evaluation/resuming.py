@@ -58,6 +58,7 @@ def resume_attacks(
             model,
             data,
             epsilon=identity["epsilon"],
+            norm=identity["norm"],
             attacks=attacks,
             each=config.each,
             examples=config.examples,

@@ -53,7 +53,7 @@ from absld.storage.files import digest, key_of, write_text
 from absld.storage.run_directory import RunDirectory
 
 # Settings that decide the results, not where things are or how fast.
-DECIDING = ("epsilon", "restarts", "each", "examples", "seed", "precision")
+DECIDING = ("norm", "epsilon", "restarts", "each", "examples", "seed", "precision")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,8 @@ def run_network_evaluation(
 ) -> EvaluationRun:
     """Run an evaluation of a network and images that are loaded, with a complete configuration."""
     device = resolve_device(config.device)
-    attacks = parse_attacks(config.attacks, data.num_classes, config.restarts)
+    assert config.norm is not None  # complete_config
+    attacks = parse_attacks(config.attacks, data.num_classes, config.restarts, config.norm)
     for note in [*network.notes, *emulation_warnings([config.precision], device)]:
         observer.note(note)
     settings = {name: getattr(config, name) for name in DECIDING}
@@ -199,9 +200,9 @@ def config_of_run(target: str) -> Config | None:
 
 
 def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
-    """Fill in data set and budget from the run, or from the recipe of the data set.
+    """Fill in data set and budget from the run, or from the recipes of data set and norm.
 
-    Raises UsageError if neither is known.
+    Raises UsageError if no data set is known.
     """
     check_target(target)
     defaults = config_of_run(target)
@@ -211,11 +212,16 @@ def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
             "--dataset NAME, and --data DIR",
         )
     size, resize, channels = config.image_size, config.resize, config.channels
+    norm = config.norm or (defaults.norm if defaults else "linf")
     if defaults is None or config.dataset not in (None, defaults.dataset):
-        defaults = resolve({"dataset": config.dataset})
+        defaults = resolve({"dataset": config.dataset, "norm": norm})
     else:
         size = size or defaults.image_size
         resize, channels = resize or defaults.resize, channels or defaults.channels
+    epsilon = config.epsilon
+    if epsilon is None:
+        of_norm = resolve({"dataset": defaults.dataset, "norm": norm})
+        epsilon = defaults.epsilon if defaults.norm == norm else of_norm.epsilon
     return replace(
         config,
         dataset=defaults.dataset,
@@ -223,7 +229,8 @@ def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
         image_size=size,
         resize=resize,
         channels=channels,
-        epsilon=defaults.epsilon if config.epsilon is None else config.epsilon,
+        norm=norm,
+        epsilon=epsilon,
     )
 
 

@@ -5,6 +5,7 @@ room for chance on the sample; they are stated with the numbers. The ideas: Atha
 (arXiv 1802.00420), Carlini et al. 2019 (arXiv 1902.06705). The limits: decided here.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from absld.attack import frozen_eval
 from absld.data.dataset import ImageSet, pixels, stratified
 from absld.errors import CheckpointError
-from absld.evaluation.attacks import SignedGradient, SquareSearch, parse_attack
+from absld.evaluation.attacks import GradientAttack, SquareSearch, parse_attack
 from absld.evaluation.evaluate import Evaluation, evaluate
 from absld.evaluation.surrogates import (
     clamps_input,
@@ -23,10 +24,11 @@ from absld.evaluation.surrogates import (
     output_bounds,
     outputs_outside,
 )
+from absld.norms import Norm, largest_epsilon
 from absld.progress import Check
 
 SAMPLE = 100
-NOISE = SignedGradient(
+NOISE = GradientAttack(
     "noise", "cross-entropy", steps=0, step_size=0.0, uniform_start=True, restarts=10
 )
 FGSM, PGD = parse_attack("fgsm"), parse_attack("pgd20")
@@ -34,7 +36,6 @@ LONGER = parse_attack("pgd50", restarts=2)
 SEARCH = SquareSearch("square search", queries=300)
 BUDGETS = (0.5, 1.0, 2.0)  # in multiples of epsilon
 FACTORY_HINT = "needed: a package.module:factory that puts the normalisation inside the network"
-HUGE = 1.0  # the whole pixel box: any classifier can be broken
 
 
 def run_checks(
@@ -51,7 +52,7 @@ def run_checks(
         yield check_input_scale(model, sample)
         yield check_gradients(model, sample)
         robust = evaluation.robust[chosen].nonzero().squeeze(1)
-        yield from check_attacks(model, sample, robust, evaluation.epsilon)
+        yield from check_attacks(model, sample, robust, evaluation.epsilon, evaluation.norm)
         yield check_margin_attack(evaluation)
 
 
@@ -177,15 +178,19 @@ def check_gradients(model: nn.Module, sample: ImageSet) -> Check:
 
 
 def check_attacks(
-    model: nn.Module, sample: ImageSet, robust: Int[Tensor, " w"], epsilon: float
+    model: nn.Module,
+    sample: ImageSet,
+    robust: Int[Tensor, " w"],
+    epsilon: float,
+    norm: Norm = "linf",
 ) -> Iterator[Check]:
     """Check that stronger attacks and larger budgets break more.
 
     robust: positions in the sample of the images that are robust to the attacks of the evaluation.
     """
 
-    def run(data: ImageSet, budget: float, *attacks: SignedGradient | SquareSearch) -> Evaluation:
-        return evaluate(model, data, epsilon=budget, attacks=attacks, each=True)
+    def run(data: ImageSet, budget: float, *attacks: GradientAttack | SquareSearch) -> Evaluation:
+        return evaluate(model, data, epsilon=budget, norm=norm, attacks=attacks, each=True)
 
     n = len(sample)
     unmoved = run(sample, 0.0, PGD)
@@ -215,7 +220,9 @@ def check_attacks(
         f"{SEARCH.queries} queries break {searched} {of_robust}",
     )
 
-    budgets = [*(epsilon * factor for factor in BUDGETS), HUGE]
+    # In the ball of the largest budget, the whole range of pixels, any classifier can be broken.
+    largest = largest_epsilon(norm, math.prod(sample.image_shape))
+    budgets = [*(min(epsilon * factor, largest) for factor in BUDGETS), largest]
     curve = [int(run(sample, budget, PGD).correct[-1].sum()) for budget in budgets]
     rise = max((b - a for a, b in zip([clean, *curve], curve, strict=False)), default=0)
     yield Check(

@@ -49,14 +49,15 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
     for note in [*network.notes, *emulation_warnings([config.precision], device)]:
         observer.note(note)
     data = data.to(device)
-    attacks = parse_attacks(ATTACK, data.num_classes, 1)
-    assert config.epsilon is not None  # complete_config
+    assert config.epsilon is not None and config.norm is not None  # complete_config
+    attacks = parse_attacks(ATTACK, data.num_classes, 1, config.norm)
     with float32_precision(config.precision), blame_target(target):
         model = with_precision(network.model.to(device), config.precision)
         evaluation = evaluate(
             model,
             data,
             epsilon=config.epsilon,
+            norm=config.norm,
             attacks=attacks,
             examples=config.examples,
             seed=config.seed,
@@ -74,7 +75,7 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
         "environment": environment(device),
         "network": describe_network(target, network),
         "data": describe_data(config, evaluation, data),
-        "attack": {"name": ATTACK, "epsilon": config.epsilon},
+        "attack": {"name": ATTACK, "norm": config.norm, "epsilon": config.epsilon},
         "clean": {key: results["attacks"][0][key] for key in ("classes", "metrics")},
         "robust": results["robust"],
         "soft_labels": describe_soft_labels(logits, evaluation),

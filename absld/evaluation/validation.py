@@ -8,12 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from absld.attack import cross_entropy, frozen_eval, pgd
-from absld.config.fields import check_range
+from absld.attack import cross_entropy, frozen_eval, pgd, uniform_noise_
+from absld.config.fields import check_epsilon, check_range
 from absld.data.dataset import ImageSet, pixels
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
 from absld.errors import CheckpointError, NonFiniteError, Stopped
 from absld.metrics import ClassAccuracies, class_hits, fairness
+from absld.norms import Norm
 from absld.seeding import generator
 from absld.shapes import describe_kind, is_dense
 
@@ -26,6 +27,7 @@ def validate(
     data: ImageSet,
     *,
     epsilon: float,
+    norm: Norm = "linf",
     steps: int = 20,
     batch_size: int = 128,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
@@ -34,20 +36,21 @@ def validate(
     """Compute class accuracies, clean and under PGD-20 as in TRADES (arXiv 1901.08573).
 
     The attack takes steps of 0.003 (at epsilon 8/255; in proportion otherwise) on the cross-entropy
-    from a uniform start in the ball, drawn from a fixed key. For figures to publish: absld.evaluate.
-    on_batch receives the number of batches done, and of all. The processes of `distributed` share
-    the batches, and all return the same accuracies. The model is as before afterwards.
+    from a uniform start in the ball, drawn from a fixed key; in the L2 norm the steps are 15/128 of
+    epsilon, as in Rice et al. (arXiv 2002.11569). For figures to publish: absld.evaluate. on_batch receives the number of batches done, and of all. The processes of `distributed` share the batches,
+    and all return the same accuracies. The model is as before afterwards.
 
     Raises:
         NonFiniteError: logits of a clean image are not finite.
         CheckpointError: the network does not take the images, writes to them, or gives no logits.
         UsageError: epsilon, steps or batch_size is out of range.
     """
-    check_range("epsilon", epsilon, 0.0, 1.0)
+    check_epsilon(epsilon, norm, math.prod(data.image_shape))
     for name, value, least in (("steps", steps, 0), ("batch_size", batch_size, 1)):
         check_range(name, value, least, math.inf)
     check_network(model, data, "the network")
-    attack = partial(pgd, epsilon=epsilon, step_size=0.003 * epsilon / (8 / 255), steps=steps)
+    step_size = 0.003 * epsilon / (8 / 255) if norm == "linf" else 15 / 128 * epsilon
+    attack = partial(pgd, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm)
     device = data.device
     random = generator("evaluate", device=device)
     # Of each class: hits clean, hits under attack, images. Nothing is read before the last batch:
@@ -59,7 +62,7 @@ def validate(
         for done, (images, labels) in enumerate(data.batches(batch_size), 1):
             x_nat, labels = pixels(images), labels.clone()  # which may be inference tensors
             # Drawn for all batches, so that the noise does not depend on the process.
-            noise = torch.empty_like(x_nat).uniform_(-epsilon, epsilon, generator=random)
+            noise = uniform_noise_(torch.empty_like(x_nat), epsilon, norm, random)
             if done % distributed.world_size == distributed.rank:
                 with read_only(x_nat, "the network"):
                     nat_logits = model(x_nat)

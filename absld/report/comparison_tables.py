@@ -44,7 +44,7 @@ def title(results: Mapping[str, Any]) -> str:
     data, settings = results["data"], results["settings"]
     return (
         f"{data['dataset']}, {data['images']:,} of {data['of']:,} {data['split']} images, epsilon "
-        f"{budget(settings['epsilon'])}; robust: correct when clean and under "
+        f"{budget(settings)}; robust: correct when clean and under "
         f"{', '.join(settings['attacks'])}"
     )
 

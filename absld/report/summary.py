@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absld.evaluation.results import warnings
+from absld.norms import NORM_NAMES
 from absld.text import clip
 
 MANY = 20  # with more classes than these, some parts show only the worst
@@ -113,12 +114,17 @@ def facts(results: Mapping[str, Any]) -> dict[str, str]:
         "Network": f"{network['target']}, {network['parameters']:,} parameters",
         "Images": f"{data['images']:,} of {data['of']:,} of the {data['split']} split, "
         f"{len(data['classes'])} classes",
-        "Budget": f"epsilon {budget(results['settings']['epsilon'])} in the L-infinity norm",
+        "Budget": f"epsilon {budget(results['settings'])}",
         "Attacks": attacks or "none, so the robust figures are those of clean images",
     }
 
 
-def budget(epsilon: float) -> str:
+def budget(settings: Mapping[str, Any]) -> str:
+    """Return the epsilon and the norm of an attack, as "8/255 (0.03137) in the L-infinity norm"."""
+    return f"{radius(settings['epsilon'])} in the {NORM_NAMES[settings['norm']]} norm"
+
+
+def radius(epsilon: float) -> str:
     """Return 8/255 (0.03137), or the number alone if it is not a whole number of grey levels."""
     levels = 255 * epsilon
     whole = round(levels)
@@ -138,7 +144,8 @@ def check_warning(results: Mapping[str, Any]) -> str:
 def settings(results: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings of the evaluation and of each attack."""
     texts = {name.replace("_", " "): setting_text(v) for name, v in results["settings"].items()}
-    texts["epsilon"] = budget(results["settings"]["epsilon"])
+    texts["norm"] = NORM_NAMES[results["settings"]["norm"]]
+    texts["epsilon"] = radius(results["settings"]["epsilon"])
     texts["examples"] = setting_text(results["settings"]["examples"] or "all images")
     for attack in results["attacks"][1:]:
         options = {k: v for k, v in attack.items() if k not in ("name", "classes", "metrics")}

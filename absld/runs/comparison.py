@@ -27,6 +27,7 @@ from absld.evaluation.runner import (
     run_network_evaluation,
 )
 from absld.progress import Observer
+from absld.report.summary import budget
 from absld.runs import training_run
 from absld.runs.comparison_results import Comparison, Member, summarise
 from absld.runs.run_record import deciding_settings
@@ -85,7 +86,7 @@ def label_configs(configs: Sequence[Config]) -> list[str]:
 def resolve_baseline(labels: Sequence[str], configs: Sequence[Config], baseline: str) -> str:
     """Return the baseline, the first label where it is empty.
 
-    Raises UsageError if there is no such label, nothing to compare, or a run twice.
+    Raises UsageError if there is no such label, nothing to compare, a run twice, or no one budget.
     """
     distinct = list(dict.fromkeys(labels))
     if len(distinct) < 2:
@@ -95,6 +96,11 @@ def resolve_baseline(labels: Sequence[str], configs: Sequence[Config], baseline:
     if baseline and baseline not in distinct:
         raise UsageError(
             f"there is no {baseline!r} to compare with", f"there are: {', '.join(distinct)}"
+        )
+    budgets = {f"epsilon {budget(vars(config))}": None for config in configs}
+    if len(budgets) > 1:
+        raise UsageError(
+            f"the budgets differ: {' and '.join(budgets)}", "needed: runs with one norm and epsilon"
         )
     seen = set()
     for label, config in zip(labels, configs, strict=True):

@@ -33,6 +33,7 @@ from absld.methods.registry import build_method
 from absld.metrics import ClassAccuracies, fairness
 from absld.models.loading import Network, load_network, load_state
 from absld.progress import Observer, Role, plain
+from absld.report.summary import budget
 from absld.runs.logit_caches import cache_folder, describe_cache, load_teacher
 from absld.runs.run_record import (
     RunRecord,
@@ -151,6 +152,7 @@ def describe_start(
     return [
         f"seed {config.seed}, device {device}, torch {torch.__version__}",
         f"engine {config.engine}: {describe(techniques)}",
+        f"attack: epsilon {budget(vars(config))}",
         *emulation_warnings(asdict(techniques).values(), device),
         *splits.describe(),
         *([SELECTED_ON_TEST] if config.select_on == "test" else []),
@@ -338,6 +340,7 @@ def accuracies_on_test(
             with_precision(student, precision),
             splits.test,
             epsilon=config.epsilon,
+            norm=config.norm,
             batch_size=config.batch_size,
             distributed=distributed,
         )
