@@ -22,9 +22,9 @@ from absld.storage.files import digest, key_of
 from absld.storage.run_directory import ReadOnlyRunDirectory, RunDirectory
 from absld.storage.training_checkpoint import compare_settings
 
-# Settings that say where things are, not what is computed; a given teacher counts by its weights.
+# Settings that say where things are, not what is computed; weights count by their digests.
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
-PLACES |= {"class_order", "student_weights", "teacher_weights"}
+PLACES |= {"class_order", "student_weights", "teacher_weights", "pretrained"}
 # What the last digits depend on, and with the number of processes more: each has a part of a batch.
 CONDITIONS = ("processes", "device", "instructions", "cuda", "cudnn", "torch", "threads")
 SHOWN = 5  # differences to another run
