@@ -48,7 +48,9 @@ class BenchConfig:
     def network(self, role: str) -> nn.Module:
         """Build the untrained student or teacher; each call returns a new one, always the same."""
         name = self.teacher_model if role == "teacher" else self.student
-        return build_model(name, self.classes, "bench", role).to(self.resolved_device)
+        shape = (3, self.image_size, self.image_size)
+        model = build_model(name, self.classes, "bench", role, image_shape=shape)
+        return model.to(self.resolved_device)
 
     def image_set(self) -> InMemoryImages:
         """Draw images of noise, at least a batch; each call returns the same."""

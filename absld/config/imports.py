@@ -12,10 +12,13 @@ from typing import Any
 
 from absld.errors import Stopped, UsageError
 
+REGISTRIES = ("timm:", "torchvision:")
+"""Beginnings of the names of networks that are looked up in a library, not imported."""
+
 
 def names_code(text: str) -> bool:
     """Return whether a text is the name of code, `package.module:name`."""
-    return re.fullmatch(r"[\w.]+:\w+", text) is not None
+    return not text.startswith(REGISTRIES) and re.fullmatch(r"[\w.]+:\w+", text) is not None
 
 
 def import_object(spec: str) -> Any:

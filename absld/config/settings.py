@@ -209,7 +209,8 @@ class Config(TrainConfig):
     student: str = setting(
         "resnet18",
         "Networks",
-        "student: an architecture name, a file, a run directory or package.module:factory",
+        "student: an architecture name, timm:NAME, torchvision:NAME, a file, a run directory or "
+        "package.module:factory",
         RELEASE,
     )
     student_weights: str = setting(
@@ -226,7 +227,8 @@ class Config(TrainConfig):
     teacher_model: str = setting(
         "wrn-34-10",
         "Networks",
-        "architecture of the teacher: an architecture name or package.module:factory",
+        "architecture of the teacher: an architecture name, timm:NAME, torchvision:NAME or "
+        "package.module:factory",
         RELEASE,
     )
     teacher_weights: str = setting(
@@ -237,6 +239,11 @@ class Config(TrainConfig):
     )
     teacher_epochs: int = setting(
         76, "Networks", "epochs of the teacher if it is trained here", "TRADES", low=1.0
+    )
+    pretrained: bool = setting(
+        False,
+        "Networks",
+        "download the pretrained weights of timm:NAME and torchvision:NAME, and train from them",
     )
     logit_cache_gib: float = setting(
         2.0, "Networks", "largest size of the teacher's logit cache, in GiB; 0: no cache"
@@ -325,7 +332,8 @@ class EvaluationConfig(Settings):
     model: str = setting(
         "",
         "Network",
-        "architecture, if it cannot be recognised from the file: a name or package.module:factory",
+        "architecture, if it cannot be recognised from the file: a name, timm:NAME, "
+        "torchvision:NAME or package.module:factory",
     )
     weights: str = setting(
         "",

@@ -45,8 +45,8 @@ from absld.evaluation.results import (
 from absld.evaluation.resuming import REMOVE, resume_attacks
 from absld.evaluation.sanity_checks import run_checks
 from absld.evaluation.validation import check_network
-from absld.models.architectures import MODELS
-from absld.models.loading import Network, load_network, refuse_named_code
+from absld.models.architectures import find_model, name_for
+from absld.models.loading import Network, is_named, load_network, refuse_named_code
 from absld.progress import Observer
 from absld.storage.environment import environment
 from absld.storage.files import digest, key_of, write_text
@@ -187,7 +187,7 @@ def run_paired_evaluation(
 
 def check_target(target: str) -> None:
     """Raise UsageError or CheckpointError for a target that has no weights."""
-    if target in MODELS:
+    if is_named(target):
         raise UsageError(f"{target} is a network without weights", "needed: a file or a run of it")
     if not target or (not Path(target).exists() and ":" not in target):
         raise CheckpointError(f"{target!r}: no such run or file", "check the path")
@@ -239,12 +239,20 @@ def load_target(target: str, config: EvaluationConfig, data: ImageSet) -> Networ
     run = config_of_run(target)
     if run and names_code(run.student) and not config.model:
         raise refuse_named_code(target, run.student)
-    network = load_network(target, data.num_classes, ("evaluate",), config.model, config.weights)
+    network = load_network(
+        target,
+        data.num_classes,
+        ("evaluate",),
+        config.model,
+        config.weights,
+        image_shape=data.image_shape,
+    )
     check_network(network.model, data, target)
     network = check_class_names(network, data, target, config.class_order)
     guessed = config.image_size is None and config.dataset in RESIZED
     network = check_image_shape(network, data, target, refuse=guessed)
-    if config.model and config.model != network.architecture:
+    typed = (config.model, name_for(config.model, data.image_shape))
+    if config.model and network.architecture not in typed:
         raise CheckpointError(
             f"{target}: its network is {network.architecture}, not {config.model}",
             "leave out --model, or give another file",
@@ -282,7 +290,7 @@ def sample_outputs(target: str, network: Network, data: ImageSet) -> list[list[f
 
     A factory's code may change while its weights stay: its logits identify it.
     """
-    if network.architecture in MODELS:
+    if find_model(network.architecture):
         return None
     with blame_target(target), frozen_eval(network.model), torch.no_grad():
         logits = network.model(pixels(data.rows(slice(2))).clone())

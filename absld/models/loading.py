@@ -1,10 +1,9 @@
-"""Networks from a name, a file of weights, a run directory or a factory.
+"""Networks from a name, a library's registry, a file of weights, a run directory or a factory.
 
 State dicts of others come wrapped and with prefixes; notes say what was stripped or left out.
 """
 
 import contextlib
-import functools
 import inspect
 import os
 from collections.abc import Iterable, Mapping
@@ -14,16 +13,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from absld.config.imports import import_object, names_code
+from absld.config.imports import REGISTRIES, import_object, names_code
 from absld.errors import CheckpointError, Stopped, UsageError
-from absld.models.architectures import MODELS, Normalised, build_model, seeded
-from absld.models.state_dicts import find_state_dict, read_names, stated_classes, stated_image_shape
+from absld.models.architectures import (
+    KNOWN,
+    SMALL_RGB,
+    Shape,
+    build_exactly,
+    find_model,
+    name_for,
+    seeded,
+)
+from absld.models.layers import Normalised
+from absld.models.recognition import describe_nearest, has_shapes_of, recognise_architecture
+from absld.models.registries import build_from_registry
+from absld.models.state_dicts import (
+    complete,
+    find_state_dict,
+    read_names,
+    stated_classes,
+    stated_image_shape,
+)
 from absld.seeding import Key
 from absld.storage.checkpoint import load
 from absld.storage.run_directory import RunDirectory
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 NAMES_ALONE = "which tell nothing of activations, their order, or the scale of the pixels"
+CHANNELS = ("in_channels", "in_chans", "num_channels")  # parameters of factories
+SIZES = ("img_size", "image_size")
 
 
 class Network(NamedTuple):
@@ -41,56 +59,84 @@ class Network(NamedTuple):
 
 
 def load_network(
-    target: str, num_classes: int, key: Key, architecture: str = "", weights: str = ""
+    target: str,
+    num_classes: int,
+    key: Key,
+    architecture: str = "",
+    weights: str = "",
+    *,
+    image_shape: Shape = SMALL_RGB,
+    pretrained: bool = False,
 ) -> Network:
     """Load the network that `target` means.
 
     Args:
-        target: a name of `absld.models.architectures.MODELS`; `package.module:factory`, also of the
-            current folder; a run directory; or a file of weights.
+        target: a known name (see `absld.models.architectures`); `timm:NAME`, `torchvision:NAME`;
+            `package.module:factory`, also of the current folder; a run directory; or a file of
+            weights.
         num_classes: number of logits.
         key: of the initial weights, where `target` brings none.
-        architecture: the network of a file or run, if it is a factory, or if the file states none
-            and its names and shapes are not those of a known network. A name that a file states
-            is not imported.
+        architecture: the network of a file or run, if it is a factory or of a library, or if the
+            file states none and its names and shapes are not those of a known network, or of
+            several. A name of code that a file states is not imported.
         weights: key of the state dict in a file, if it has several.
+        image_shape: channels, height and width of the images.
+        pretrained: download the weights that timm or torchvision has for a network of theirs.
 
     Raises:
         UsageError: `target` means nothing, or its factory fails.
         CheckpointError: a file cannot be loaded, or does not fit the network.
     """
-    if target not in MODELS and os.path.exists(target):
+    name = name_for(target, image_shape)
+    named = is_named(name)
+    if not named and os.path.exists(target):
         of_run = os.path.isdir(target)
         path = RunDirectory(target).best if of_run else Path(target)
         content = load(path, sealed=of_run)
-        return load_weights(content, path, num_classes, key, architecture, weights)
-    if target in MODELS or names_code(target):
+        return load_weights(content, path, num_classes, key, architecture, weights, image_shape)
+    if named or names_code(target):
         if weights:
             raise UsageError(
                 f"{target} is not a file: it has no state dict {weights!r}",
                 "leave out the flag that names it, or give the file",
             )
-        return Network(build_network(target, num_classes, key), target)
+        model, notes = build_network(name, num_classes, key, image_shape, pretrained)
+        return Network(model, name, tuple(notes))
     if target.endswith((".pt", ".pth", ".pkl", ".tar", ".bin")) or os.sep in target:
         raise CheckpointError(f"{target}: no such file", "check the path")
     raise UsageError(
         f"{target!r} is not a known network, a file or a run directory",
-        f"there are: {', '.join(MODELS)}, files, run directories, and package.module:factory",
+        f"there are: {', '.join(KNOWN)}, timm:NAME, torchvision:NAME, files, run directories, and "
+        "package.module:factory",
     )
 
 
-def build_network(name: str, num_classes: int, key: Key) -> nn.Module:
-    """Build the network of a known name or of `package.module:factory`. Raises UsageError."""
-    if names_code(name) and name not in MODELS:
-        return build_from_factory(name, num_classes, key)
-    return build_model(name, num_classes, *key)
+def is_named(name: str) -> bool:
+    """Return whether a text names a network that is built without somebody's code or weights."""
+    return name.startswith(REGISTRIES) or find_model(name) is not None
 
 
-def build_from_factory(target: str, num_classes: int, key: Key) -> nn.Module:
+def build_network(
+    name: str, num_classes: int, key: Key, image_shape: Shape, pretrained: bool = False
+) -> tuple[nn.Module, list[str]]:
+    """Build the network of exactly this name, a library's or `package.module:factory`, and notes.
+
+    Raises UsageError.
+    """
+    if name.startswith(REGISTRIES):
+        return seeded(
+            lambda: build_from_registry(name, num_classes, image_shape, pretrained=pretrained), key
+        )
+    if names_code(name):
+        return build_from_factory(name, num_classes, key, image_shape), []
+    return build_exactly(name, num_classes, image_shape[0], key), []
+
+
+def build_from_factory(target: str, num_classes: int, key: Key, image_shape: Shape) -> nn.Module:
     """Build the network of `package.module:factory`. Raises UsageError."""
     factory = import_object(target)
     try:
-        call = bind_classes(factory, num_classes)
+        call = bind_arguments(factory, num_classes, image_shape)
         model = seeded(lambda: factory(*call.args, **call.kwargs), key) if call else None
     except Stopped:
         raise
@@ -108,45 +154,87 @@ def build_from_factory(target: str, num_classes: int, key: Key) -> nn.Module:
     return model
 
 
-def bind_classes(factory: Any, num_classes: int) -> inspect.BoundArguments | None:
+def bind_arguments(
+    factory: Any, num_classes: int, image_shape: Shape
+) -> inspect.BoundArguments | None:
     """Return the arguments of a factory: the number of classes where it belongs, or nothing.
 
     It goes by name into num_classes or **kwargs. Only where there is neither, it goes into a first
     parameter without default: a first one with a default may be `pretrained`, and a number there
-    would start a download. All others keep their defaults. None if it has no place.
+    would start a download. The channels and the size of the images go into parameters of the names
+    CHANNELS and SIZES; those for channels keep a default where the images are RGB. All others keep
+    their defaults. None if the number has no place.
     """
     signature = inspect.signature(factory)
     parameters = list(signature.parameters.values())
+    of_images = arguments_of_images(parameters, image_shape)
+    parameters = [p for p in parameters if p.name not in of_images]
     if not parameters:
-        return signature.bind()
+        return signature.bind(**of_images)
     first = parameters[0]
     takes_name = [p for p in parameters if p.name == "num_classes" or p.kind is p.VAR_KEYWORD]
     with contextlib.suppress(TypeError):
         required = first.default is first.empty and first.kind in POSITIONAL
         if required and takes_name in ([], [first]):
-            return signature.bind(num_classes)
-        return signature.bind(num_classes=num_classes)
+            if first.kind is first.POSITIONAL_ONLY:
+                return signature.bind(num_classes, **of_images)
+            return signature.bind(**{first.name: num_classes}, **of_images)
+        return signature.bind(num_classes=num_classes, **of_images)
     return None
 
 
+def arguments_of_images(
+    parameters: Iterable[inspect.Parameter], image_shape: Shape
+) -> dict[str, Any]:
+    """Return the arguments of a factory that say which images its network is for."""
+    channels, height, width = image_shape
+    size = height if height == width else (height, width)
+    values: dict[str, Any] = dict.fromkeys(CHANNELS, channels) | dict.fromkeys(SIZES, size)
+    return {
+        p.name: values[p.name]
+        for p in parameters
+        if p.name in values
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and (p.default is p.empty or p.name in SIZES or channels != 3)
+    }
+
+
 def load_weights(
-    content: Any, path: Path, num_classes: int, key: Key, architecture: str, weights: str = ""
+    content: Any,
+    path: Path,
+    num_classes: int,
+    key: Key,
+    architecture: str = "",
+    weights: str = "",
+    image_shape: Shape = SMALL_RGB,
 ) -> Network:
     """Load the network of the content of a file of weights. Raises CheckpointError."""
     raw, around, left_out = find_state_dict(content, path, weights)
-    name, how = choose_architecture(around, raw, path, architecture)
-    model = build_network(name, num_classes, key)
-    reading = read_names(raw, model.state_dict().keys())
+    stated = stated_image_shape(around)
+    if len(stated) == 3:  # some networks have weights of the size of their images
+        image_shape = (image_shape[0], *stated[1:])
+    name, how = choose_architecture(around, raw, path, architecture, image_shape)
+    if is_named(name):  # a file can name a network much larger than it: no memory is taken yet
+        with torch.device("meta"):
+            own = build_network(name, num_classes, key, image_shape)[0].state_dict()
+        check_fit(own, complete(read_names(raw, own.keys()), own).state, path)
+    model, _ = build_network(name, num_classes, key, image_shape)
+    own = model.state_dict()
+    reading = complete(read_names(raw, own.keys()), own)
     load_state(model, reading.state, path)
     if reading.normalisation:
         model = Normalised(model, *reading.normalisation)
     classes, of_classes = stated_classes(around)
     notes = [f"{path}: {note}" for note in (*left_out, *reading.notes, *how, *of_classes)]
-    return Network(model, name, tuple(notes), classes, stated_image_shape(around))
+    return Network(model, name, tuple(notes), classes, stated)
 
 
 def choose_architecture(
-    around: Iterable[Mapping[Any, Any]], raw: Mapping[str, Tensor], path: Path, architecture: str
+    around: Iterable[Mapping[Any, Any]],
+    raw: Mapping[str, Tensor],
+    path: Path,
+    architecture: str,
+    image_shape: Shape,
 ) -> tuple[str, list[str]]:
     """Return the architecture of a file, and notes if only names and shapes tell it.
 
@@ -155,36 +243,26 @@ def choose_architecture(
     """
     texts = (outer.get("architecture") for outer in around)
     stated = next((text for text in texts if isinstance(text, str)), "")
-    if architecture and architecture not in MODELS:
+    typed = name_for(architecture, image_shape)
+    if architecture and not find_model(typed):
         return architecture, []  # a factory, chosen on purpose: it names its tensors as it likes
-    if stated in MODELS:
+    if is_named(stated):
         return stated, []
     if names_code(stated):
         raise refuse_named_code(str(path), stated, architecture)
     notes = [f"its architecture {stated[:60]!r} is not a known network"] if stated else []
-    if name := recognise_architecture(raw):
+    if architecture and has_shapes_of(typed, raw):  # of several with these names
+        name: str | None = typed
+    else:
+        name = recognise_architecture(raw)
+    if name:
         return name, [*notes, f"recognised as {name} by names and shapes, {NAMES_ALONE}"]
     if not architecture:
         raise CheckpointError(
             f"{path}: its network is unknown; {describe_nearest(raw) or 'no known one is near'}",
-            f"known are {', '.join(MODELS)}; for others {type_model('package.module:factory')}",
+            f"known are {', '.join(KNOWN)}; for others {type_model('package.module:factory')}",
         )
-    return architecture, notes
-
-
-def describe_nearest(raw: Mapping[str, Tensor], fitting: int = 0) -> str:
-    """Describe the known network that shares most names with a file.
-
-    Returns "" if it does not share more than `fitting` names.
-    """
-    states = {name: read_names(raw, state_shapes(name).keys()).state for name in MODELS}
-    shared = {name: len(state_shapes(name).keys() & state.keys()) for name, state in states.items()}
-    nearest = max(MODELS, key=lambda name: shared[name])
-    if shared[nearest] <= fitting:
-        return ""
-    own, state = state_shapes(nearest).keys(), states[nearest].keys()
-    missing, unexpected = sorted(own - state)[:5], sorted(state - own)[:5]
-    return f"the nearest known network is {nearest} (missing {missing}, unexpected {unexpected})"
+    return typed, notes
 
 
 def type_model(name: str) -> str:
@@ -209,28 +287,8 @@ def refuse_named_code(target: str, name: str, instead: str = "") -> CheckpointEr
     )
 
 
-def recognise_architecture(raw: Mapping[str, Tensor]) -> str | None:
-    """Return the known network with these names and shapes, but for the number of classes."""
-    for name in MODELS:
-        shapes = state_shapes(name)
-        state = read_names(raw, shapes.keys()).state
-        if state.keys() == shapes.keys() and all(
-            state[key].shape[1:] == shape[1:] for key, shape in shapes.items()
-        ):
-            return name
-    return None
-
-
-@functools.cache
-def state_shapes(name: str) -> dict[str, torch.Size]:
-    """Return the shapes of a known network's state dict, for two classes."""
-    with torch.device("meta"):  # no memory, no arithmetic
-        return {key: tensor.shape for key, tensor in MODELS[name](2).state_dict().items()}
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load `state` into `model`. Raises CheckpointError with the first names or shapes at fault."""
-    own = model.state_dict()
+def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError with the first names or shapes of `state` that are not a network's."""
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         raise CheckpointError(
@@ -243,13 +301,19 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
         if tensor.shape != given.shape:
             raise CheckpointError(
                 f"{path}: {name} is {tuple(given.shape)}, needed is {tuple(tensor.shape)}",
-                "the number of classes, or the network, is another",
+                "the number of classes or channels, or the network, is another",
             )
         if tensor.is_floating_point() and not given.is_floating_point():
             raise CheckpointError(
                 f"{path}: {name} is {given.dtype}, needed is {tensor.dtype}",
                 "export the weights as floating-point numbers, not quantised",
             )
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load `state` into `model`. Raises CheckpointError with the first names or shapes at fault."""
+    own = model.state_dict()
+    check_fit(own, state, path)
     model.load_state_dict(state)
     for name, tensor in own.items():  # which are the network's, filled now
         if tensor.dtype != state[name].dtype and not tensor.isfinite().all():

@@ -26,9 +26,10 @@ SHORTCUT, DOWNSAMPLE = ".shortcut.", ".downsample."
 UNUSED = "sub_block1."  # in the published TRADES teacher: a group that no forward uses
 AVERAGED = "n_averaged"  # a counter of torch's AveragedModel
 COUNTER = ".num_batches_tracked"  # of batch norms; files by old versions of torch have none
-# The normalisation before the first layer in some networks, such as RobustBench's.
-MEAN = re.compile(r"(normali[sz]er?\.)?(mu|mean)")
-STD = re.compile(r"(normali[sz]er?\.)?(sigma|std)")
+# The normalisation before the first layer in some networks, such as RobustBench's; "0.": in a
+# nn.Sequential, whose network is "1.".
+MEAN = re.compile(r"(normali[sz]er?\.|0\.)?(mu|mean)")
+STD = re.compile(r"(normali[sz]er?\.|0\.)?(sigma|std)")
 APART = re.compile(f"{AVERAGED}|{MEAN.pattern}|{STD.pattern}")  # may stand outside a prefix
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = (*FLOATING, torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -220,11 +221,13 @@ def adapt(names: Names, raw: Mapping[str, Tensor], own: Set[str]) -> Reading:
     for name in unused:
         del names[name]
     ends = [
-        next((n for n in foreign if kind.fullmatch(n) and is_triple(raw[names[n]])), "")
+        next((n for n in foreign if kind.fullmatch(n) and is_of_channels(raw[names[n]])), "")
         for kind in (MEAN, STD)
     ]
     normalisation = None
-    if all(ends):
+    if all(ends) and {"mean", "std"} <= own - names.keys():  # the network normalises, itself
+        names |= {new: names.pop(end) for new, end in zip(("mean", "std"), ends, strict=True)}
+    elif all(ends):
         normalisation = raw[names.pop(ends[0])], raw[names.pop(ends[1])]
     if stripped := sorted(in_file for name, in_file in names.items() if name != in_file):
         notes.append(f"prefixes removed from {len(stripped)} names, such as {stripped[0]}")
@@ -239,11 +242,23 @@ def adapt(names: Names, raw: Mapping[str, Tensor], own: Set[str]) -> Reading:
         notes.append(f"{len(missing)} counters of batch norms are not in it, and set to 0")
     if normalisation:
         notes.append("its normalisation of the pixels is put before the network")
+    elif stripped and (before := re.match(r"(.*\.)?([1-9]\d*)\.", prefix_of(names))):
+        notes.append(
+            f"no tensors before {before[0]!r} in a nn.Sequential: if that normalises the pixels, "
+            "the network needs a factory"
+        )
     return Reading(state, normalisation, notes)
 
 
-def is_triple(tensor: Tensor) -> bool:
-    return tensor.numel() == 3 and tensor.is_floating_point()
+def prefix_of(names: Names) -> str:
+    """Return the prefix that names have in the file."""
+    name, in_file = next((n, i) for n, i in names.items() if n != i and i.endswith(n))
+    return in_file.removesuffix(name)
+
+
+def is_of_channels(tensor: Tensor) -> bool:
+    """Return whether a tensor may be a value of each channel of grey or RGB images."""
+    return tensor.numel() in (1, 3) and tensor.is_floating_point()
 
 
 def torchvision_name(name: str) -> str:
@@ -254,8 +269,25 @@ def torchvision_name(name: str) -> str:
 def read_names(raw: Mapping[str, Tensor], own: Set[str]) -> Reading:
     """Return the first reading of a state dict with exactly the names `own`, else the nearest."""
     readings = [adapt(names, raw, own) for names in prefix_levels(raw)]
-    fitting = (reading for reading in readings if reading.state.keys() == own)
+    fitting = (reading for reading in readings if fits(reading.state, own))
     return next(fitting, max(readings, key=lambda reading: len(reading.state.keys() & own)))
+
+
+def fits(state: Mapping[str, Tensor], own: Set[str]) -> bool:
+    """Return whether a state dict has the names `own`; their normalisation may be missing."""
+    return state.keys() <= own and all(map(of_pixels, own - state.keys()))
+
+
+def complete(reading: Reading, own: Mapping[str, Tensor]) -> Reading:
+    """Give the normalisation that a network has itself its shape, or the network's own values."""
+    state, notes = dict(reading.state), list(reading.notes)
+    for name, tensor in own.items():
+        if of_pixels(name) and name not in state:
+            state[name] = tensor
+            notes.append(f"{name!r} of the pixels is not in it: the network's own is kept")
+        elif of_pixels(name) and state[name].numel() == tensor.numel():
+            state[name] = state[name].reshape(tensor.shape)
+    return Reading(state, reading.normalisation, notes)
 
 
 # --- What is stated around a state dict: names of classes, the shape of the images ---
@@ -302,5 +334,6 @@ def stated_image_shape(around: Iterable[Mapping[Any, Any]]) -> tuple[int, ...]:
     for outer in around:
         shape = outer.get("image_shape")
         if isinstance(shape, (list, tuple)) and len(shape) == 3:
-            return tuple(shape) if all(type(length) is int for length in shape) else ()
+            valid = all(type(length) is int and length > 0 for length in shape)
+            return tuple(shape) if valid else ()
     return ()

@@ -29,9 +29,13 @@ from absld.storage.opening import refuse_links
 
 def load_teacher(config: Config, train: ImageSet) -> Network:
     """Load the teacher of `--teacher`. Raises CheckpointError if it does not fit the data."""
-    classes, key = train.num_classes, (config.seed, "teacher")
     teacher = load_network(
-        config.teacher, classes, key, config.teacher_model, config.teacher_weights
+        config.teacher,
+        train.num_classes,
+        (config.seed, "teacher"),
+        config.teacher_model,
+        config.teacher_weights,
+        image_shape=train.image_shape,
     )
     check_network(teacher.model, train, config.teacher)
     teacher = check_class_names(teacher, train, config.teacher, config.class_order)

@@ -22,10 +22,9 @@ from absld.storage.files import digest, key_of
 from absld.storage.run_directory import ReadOnlyRunDirectory, RunDirectory
 from absld.storage.training_checkpoint import compare_settings
 
-# Settings that say where things are, not what is computed; a given teacher counts by its weights.
+# Settings that say where things are, not what is computed; weights count by their digests.
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
-PLACES |= {"in_memory"}
-PLACES |= {"class_order", "student_weights", "teacher_weights"}
+PLACES |= {"class_order", "student_weights", "teacher_weights", "pretrained", "in_memory"}
 # Settings that count where they are not the default: runs that had none of them keep their names.
 YOUNGER = ("resize", "channels")
 # What the last digits depend on, and with the number of processes more: each has a part of a batch.

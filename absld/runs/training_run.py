@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from absld.config.imports import REGISTRIES
 from absld.config.settings import Config, TrainConfig
 from absld.data.dataset import Splits
 from absld.data.placement import Placement
@@ -123,12 +124,15 @@ def plan(
         splits = splits._replace(validation=splits.test)
     if config.teacher_weights and not config.teacher:
         raise UsageError("--teacher-weights is a key in a teacher's file", "add --teacher FILE")
+    refuse_pretrained(config)
     method = build_method(config, splits.train.num_classes)
     student = load_network(
         config.student,
         splits.train.num_classes,
         (config.seed, "student"),
         weights=config.student_weights,
+        image_shape=splits.train.image_shape,
+        pretrained=config.pretrained,
     )
     check_network(student.model, splits.train, config.student)
     student = check_class_names(student, splits.train, config.student, config.class_order)
@@ -143,6 +147,16 @@ def plan(
     run = run_directory(config, config.method, identity, distributed)
     techniques = techniques_of_run(config, run, device)
     return Plan(device, techniques, splits, method, student, teacher, inputs, run)
+
+
+def refuse_pretrained(config: Config) -> None:
+    """Raise UsageError for --pretrained if no network that is trained here is of a library."""
+    trained = [config.student, *([] if config.teacher else [config.teacher_model])]
+    if config.pretrained and not any(name.startswith(REGISTRIES) for name in trained):
+        raise UsageError(
+            f"there are no pretrained weights for {' and '.join(dict.fromkeys(trained))}",
+            "--pretrained is for timm:NAME and torchvision:NAME",
+        )
 
 
 def describe_start(
@@ -252,7 +266,15 @@ def train_teacher(
     Waits for another process that trains it. Returns the teacher and its run directory.
     """
     device = splits.train.device
-    teacher = load_network(config.teacher_model, splits.train.num_classes, (config.seed, "teacher"))
+    teacher = load_network(
+        config.teacher_model,
+        splits.train.num_classes,
+        (config.seed, "teacher"),
+        image_shape=splits.train.image_shape,
+        pretrained=config.pretrained,
+    )
+    for note in teacher.notes:
+        observer.note(f"teacher: {note}")
     check_state(teacher.model, config.teacher_model)
     teacher.model.to(device)
     training = config.teacher_training()

@@ -28,7 +28,7 @@ from absld.engine.precision import float32_precision, to_memory_format, with_pre
 from absld.engine.step_metrics import StepMetrics
 from absld.engine.techniques import Techniques, choose_techniques
 from absld.errors import NonFiniteError, UsageError
-from absld.models.architectures import Normalised
+from absld.models.layers import Normalised
 from absld.seeding import global_generator
 from absld.stepper import Stepper
 
@@ -89,7 +89,7 @@ def normalised():
 NETWORKS = {
     **{name: named(name) for name in ("convnet", "resnet18", "preactresnet18", "mobilenetv2")},
     "bottlenecks": named("resnet50"),
-    "wrn": lambda: absld.models.architectures.wide_resnet(10, 1, 3),
+    "wrn": lambda: absld.build_model("wrn-10-1", 3, "runtime"),
     "odd": odd,
     "normalised": normalised,
 }

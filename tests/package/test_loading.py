@@ -12,7 +12,7 @@ import absld
 import absld_min
 from absld.errors import CheckpointError, UsageError
 from absld.models import loading
-from absld.models.architectures import MODELS, build_model
+from absld.models.architectures import MODELS, build_model, find_model
 from absld.models.loading import load_network
 from absld.models.state_dicts import find_state_dict
 from absld.storage.checkpoint import save
@@ -275,7 +275,7 @@ PUBLISHED = {
 def test_published_names_and_shapes_are_recognised(name):
     with torch.device("meta"):
         state = {key: torch.zeros(shape) for key, shape in PUBLISHED[name].items()}
-        own = MODELS[name](C).state_dict()
+        own = find_model(name)(C).state_dict()
     published = PUBLISHED[name]
     if name in ("resnet18", "resnet34", "resnet50"):  # ours are of torchvision's blocks
         published = {key.replace(".shortcut.", ".downsample."): s for key, s in published.items()}
