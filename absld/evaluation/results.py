@@ -104,6 +104,13 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
+def read_evaluations(run: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Read the results of all evaluations in a run's directory. Raises CheckpointError."""
+    return [
+        (path, read_results(path)) for path in sorted(run.glob("evaluations/*/evaluation.json"))
+    ]
+
+
 @functools.cache
 def schema() -> Mapping[str, Any]:
     """Return the JSON Schema of the results."""
