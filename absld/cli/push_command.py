@@ -13,34 +13,39 @@ from absld.cli.options import AsJson
 from absld.cli.output import SAME_COMMAND, command_output
 from absld.cli.printing import say
 
+Public = Annotated[
+    bool,
+    typer.Option(
+        "--public", help=r"make the repository public, or use a public one \[default: private]"
+    ),
+]
+License = Annotated[
+    str,
+    typer.Option(
+        "--license", metavar="ID", help="licence of the network, such as mit or cc-by-4.0"
+    ),
+]
+EvaluationFile = Annotated[
+    str,
+    typer.Option(
+        "--evaluation",
+        metavar="FILE",
+        help=r"evaluation.json that the card shows \[default: the lowest on all test images]",
+    ),
+]
+Folder = Annotated[
+    str, typer.Option("--out", metavar="DIR", help="write the files there, and upload nothing")
+]
+
 
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="directory of a finished run")],
     target: Annotated[str, typer.Argument(metavar="hf:OWNER/NAME", help="repository on the hub")],
     *,
-    public: Annotated[
-        bool,
-        typer.Option(
-            "--public", help=r"make the repository public, or use a public one \[default: private]"
-        ),
-    ] = False,
-    license_id: Annotated[
-        str,
-        typer.Option(
-            "--license", metavar="ID", help="licence of the network, such as mit or cc-by-4.0"
-        ),
-    ] = "",
-    evaluation: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="evaluation.json that the card shows "
-            r"\[default: the strongest on all test images]",
-        ),
-    ] = "",
-    out: Annotated[
-        str, typer.Option(metavar="DIR", help="write the files there, and upload nothing")
-    ] = "",
+    public: Public = False,
+    license_id: License = "",
+    evaluation: EvaluationFile = "",
+    out: Folder = "",
     as_json: AsJson = False,
 ) -> None:
     """Upload a run's student to the hub, with a card made of its evaluation.
@@ -54,29 +59,27 @@ def push(
     README.md, the model card. The token is that of `hf auth login` or HF_TOKEN.
     `absld evaluate hf:owner/name` and absld.Classifier.from_pretrained load it.
     """
-    from absld.runs import publishing
+    from absld.runs import publishing, uploading
 
-    repository = publishing.parse_repository(target)
-    license_of_hub = publishing.parse_license(license_id)
-    publishing.require_hub()
-    from huggingface_hub.utils import disable_progress_bars
+    repository = uploading.parse_repository(target)
+    license_of_hub = uploading.parse_license(license_id)
+    uploading.require_hub(token=not out)
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     shown = Path(evaluation) if evaluation else None
     with command_output(as_json, continue_with=SAME_COMMAND) as output, folder_for(out) as folder:
         prepared = publishing.write_files(Path(run), repository, folder, license_of_hub, shown)
         for note in (f"evaluation: {prepared.evaluation}", *prepared.notes):
             say(note, output.stream)
-        results = {
-            "evaluation": str(prepared.evaluation),
-            "files": [file._asdict() for file in prepared.files],
-        }
+        files = [file._asdict() for file in prepared.files]
         lines = [f"{file.name:18} {file.bytes:>12,}  {file.sha256}" for file in prepared.files]
+        results = {"evaluation": str(prepared.evaluation), "files": files}
         if out:
             output.present({"folder": out, **results}, [*lines, out])
             return
         if not sys.stderr.isatty():
             disable_progress_bars()
-        done = publishing.upload(folder, repository, public=public)
+        done = uploading.upload(folder, publishing.FILES, repository, public=public)
         kind = "private" if done.private else "public"
         results = {"repository": repository, **done._asdict(), **results}
         output.present(results, [*lines, f"{done.url} ({kind})"])

@@ -17,6 +17,7 @@ from absld.storage.checkpoint import load
 from absld.storage.environment import version
 from absld.storage.files import digest, replacing, write_text
 from absld.storage.opening import make_folder
+from absld.storage.safetensors_files import safetensors_bytes
 
 
 def network_config(
@@ -47,13 +48,9 @@ def network_config(
 
 def write_network(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write the weights and the description of a network into a folder."""
-    from safetensors.torch import save
-
     make_folder(folder)
-    # The format has neither strides nor storages that two tensors share.
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     with replacing(folder / WEIGHTS) as file:
-        file.write(save(own, metadata={"format": "pt"}))
+        file.write(safetensors_bytes(state, {}))
     write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
 
 

@@ -80,7 +80,7 @@ def render_card(subject: Subject, results: Mapping[str, Any]) -> str:
         method=method_source(str(subject.recipe["method"])),
         classes=summary.worst_first(results)[: summary.MANY],
         repository=Markup(subject.repository),
-        command=Markup(evaluation_command(subject, results)),
+        command=Markup(printable(str(results["environment"]["command"]))),
     )
 
 

@@ -1,13 +1,10 @@
-"""A finished run in a repository of the Hugging Face hub: its student, its evaluation, and a card."""
+"""The files of a repository for a finished run: its student, its evaluation, and a model card."""
 
-import contextlib
 import hashlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -16,7 +13,7 @@ from absld.config.files import read_run_config
 from absld.config.imports import names_code
 from absld.config.settings import Config
 from absld.data.sources import RESIZED
-from absld.errors import AbsldError, CheckpointError, DataError, UsageError
+from absld.errors import CheckpointError
 from absld.evaluation.results import read_evaluations, read_results, to_json
 from absld.models.hub_config import CONFIG, WEIGHTS
 from absld.models.hub_files import network_config, write_network
@@ -26,15 +23,11 @@ from absld.runs.run_record import deciding_settings
 from absld.storage.checkpoint import load
 from absld.storage.environment import read_sessions
 from absld.storage.files import write_text
-from absld.storage.opening import COPY_AGAIN
+from absld.storage.opening import COPY_AGAIN, open_regular
 from absld.storage.run_directory import RunDirectory
-from absld.text import clip
 
 CARD, EVALUATION = "README.md", "evaluation.json"
 FILES = (WEIGHTS, CONFIG, CARD, EVALUATION)
-NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-LOG_IN = "`hf auth login`, or set HF_TOKEN to a token with write access"
-LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 
 
 class Published(NamedTuple):
@@ -43,38 +36,6 @@ class Published(NamedTuple):
     name: str
     bytes: int
     sha256: str
-
-
-class Upload(NamedTuple):
-    """A commit in a repository, and what the repository is."""
-
-    url: str
-    commit: str
-    private: bool
-
-
-def parse_repository(target: str) -> str:
-    """Return owner/name of hf:owner/name. Raises UsageError."""
-    scheme, _, repository = target.partition(":")
-    parts = repository.split("/")
-    if scheme != "hf" or len(parts) != 2 or not all(map(NAME.fullmatch, parts)):
-        raise UsageError(
-            f"a model is pushed to hf:owner/name, not {target!r}",
-            "owner is a user or an organisation; letters, digits, - _ . are allowed",
-        )
-    return repository
-
-
-def parse_license(text: str) -> str | None:
-    """Return an identifier as the hub writes it, in small letters; None for none. Raises UsageError."""
-    if text and not LICENSE.fullmatch(text):
-        raise UsageError(
-            f"a licence is an SPDX identifier, not {text!r}", "such as mit, apache-2.0, cc-by-4.0"
-        )
-    return text.lower() or None
-
-
-# --- The files ---
 
 
 class Prepared(NamedTuple):
@@ -110,8 +71,9 @@ def write_files(
     config = network_config(architecture, classes, shape, state)
     path, results, notes = choose_evaluation(run, recipe, config["sha256"], evaluation)
     if results["data"]["classes"] != list(classes):
-        raise CheckpointError(f"{path}: is of other classes than the network", EVALUATE)
-    results = without_places(results, repository)
+        raise CheckpointError(
+            f"{path}: is of other classes than the network", f"absld evaluate {run}"
+        )
     sessions = read_sessions(run)
     subject = model_card.Subject(
         repository,
@@ -120,15 +82,13 @@ def write_files(
         *describe_teacher(recipe, sessions[-1].get("teacher_sha256", "")),
         by_name=not names_code(architecture),
     )
+    results = without_places(results, subject)
     write_network(folder, config, state)
     write_text(folder / EVALUATION, to_json(results))
     write_text(folder / CARD, card_text(subject, results, license_id))
     if not license_id:
         notes = (*notes, "the card names no licence; --license ID does")
     return Prepared(tuple(describe_file(folder / name) for name in FILES), path, notes)
-
-
-EVALUATE = "absld evaluate RUN makes an evaluation of it"
 
 
 def read_student(run: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
@@ -160,7 +120,7 @@ def choose_evaluation(
     own = [(path, r) for path, r in found if r["network"]["weights_sha256"] == sha256]
     if not own:
         cause = "is of other weights" if given else "no evaluation of its student"
-        raise CheckpointError(f"{given or run}: {cause}", EVALUATE)
+        raise CheckpointError(f"{given or run}: {cause}", f"absld evaluate {run}")
     notes = {path: limits(results, recipe) for path, results in own}
     whole = [(path, results) for path, results in own if not notes[path]]
     if whole:
@@ -187,14 +147,14 @@ def limits(results: Mapping[str, Any], recipe: Config) -> list[str]:
     return [text for text, holds in checks.items() if holds]
 
 
-def without_places(results: Mapping[str, Any], repository: str) -> dict[str, Any]:
+def without_places(results: Mapping[str, Any], subject: model_card.Subject) -> dict[str, Any]:
     """Return results without the paths of this machine, which a command and notes may hold."""
-    target, network = f"hf:{repository}", results["network"]
+    network, command = results["network"], model_card.evaluation_command(subject, results)
     notes = [note.rpartition(": ")[2] for note in network["notes"]]
     return {
         **results,
-        "environment": results["environment"] | {"command": f"absld evaluate {target}"},
-        "network": network | {"target": target, "notes": notes},
+        "environment": results["environment"] | {"command": command},
+        "network": network | {"target": f"hf:{subject.repository}", "notes": notes},
         "against": None,
     }
 
@@ -245,87 +205,6 @@ def card_text(
 
 
 def describe_file(path: Path) -> Published:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        sha256 = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     return Published(path.name, path.stat().st_size, sha256)
-
-
-# --- The hub ---
-
-
-def require_hub() -> None:
-    """Raise UsageError if huggingface_hub is not installed."""
-    try:
-        import huggingface_hub  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"a push needs the package huggingface_hub: {error}", "pip install 'absld[hub]'"
-        ) from error
-
-
-def upload(folder: Path, repository: str, *, public: bool) -> Upload:
-    """Upload the files in one commit, into a repository that is made where there is none.
-
-    public: whether a new one is public, and whether files may go into an existing public one.
-
-    Raises:
-        UsageError: there is no token, it may not do this, or the repository is public.
-        DataError: the hub cannot be reached, or fails.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
-
-    if get_token() is None:
-        raise UsageError("there is no token of the hub", LOG_IN)
-    api = HfApi(library_name="absld")
-    with hub_errors(repository):
-        api.create_repo(repository, private=not public, exist_ok=True)
-        private = bool(api.model_info(repository).private)
-        if not private and not public:
-            raise UsageError(
-                f"hf:{repository} is public", "--public uploads to it; or make it private there"
-            )
-        operations = [CommitOperationAdd(name, folder / name) for name in FILES]
-        commit = api.create_commit(repository, operations, commit_message="absld push")
-    return Upload(commit.commit_url, commit.oid, private)
-
-
-@contextlib.contextmanager
-def hub_errors(repository: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into errors with a hint."""
-    try:
-        yield
-    except AbsldError:
-        raise
-    except Exception as error:  # also those of its HTTP client, which depends on its version
-        raise explain(error, repository) from error
-
-
-def explain(error: Exception, repository: str) -> AbsldError:
-    """Return the error that says why nothing was uploaded."""
-    from huggingface_hub import constants, errors
-
-    chain = [error]
-    while cause := chain[-1].__cause__:  # an upload that failed is a RuntimeError
-        chain.append(cause)
-    answers = [e for e in chain if getattr(e, "response", None) is not None]
-    status = answers[0].response.status_code if answers else None
-    host = urlsplit(constants.ENDPOINT).hostname
-    name = f"hf:{repository}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return UsageError(f"{name}: HF_HUB_OFFLINE is set", "unset it; --out DIR needs no network")
-    if status == 401:
-        return UsageError(f"{name}: {host} does not accept the token", LOG_IN)
-    if status in (403, 404):
-        return UsageError(
-            f"{name}: the token may not write there",
-            "a token with write access, of the owner or a member of the organisation",
-        )
-    if status is not None or isinstance(error, ValueError):  # such as metadata that it refuses
-        text = clip(" ".join(str(answers[0] if answers else error).split()), 300)
-        hint = "--out DIR writes the files here; a licence must be one that the hub knows"
-        later = status is not None and (status == 429 or status >= 500)
-        return DataError(f"{name}: {host} answers: {text}", "try again later" if later else hint)
-    return DataError(
-        f"{name}: {host} cannot be reached ({type(error).__name__})",
-        "check the connection and HF_ENDPOINT, then the same command again",
-    )

@@ -1,9 +1,11 @@
 """A run on a hub: the files, the card, who may see them, and the network that comes back."""
 
 import html
+import importlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -16,11 +18,12 @@ from helpers.program import QUICK, main, refused, the_run, use_few_digits
 from markdown_it import MarkdownIt
 
 import absld
-from absld.errors import CheckpointError
+from absld.errors import CheckpointError, UsageError
 from absld.models.architectures import Normalised, build_model
 from absld.storage.checkpoint import load, save
 from absld.text import printable
 
+PAGE = Path(absld.__file__).parents[1] / "docs/publishing.md"
 FILES = ["README.md", "config.json", "evaluation.json", "model.safetensors"]
 # Of huggingface_hub's own call of its client.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -190,7 +193,7 @@ def test_the_nearest_bound_on_all_test_images_is_shown(run, capfd):
 def test_a_card_is_of_the_weights_that_are_pushed(run, capfd):
     for path in run.glob("evaluations/*/evaluation.json"):
         edit_json(path, lambda results: results["network"].update(weights_sha256="ab" * 32))
-    cause, hint = "no evaluation of its student", "absld evaluate RUN"
+    cause, hint = "no evaluation of its student", f"absld evaluate {run}"
     refused(capfd, 4, cause, hint, "push", run, "hf:me/net", "--out", "files")
     assert not Path("files").exists()
 
@@ -211,8 +214,9 @@ def test_a_licence_is_an_identifier(capfd):
 
 def test_a_run_that_is_not_finished_is_refused(run, capfd):
     (run / "STATUS").write_text("interrupted\n")
-    refused(capfd, 4, "is interrupted", "--resume", "push", run, "hf:me/net")
-    refused(capfd, 4, "not a run", "absld train", "push", "elsewhere", "hf:me/net")
+    flags = ("hf:me/net", "--out", "files")
+    refused(capfd, 4, "is interrupted", "--resume", "push", run, *flags)
+    refused(capfd, 4, "not a run", "absld train", "push", "elsewhere", *flags)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +244,14 @@ def test_a_hub_that_is_not_there_is_an_error_of_a_line(run, hub, monkeypatch, ca
     refused(capfd, 3, "cannot be reached", "HF_ENDPOINT", "push", run, "hf:me/net")
 
 
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused(capfd, 2, "huggingface_hub", "absld[hub]", "push", "no-run", "hf:me/net")
+    monkeypatch.delitem(sys.modules, "absld.models.pretrained", raising=False)
+    with pytest.raises(UsageError, match="huggingface_hub"):
+        importlib.import_module("absld.models.pretrained")
+
+
 def test_files_go_into_a_public_repository_only_if_that_is_typed(run, hub, capfd):
     hub.repositories["me/net"] = Repository(private=False, token=TOKEN)
     refused(capfd, 2, "hf:me/net is public", "--public", "push", run, "hf:me/net")
@@ -260,6 +272,16 @@ def test_a_classifier_keeps_its_normalisation(tmp_path):
     assert config["normalisation"] == {"mean": mean.tolist(), "std": std.tolist()}
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(absld.Classifier.from_pretrained(tmp_path)(x), network(x))
+
+
+def test_code_of_the_page_and_of_a_card_runs(run, hub, capfd):
+    push(run, capfd)
+    page = PAGE.read_text(encoding="utf-8").replace("owner/name", "me/net")
+    for text in (page, pushed(hub)["README.md"].decode()):
+        (code,) = re.findall("```python\n(.*?)```", text, re.DOTALL)
+        given = {"pixels": torch.rand(2, 3, 8, 8)}
+        exec(code, given)
+        assert given["logits"].shape == (2, len(given["classifier"].classes))
 
 
 def test_code_that_a_repository_names_is_not_imported(tmp_path):
