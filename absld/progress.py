@@ -110,6 +110,15 @@ class Observer:
     def wait(self, text: str) -> None:
         """Handle the beginning of a wait, in a line."""
 
+    def load(self, name: str, done: int, total: int, unit: str = "bytes") -> None:
+        """Handle the progress of a download or of reading: `done` of `total` bytes or images.
+
+        total: 0 if it is not known.
+        """
+
+    def decode(self, part: str, done: int, total: int) -> None:
+        """Handle progress in decoding the images of a part of a data set."""
+
     def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
         """Handle the beginning of a training, or its resuming."""
 
@@ -139,3 +148,6 @@ class Observer:
 
         seconds: of its training. reused: its training was finished before.
         """
+
+
+SILENT = Observer()

@@ -93,6 +93,6 @@ def cache(**settings: Any) -> None:
 
     with command_output(False, continue_with=SAME_COMMAND) as output, View(output) as view:
         started = time.perf_counter()
-        for done, total in fill_logit_cache(config, view.note):
+        for done, total in fill_logit_cache(config, view):
             left = time_left(time.perf_counter() - started, done, total)
             view.progress(f"{done:,} of {total:,} views", done, total, left, end=done == total)

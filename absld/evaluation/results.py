@@ -28,13 +28,14 @@ HINT = "needed: an evaluation.json by `absld evaluate`"
 
 
 def describe_network(target: str, network: Network) -> dict[str, Any]:
-    """Return target, architecture, size, digest and notes of a network."""
+    """Return target, architecture, size, digest, notes and origin of a network."""
     return {
         "target": target,
         "architecture": network.architecture,
         "parameters": sum(p.numel() for p in network.model.parameters()),
         "weights_sha256": digest(network.model.state_dict()),
         "notes": list(network.notes),
+        **({"hub": dict(network.hub)} if network.hub else {}),
     }
 
 

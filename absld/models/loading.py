@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from absld.config.imports import import_object, names_code
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.models.architectures import MODELS, Normalised, build_model, seeded
+from absld.models.hub import PREFIX, fetch
 from absld.models.state_dicts import find_state_dict, read_names, stated_classes, stated_image_shape
+from absld.progress import SILENT, Observer
 from absld.seeding import Key
 from absld.storage.checkpoint import load
 from absld.storage.run_directory import RunDirectory
@@ -30,7 +32,7 @@ class Network(NamedTuple):
     """A network, its architecture (a name or package.module:factory), and notes on its loading.
 
     classes: their names in the order of the logits, and image_shape: (channels, height, width) of
-    the training images, where a file or run states them.
+    the training images, where a file or run states them. hub: where a file from a hub comes from.
     """
 
     model: nn.Module
@@ -38,22 +40,30 @@ class Network(NamedTuple):
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     image_shape: tuple[int, ...] = ()
+    hub: Mapping[str, str] | None = None
 
 
 def load_network(
-    target: str, num_classes: int, key: Key, architecture: str = "", weights: str = ""
+    target: str,
+    num_classes: int,
+    key: Key,
+    architecture: str = "",
+    weights: str = "",
+    observer: Observer = SILENT,
 ) -> Network:
     """Load the network that `target` means.
 
     Args:
         target: a name of `absld.models.architectures.MODELS`; `package.module:factory`, also of the
-            current folder; a run directory; or a file of weights.
+            current folder; a run directory; a file of weights; or one on the Hugging Face Hub,
+            hf:owner/name[@revision][/file], which is downloaded unless it is in the cache.
         num_classes: number of logits.
         key: of the initial weights, where `target` brings none.
         architecture: the network of a file or run, if it is a factory, or if the file states none
             and its names and shapes are not those of a known network. A name that a file states
             is not imported.
         weights: key of the state dict in a file, if it has several.
+        observer: of a download.
 
     Raises:
         UsageError: `target` means nothing, or its factory fails.
@@ -64,6 +74,11 @@ def load_network(
         path = RunDirectory(target).best if of_run else Path(target)
         content = load(path, sealed=of_run)
         return load_weights(content, path, num_classes, key, architecture, weights)
+    if target.startswith(PREFIX):
+        found = fetch(target, observer)
+        path = Path(str(found.name))  # for messages
+        network = load_weights(found.read(), path, num_classes, key, architecture, weights)
+        return network._replace(notes=(*found.notes, *network.notes), hub=found.origin)
     if target in MODELS or names_code(target):
         if weights:
             raise UsageError(
@@ -75,7 +90,8 @@ def load_network(
         raise CheckpointError(f"{target}: no such file", "check the path")
     raise UsageError(
         f"{target!r} is not a known network, a file or a run directory",
-        f"there are: {', '.join(MODELS)}, files, run directories, and package.module:factory",
+        f"there are: {', '.join(MODELS)}, files, run directories, hf:owner/name, and "
+        "package.module:factory",
     )
 
 

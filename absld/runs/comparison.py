@@ -123,7 +123,7 @@ def compare_methods(
     members = []
     for number, (label, config) in enumerate(zip(labels, configs, strict=True), 1):
         observer.begin_run(label, config.seed, number, len(configs))
-        run = training_run.plan(config, splits).run
+        run = training_run.plan(config, splits, observer=observer).run
         reused = run.exists() and run.status() == "finished"
         if not reused:
             try:

@@ -1,6 +1,6 @@
 """The logit caches of runs: where they are, how large, and filling one ahead of all runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from absld.config.settings import Config
@@ -20,35 +20,37 @@ from absld.errors import UsageError
 from absld.evaluation.class_names import check_class_names, check_image_shape
 from absld.evaluation.validation import check_network
 from absld.models.loading import Network, load_network
+from absld.progress import SILENT, Observer
 from absld.stepper import freeze_teacher
 from absld.storage.opening import refuse_links
 
 
-def load_teacher(config: Config, train: ImageSet) -> Network:
+def load_teacher(config: Config, train: ImageSet, observer: Observer = SILENT) -> Network:
     """Load the teacher of `--teacher`. Raises CheckpointError if it does not fit the data."""
     classes, key = train.num_classes, (config.seed, "teacher")
     teacher = load_network(
-        config.teacher, classes, key, config.teacher_model, config.teacher_weights
+        config.teacher, classes, key, config.teacher_model, config.teacher_weights, observer
     )
     check_network(teacher.model, train, config.teacher)
     teacher = check_class_names(teacher, train, config.teacher, config.class_order)
     return check_image_shape(teacher, train, config.teacher)
 
 
-def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tuple[int, int]]:
+def fill_logit_cache(config: Config, observer: Observer) -> Iterator[tuple[int, int]]:
     """Cache the logits of the given teacher for every view of the training images.
 
     Yields the number of views done, and of all views. Raises AbsldError.
     """
     if not config.teacher:
         raise UsageError(
-            "teacher cache needs a teacher", "--teacher FILE, a run or package.module:factory"
+            "teacher cache needs a teacher",
+            "--teacher FILE, a run, hf:owner/name or package.module:factory",
         )
     device = resolve_device(config.device)
     train = load_split(config.dataset, config.data, config.image_size, "train")
-    teacher = load_teacher(config, train)
+    teacher = load_teacher(config, train, observer)
     for text in teacher.notes:
-        note(text)
+        observer.note(text)
     size = cache_size(config, train)
     if size > config.logit_cache_gib * 2**30:
         raise UsageError(
@@ -56,7 +58,7 @@ def fill_logit_cache(config: Config, note: Callable[[str], None]) -> Iterator[tu
             f"{config.logit_cache_gib:g}",
             "a larger --logit-cache-gib, or no cache: the teacher then evaluates every batch",
         )
-    note(describe_cache(config, train))
+    observer.note(describe_cache(config, train))
     views = Views(train.to(device), config.padding)
     # As in a training, whose cache this is to be.
     techniques = choose_techniques(config, device)

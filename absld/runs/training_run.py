@@ -31,7 +31,7 @@ from absld.methods.base import Method
 from absld.methods.registry import build_method
 from absld.metrics import ClassAccuracies, fairness
 from absld.models.loading import Network, load_network, load_state
-from absld.progress import Observer, Role, plain
+from absld.progress import SILENT, Observer, Role, plain
 from absld.runs.logit_caches import cache_folder, describe_cache, load_teacher
 from absld.runs.run_record import (
     RunRecord,
@@ -98,7 +98,10 @@ class Plan(NamedTuple):
 
 
 def plan(
-    config: Config, splits: Splits | None = None, distributed: Distributed = SINGLE_PROCESS
+    config: Config,
+    splits: Splits | None = None,
+    distributed: Distributed = SINGLE_PROCESS,
+    observer: Observer = SILENT,
 ) -> Plan:
     """Load and check all inputs, before hours are spent on a teacher.
 
@@ -116,17 +119,21 @@ def plan(
         splits.train.num_classes,
         (config.seed, "student"),
         weights=config.student_weights,
+        observer=observer,
     )
     check_network(student.model, splits.train, config.student)
     student = check_class_names(student, splits.train, config.student, config.class_order)
     student = check_image_shape(student, splits.train, config.student)
     teacher = (
-        load_teacher(config, splits.train) if method.needs_teacher and config.teacher else None
+        load_teacher(config, splits.train, observer)
+        if method.needs_teacher and config.teacher
+        else None
     )
     inputs = image_digests(splits) | {"initial_weights": digest(student.model.state_dict())}
     if teacher:
         inputs["teacher_weights"] = digest(teacher.model.state_dict())
-    identity = deciding_settings(config) | inputs
+    # A student counts by its architecture and weights, not by the file that they came from.
+    identity = deciding_settings(config) | inputs | {"student": student.architecture}
     run = run_directory(config, config.method, identity, distributed)
     techniques = techniques_of_run(config, run, device)
     return Plan(device, techniques, splits, method, student, teacher, inputs, run)
@@ -160,9 +167,11 @@ def train(
     loaded already. distributed: the processes that train together. Raises AbsldError.
     """
     device, techniques, splits, method, student, loaded_teacher, inputs, run = plan(
-        config, splits, distributed
+        config, splits, distributed, observer
     )
     session = describe_session(device, splits, inputs, distributed)
+    networks = {"student": student, "teacher": loaded_teacher}
+    session["hub"] = {role: dict(net.hub) for role, net in networks.items() if net and net.hub}
     caches = LogitCacheSettings(cache_folder(config), config.logit_cache_gib)
     notes = [*describe_start(config, techniques, device, splits), *student.notes]
     notes += loaded_teacher.notes if loaded_teacher else ()
