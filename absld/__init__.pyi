@@ -49,6 +49,7 @@ from .loss import soft_label_kl as soft_label_kl
 from .metrics import fairness as fairness
 from .models.architectures import build_model as build_model
 from .models.loading import load_network as load_network
+from .models.pretrained import Classifier as Classifier
 from .progress import EpochReport as EpochReport
 from .storage.files import digest as digest
 from .storage.run_directory import RunDirectory as RunDirectory

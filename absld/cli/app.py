@@ -21,6 +21,7 @@ from absld.cli.options import (
 )
 from absld.cli.output import SAME_COMMAND, command_output
 from absld.cli.printing import say, say_aside, standard_streams
+from absld.cli.push_command import push
 from absld.cli.recipe_view import recipe_lines
 from absld.cli.signals import signal_exit_code
 from absld.cli.teacher_commands import teacher_app
@@ -72,6 +73,7 @@ def about(
     [cyan]absld train --resume[/]                     continue an interrupted run
     [cyan]absld evaluate RUN[/]                       robust accuracy by class, with checks
     [cyan]absld report RUN[/]                         an HTML page of the evaluation
+    [cyan]absld push RUN hf:owner/name[/]             the student on the Hugging Face hub
     [cyan]absld compare --methods rslad,absld[/]      methods under the same conditions
     [cyan]absld teacher check FILE[/]                 accuracy and soft labels of a teacher
     [cyan]absld recipe show cifar10[/]                all settings, with their sources
@@ -191,7 +193,7 @@ def evaluate(
 app.command(cls=Command)(compare)
 
 
-# --- absld report, recipe, bench, teacher ---
+# --- absld report, push, recipe, bench, teacher ---
 
 
 @app.command(cls=Command)
@@ -214,6 +216,9 @@ def report(
     from absld.report.html import write_report
 
     say(str(write_report(source, out)), sys.stdout)
+
+
+app.command(cls=Command)(push)
 
 
 @recipe_app.command(cls=Command)

@@ -28,13 +28,14 @@ HINT = "needed: an evaluation.json by `absld evaluate`"
 
 
 def describe_network(target: str, network: Network) -> dict[str, Any]:
-    """Return target, architecture, size, digest and notes of a network."""
+    """Return target, architecture, size, digest, notes and origin of a network."""
     return {
         "target": target,
         "architecture": network.architecture,
         "parameters": sum(p.numel() for p in network.model.parameters()),
         "weights_sha256": digest(network.model.state_dict()),
         "notes": list(network.notes),
+        **({"hub": dict(network.hub)} if network.hub else {}),
     }
 
 
@@ -102,6 +103,13 @@ def read_results(path: Path) -> dict[str, Any]:
     if any(len(each) != count for each in lists):
         raise CheckpointError(f"{path}: its lists are not all of {count} classes", HINT)
     return results
+
+
+def read_evaluations(run: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Read the results of all evaluations in a run's directory. Raises CheckpointError."""
+    return [
+        (path, read_results(path)) for path in sorted(run.glob("evaluations/*/evaluation.json"))
+    ]
 
 
 @functools.cache

@@ -46,8 +46,9 @@ from absld.evaluation.resuming import REMOVE, resume_attacks
 from absld.evaluation.sanity_checks import run_checks
 from absld.evaluation.validation import check_network
 from absld.models.architectures import find_model, name_for
+from absld.models.hub import PREFIX, parse
 from absld.models.loading import Network, is_named, load_network, refuse_named_code
-from absld.progress import Observer
+from absld.progress import SILENT, Observer
 from absld.storage.environment import environment
 from absld.storage.files import digest, key_of, write_text
 from absld.storage.run_directory import RunDirectory
@@ -78,7 +79,8 @@ def run_evaluation(target: str, config: EvaluationConfig, observer: Observer) ->
     """
     config = complete_config(config, target)
     data = load_images(config, observer)
-    return run_network_evaluation(target, load_target(target, config, data), data, config, observer)
+    network = load_target(target, config, data, observer)
+    return run_network_evaluation(target, network, data, config, observer)
 
 
 def run_network_evaluation(
@@ -168,8 +170,8 @@ def run_paired_evaluation(
     config = complete_config(config, target)  # budget and images are those of `target`
     data = load_images(config, observer)
     # Both are loaded and checked before hours are spent on one.
-    network = load_target(target, config, data)
-    base_network = load_target(base, replace(config, **base_settings), data)
+    network = load_target(target, config, data, observer)
+    base_network = load_target(base, replace(config, **base_settings), data, observer)
     ours = run_network_evaluation(target, network, data, config, observer)
     theirs = run_network_evaluation(base, base_network, data, config, observer)
     results = ours.results | {
@@ -187,9 +189,11 @@ def run_paired_evaluation(
 
 def check_target(target: str) -> None:
     """Raise UsageError or CheckpointError for a target that has no weights."""
-    if is_named(target):
+    if target.startswith(PREFIX):
+        parse(target)
+    elif is_named(target):
         raise UsageError(f"{target} is a network without weights", "needed: a file or a run of it")
-    if not target or (not Path(target).exists() and ":" not in target):
+    elif not target or (not Path(target).exists() and ":" not in target):
         raise CheckpointError(f"{target!r}: no such run or file", "check the path")
 
 
@@ -234,7 +238,9 @@ def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
     )
 
 
-def load_target(target: str, config: EvaluationConfig, data: ImageSet) -> Network:
+def load_target(
+    target: str, config: EvaluationConfig, data: ImageSet, observer: Observer = SILENT
+) -> Network:
     """Load the network that `target` means, and check that it fits the images."""
     run = config_of_run(target)
     if run and names_code(run.student) and not config.model:
@@ -246,6 +252,7 @@ def load_target(target: str, config: EvaluationConfig, data: ImageSet) -> Networ
         config.model,
         config.weights,
         image_shape=data.image_shape,
+        observer=observer,
     )
     check_network(network.model, data, target)
     network = check_class_names(network, data, target, config.class_order)
@@ -325,5 +332,7 @@ def directory_name(target: str, identity: dict[str, Any]) -> str:
     """Return the directory's name: that of the target, and a digest of what decides the results."""
     path = Path(target)
     short = path.stem if path.is_file() else path.name
+    if target.startswith(PREFIX):
+        short = parse(target).repository
     short = re.sub(r"[^\w.-]+", "-", short)[-100:]
     return f"{short}-{key_of(identity)}"

@@ -44,7 +44,7 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
     """
     config = complete_config(config, target)
     data = load_images(config, observer)
-    network = load_target(target, config, data)
+    network = load_target(target, config, data, observer)
     device = resolve_device(config.device)
     for note in [*network.notes, *emulation_warnings([config.precision], device)]:
         observer.note(note)

@@ -24,6 +24,7 @@ from absld.models.architectures import (
     name_for,
     seeded,
 )
+from absld.models.hub import PREFIX, fetch
 from absld.models.layers import Normalised
 from absld.models.recognition import describe_nearest, has_shapes_of, recognise_architecture
 from absld.models.registries import build_from_registry
@@ -34,6 +35,7 @@ from absld.models.state_dicts import (
     stated_classes,
     stated_image_shape,
 )
+from absld.progress import SILENT, Observer
 from absld.seeding import Key
 from absld.storage.checkpoint import load
 from absld.storage.run_directory import RunDirectory
@@ -48,7 +50,7 @@ class Network(NamedTuple):
     """A network, its architecture (a name or package.module:factory), and notes on its loading.
 
     classes: their names in the order of the logits, and image_shape: (channels, height, width) of
-    the training images, where a file or run states them.
+    the training images, where a file or run states them. hub: where a file from a hub comes from.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Network(NamedTuple):
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     image_shape: tuple[int, ...] = ()
+    hub: Mapping[str, str] | None = None
 
 
 def load_network(
@@ -67,13 +70,15 @@ def load_network(
     *,
     image_shape: Shape = SMALL_RGB,
     pretrained: bool = False,
+    observer: Observer = SILENT,
 ) -> Network:
     """Load the network that `target` means.
 
     Args:
         target: a known name (see `absld.models.architectures`); `timm:NAME`, `torchvision:NAME`;
-            `package.module:factory`, also of the current folder; a run directory; or a file of
-            weights.
+            `package.module:factory`, also of the current folder; a run directory; a file of
+            weights; or one on the Hugging Face Hub, hf:owner/name[@revision][/file], which is
+            downloaded unless it is in the cache.
         num_classes: number of logits.
         key: of the initial weights, where `target` brings none.
         architecture: the network of a file or run, if it is a factory or of a library, or if the
@@ -82,6 +87,7 @@ def load_network(
         weights: key of the state dict in a file, if it has several.
         image_shape: channels, height and width of the images.
         pretrained: download the weights that timm or torchvision has for a network of theirs.
+        observer: of a download.
 
     Raises:
         UsageError: `target` means nothing, or its factory fails.
@@ -94,6 +100,13 @@ def load_network(
         path = RunDirectory(target).best if of_run else Path(target)
         content = load(path, sealed=of_run)
         return load_weights(content, path, num_classes, key, architecture, weights, image_shape)
+    if target.startswith(PREFIX):
+        found = fetch(target, observer)
+        path = Path(str(found.name))  # for messages
+        network = load_weights(
+            found.read(), path, num_classes, key, architecture, weights, image_shape
+        )
+        return network._replace(notes=(*found.notes, *network.notes), hub=found.origin)
     if named or names_code(target):
         if weights:
             raise UsageError(
@@ -106,8 +119,8 @@ def load_network(
         raise CheckpointError(f"{target}: no such file", "check the path")
     raise UsageError(
         f"{target!r} is not a known network, a file or a run directory",
-        f"there are: {', '.join(KNOWN)}, timm:NAME, torchvision:NAME, files, run directories, and "
-        "package.module:factory",
+        f"there are: {', '.join(KNOWN)}, timm:NAME, torchvision:NAME, files, run directories, "
+        "hf:owner/name, and package.module:factory",
     )
 
 

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from absld.errors import CheckpointError, UsageError
-from absld.evaluation.results import read_results, warnings
+from absld.evaluation.results import read_evaluations, read_results, warnings
 from absld.report import figures, summary
 from absld.report.picture import picture
 from absld.storage.environment import read_sessions
@@ -58,9 +58,7 @@ def find_results(source: Path) -> tuple[Path, dict[str, Any]]:
     path = source / "evaluation.json" if source.is_dir() else source
     if path.exists() or not source.is_dir():
         return path, read_results(path)
-    candidates = [
-        (path, read_results(path)) for path in sorted(source.glob("evaluations/*/evaluation.json"))
-    ]
+    candidates = read_evaluations(source)
     if not candidates:
         raise CheckpointError(f"{source}: no evaluation in it", "absld evaluate RUN makes one")
     return max(candidates, key=lambda candidate: str(candidate[1]["environment"]["started"]))

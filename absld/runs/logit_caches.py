@@ -22,12 +22,12 @@ from absld.errors import UsageError
 from absld.evaluation.class_names import check_class_names, check_image_shape
 from absld.evaluation.validation import check_network
 from absld.models.loading import Network, load_network
-from absld.progress import Observer
+from absld.progress import SILENT, Observer
 from absld.stepper import freeze_teacher
 from absld.storage.opening import refuse_links
 
 
-def load_teacher(config: Config, train: ImageSet) -> Network:
+def load_teacher(config: Config, train: ImageSet, observer: Observer = SILENT) -> Network:
     """Load the teacher of `--teacher`. Raises CheckpointError if it does not fit the data."""
     teacher = load_network(
         config.teacher,
@@ -36,6 +36,7 @@ def load_teacher(config: Config, train: ImageSet) -> Network:
         config.teacher_model,
         config.teacher_weights,
         image_shape=train.image_shape,
+        observer=observer,
     )
     check_network(teacher.model, train, config.teacher)
     teacher = check_class_names(teacher, train, config.teacher, config.class_order)
@@ -49,12 +50,13 @@ def fill_logit_cache(config: Config, observer: Observer) -> Iterator[tuple[int, 
     """
     if not config.teacher:
         raise UsageError(
-            "teacher cache needs a teacher", "--teacher FILE, a run or package.module:factory"
+            "teacher cache needs a teacher",
+            "--teacher FILE, a run, hf:owner/name or package.module:factory",
         )
     device = resolve_device(config.device)
     placement = Placement(config.in_memory, device, observer)
     train = load_split(config.dataset, config.data, Form.of(config), "train", placement)
-    teacher = load_teacher(config, train)
+    teacher = load_teacher(config, train, observer)
     for text in teacher.notes:
         observer.note(text)
     size = cache_size(config, train)

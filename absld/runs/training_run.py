@@ -133,17 +133,21 @@ def plan(
         weights=config.student_weights,
         image_shape=splits.train.image_shape,
         pretrained=config.pretrained,
+        observer=observer,
     )
     check_network(student.model, splits.train, config.student)
     student = check_class_names(student, splits.train, config.student, config.class_order)
     student = check_image_shape(student, splits.train, config.student)
     teacher = (
-        load_teacher(config, splits.train) if method.needs_teacher and config.teacher else None
+        load_teacher(config, splits.train, observer)
+        if method.needs_teacher and config.teacher
+        else None
     )
     inputs = image_digests(splits) | {"initial_weights": digest(student.model.state_dict())}
     if teacher:
         inputs["teacher_weights"] = digest(teacher.model.state_dict())
-    identity = deciding_settings(config) | inputs
+    # A student counts by its architecture and weights, not by the file that they came from.
+    identity = deciding_settings(config) | inputs | {"student": student.architecture}
     run = run_directory(config, config.method, identity, distributed)
     techniques = techniques_of_run(config, run, device)
     return Plan(device, techniques, splits, method, student, teacher, inputs, run)
@@ -191,6 +195,8 @@ def train(
         config, observer, splits, distributed
     )
     session = describe_session(device, splits, inputs, distributed)
+    networks = {"student": student, "teacher": loaded_teacher}
+    session["hub"] = {role: dict(net.hub) for role, net in networks.items() if net and net.hub}
     caches = LogitCacheSettings(cache_folder(config), config.logit_cache_gib)
     notes = [*describe_start(config, techniques, device, splits), *student.notes]
     notes += loaded_teacher.notes if loaded_teacher else ()

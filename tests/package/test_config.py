@@ -416,8 +416,9 @@ def test_milestones_are_at_the_nearest_epoch():
     assert TrainConfig(epochs=10, milestones=(0.5, 1.0)).milestone_epochs() == [5, 10]
 
 
-def test_settings_cost_no_torch():
+def test_settings_cost_no_torch_and_no_hub():
     code = (
-        "import sys, absld, absld.config.settings, absld.cli.app; sys.exit('torch' in sys.modules)"
+        "import sys, absld, absld.config.settings, absld.cli.app; "
+        "sys.exit(bool({'torch', 'huggingface_hub'} & {*sys.modules}))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -142,7 +142,8 @@ def test_only_the_loading_function_reads_files_of_objects():
     assert calls == [("storage/checkpoint.py", "torch.load", "True")]
     assert not {pair for pair in imported if pair[1] in UNPICKLERS}
     assert {module for module, name in imported if name == "safetensors"} == {
-        "storage/checkpoint.py"
+        "storage/checkpoint.py",
+        "storage/safetensors_files.py",
     }
 
 
