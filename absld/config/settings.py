@@ -18,6 +18,7 @@ from absld.errors import UsageError
 Precision = Literal["fp32", "tf32", "bf16"]
 Dataset = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"]
 ClassOrder = Literal["by-name", "by-position"]
+ExportFormat = Literal["onnx", "torch-export", "safetensors"]
 CLASS_ORDER = (
     "by-name: refuse weights of other class names than the data's; by-position: take the classes "
     "in the order of the data, whatever their names"
@@ -321,3 +322,23 @@ class EvaluationConfig(Settings):
         "", "Run", "folder of the results [default: RUN/evaluations, else ./evaluations]"
     )
     device: str = setting("auto", "Run", "torch device; auto: cuda if there is one, else cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(EvaluationConfig):
+    """Settings of an export: the file, and the images on which it is compared with the original."""
+
+    format: ExportFormat = setting(
+        "onnx",
+        "Run",
+        "format of the file; onnx needs absld[onnx], and is compared where onnxruntime is installed",
+    )
+    examples: int | None = setting(
+        None,
+        "Data",
+        "compare on N images, stratified by class [default: all clean ones, 1000 adversarial ones]",
+        low=1.0,
+    )
+    out: str = setting(
+        "", "Run", "file to write [default: in RUN/exports, else in ./exports, named by TARGET]"
+    )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,6 +52,7 @@ from absld.storage.run_directory import RunDirectory
 
 # Settings that decide the results, not where things are or how fast.
 DECIDING = ("epsilon", "restarts", "each", "examples", "seed", "precision")
+Settings = TypeVar("Settings", bound=EvaluationConfig)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +197,7 @@ def config_of_run(target: str) -> Config | None:
     return read_run_config(path) if path.exists() else None
 
 
-def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
+def complete_config(config: Settings, target: str) -> Settings:
     """Fill in data set and budget from the run, or from the recipe of the data set.
 
     Raises UsageError if neither is known.
@@ -301,7 +302,10 @@ def results_folder(target: str, config: EvaluationConfig) -> Path:
 
 def directory_name(target: str, identity: dict[str, Any]) -> str:
     """Return the directory's name: that of the target, and a digest of what decides the results."""
+    return f"{short_name(target)}-{key_of(identity)}"
+
+
+def short_name(target: str) -> str:
+    """Return the name of a target without folders and suffix, for the name of a file."""
     path = Path(target)
-    short = path.stem if path.is_file() else path.name
-    short = re.sub(r"[^\w.-]+", "-", short)[-100:]
-    return f"{short}-{key_of(identity)}"
+    return re.sub(r"[^\w.-]+", "-", path.stem if path.is_file() else path.name)[-100:]
