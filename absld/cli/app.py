@@ -11,6 +11,7 @@ import typer
 import absld
 from absld.cli.bench_command import bench
 from absld.cli.compare_command import compare
+from absld.cli.export_command import export
 from absld.cli.options import (
     AsJson,
     Command,
@@ -75,13 +76,14 @@ def about(
     [cyan]absld report RUN[/]                         an HTML page of the evaluation
     [cyan]absld push RUN hf:owner/name[/]             the student on the Hugging Face hub
     [cyan]absld compare --methods rslad,absld[/]      methods under the same conditions
+    [cyan]absld export RUN[/]                         an ONNX file of the network, checked
     [cyan]absld teacher check FILE[/]                 accuracy and soft labels of a teacher
     [cyan]absld recipe show cifar10[/]                all settings, with their sources
     """
     # `main` takes --debug out, wherever it stands; the option is here for the help.
 
 
-# --- absld train, evaluate, compare ---
+# --- absld train, evaluate, compare, export ---
 
 
 @app.command(cls=Command)
@@ -191,6 +193,7 @@ def evaluate(
 
 
 app.command(cls=Command)(compare)
+app.command(cls=Command)(export)
 
 
 # --- absld report, push, recipe, bench, teacher ---

@@ -22,6 +22,7 @@ Resize = Literal["squash", "crop"]
 Channels = Literal[1, 3]
 InMemory = Literal["auto", "yes", "no"]
 ClassOrder = Literal["by-name", "by-position"]
+ExportFormat = Literal["onnx", "torch-export", "safetensors"]
 RESIZE = (
     "squash: resize images to squares whatever their aspect ratio; crop: resize the shorter side, "
     "and take the centre"
@@ -355,3 +356,23 @@ class EvaluationConfig(Settings):
         "", "Run", "folder of the results [default: RUN/evaluations, else ./evaluations]"
     )
     device: str = setting("auto", "Run", "torch device; auto: cuda if there is one, else cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(EvaluationConfig):
+    """Settings of an export: the file, and the images on which it is compared with the original."""
+
+    format: ExportFormat = setting(
+        "onnx",
+        "Run",
+        "format of the file; onnx needs absld[onnx], and is compared where onnxruntime is installed",
+    )
+    examples: int | None = setting(
+        None,
+        "Data",
+        "compare on N images, stratified by class [default: all clean ones, 1000 adversarial ones]",
+        low=1.0,
+    )
+    out: str = setting(
+        "", "Run", "file to write [default: in RUN/exports, else in ./exports, named by TARGET]"
+    )

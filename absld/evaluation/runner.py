@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -55,6 +55,7 @@ from absld.storage.run_directory import RunDirectory
 
 # Settings that decide the results, not where things are or how fast.
 DECIDING = ("norm", "epsilon", "restarts", "each", "examples", "seed", "precision")
+Settings = TypeVar("Settings", bound=EvaluationConfig)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +204,7 @@ def config_of_run(target: str) -> Config | None:
     return read_run_config(path) if path.exists() else None
 
 
-def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
+def complete_config(config: Settings, target: str) -> Settings:
     """Fill in data set and budget from the run, or from the recipes of data set and norm.
 
     Raises UsageError if no data set is known.
@@ -330,9 +331,13 @@ def results_folder(target: str, config: EvaluationConfig) -> Path:
 
 def directory_name(target: str, identity: dict[str, Any]) -> str:
     """Return the directory's name: that of the target, and a digest of what decides the results."""
+    return f"{short_name(target)}-{key_of(identity)}"
+
+
+def short_name(target: str) -> str:
+    """Return the name of a target without folders and suffix, for the name of a file."""
     path = Path(target)
     short = path.stem if path.is_file() else path.name
     if target.startswith(PREFIX):
         short = parse(target).repository
-    short = re.sub(r"[^\w.-]+", "-", short)[-100:]
-    return f"{short}-{key_of(identity)}"
+    return re.sub(r"[^\w.-]+", "-", short)[-100:]

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import os
 import struct
 import tarfile
 import threading
@@ -22,18 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from absld.errors import CheckpointError, UsageError
+from absld.errors import CheckpointError
 from absld.storage.files import raw_bytes, replacing
-from absld.storage.opening import COPY_AGAIN, open_regular
+from absld.storage.opening import COPY_AGAIN, file_size, open_regular
 from absld.storage.pickles import OF_A_LIST, RefusedContentError, check_pickle
+from absld.storage.safetensors_files import read_safetensors
 
 SEAL = "content_sha256"
 SLACK = 2**20  # bytes that a file may take beyond its size
 EXPORT = "where you trust it, export torch.save(model.state_dict(), FILE) from it"
 MOST_PICKLED = 2**24  # bytes of all but the tensors
-MOST_LISTED = 2**22  # bytes of a list of the tensors; 20,000 take 3 MB
+MOST_LISTED = 2**22  # bytes of a list of an archive's records
 ZIP = b"PK\x03\x04"
-MOST_TENSORS = 20_000  # in a .safetensors file
 OLD_FORMAT = 4  # pickles, before the list of the storages and their bytes
 PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 # torch.load takes these values of numpy where it is told to. Files by numpy 1 name them otherwise.
@@ -94,7 +93,6 @@ def load(path: str | Path, *, sealed: bool = False) -> Any:
     Raises:
         CheckpointError: the file is something else, would take more memory than its size, or has
             changed since it was written.
-        UsageError: it is a .safetensors file, and that library is not installed.
     """
     path = Path(path)
     try:
@@ -105,7 +103,7 @@ def load(path: str | Path, *, sealed: bool = False) -> Any:
         changed = seal is not None and seal != content_digest(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "check the path") from None
-    except (UsageError, CheckpointError):
+    except CheckpointError:
         raise
     except RefusedContentError as error:
         raise CheckpointError(f"{path}: {error}", EXPORT) from error
@@ -118,10 +116,6 @@ def load(path: str | Path, *, sealed: bool = False) -> Any:
     if sealed and seal is None:
         raise CheckpointError(f"{path}: not a file of a run, its SHA-256 is missing", COPY_AGAIN)
     return content
-
-
-def file_size(file: IO[bytes]) -> int:
-    return os.fstat(file.fileno()).st_size
 
 
 def read_content(file: IO[bytes], path: Path) -> Any:
@@ -207,25 +201,6 @@ def refuse_inflated(content: Any, size: int) -> None:
             raise RefusedContentError(f"holds {type(value).__name__}, not tensors and plain values")
     if (total := sum(claimed.values())) > size + SLACK:
         raise RefusedContentError(f"repeats the bytes of its tensors: {size:,} become {total:,}")
-
-
-def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Tensor]:
-    """Read a file of the format safetensors. Raises UsageError if its library is missing."""
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UsageError(f"{path}: {error}", "pip install safetensors") from error
-    length = int.from_bytes(file.read(8), "little")
-    header = file.read(min(length, MOST_LISTED))
-    if length > file_size(file) or not header.startswith(b"{"):  # before the whole is read
-        raise ValueError("its header is not there")
-    if len(header) < length or header.count(b"{") > MOST_TENSORS:  # one for each tensor
-        raise RefusedContentError(
-            f"a header of {length:,} bytes, or more than {MOST_TENSORS:,} tensors"
-        )
-    opened = Path(f"/dev/fd/{file.fileno()}")  # the file that was looked at; not on Windows
-    tensors: dict[str, Tensor] = load_file(opened if opened.exists() else path)
-    return tensors
 
 
 def diagnose(path: Path, error: Exception) -> tuple[str, str]:

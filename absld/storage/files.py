@@ -36,7 +36,7 @@ def key_of(settings: Mapping[str, Any]) -> str:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file to write, which gets the name `path` once it is whole and on the disk."""
     # The same name every time, so that the file of a killed process is replaced.
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".partial-{path.name}")
     for name in (path, temporary):
         if name.is_dir() and not name.is_symlink():
             raise irregular(name, "wb")

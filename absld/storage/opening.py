@@ -45,6 +45,10 @@ def open_regular(path: Path, mode: str = "rb") -> IO[bytes]:
     return os.fdopen(descriptor, mode)
 
 
+def file_size(file: IO[bytes]) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
 def irregular(path: Path, mode: str) -> CheckpointError:
     """Build the error for a path that is not a regular file, or has another name."""
     if mode != "rb" and (path.is_symlink() or path.is_file()):
@@ -64,7 +68,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         OSError: it cannot be read.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = file_size(file)
         if size > most:
             raise CheckpointError(f"{path}: {size:,} bytes, at most {most:,} are read", COPY_AGAIN)
         return file.read(size)

@@ -1,8 +1,62 @@
-"""Files of the format safetensors."""
+"""Files of the format safetensors, and the description of a network that they can hold.
 
-from collections.abc import Mapping
+The description is a JSON document, the text `absld` of the file's metadata. Nothing that it names is
+imported.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
 
 from torch import Tensor
+
+import absld
+from absld.errors import CheckpointError
+from absld.storage.files import digest
+from absld.storage.json_files import parse_json
+from absld.storage.opening import COPY_AGAIN, file_size
+from absld.storage.pickles import RefusedContentError
+
+KEY = "absld"  # of the description, in the metadata of a file
+FORMAT = "absld-network-1"
+MOST_LISTED = 2**22  # bytes of the header, which lists the tensors; 20,000 take 3 MB
+MOST_TENSORS = 20_000
+SCHEMA = {
+    "type": "object",
+    "required": ["format", "architecture", "classes", "image_shape", "sha256"],
+    "properties": {
+        "format": {"const": FORMAT},
+        "architecture": {"type": "string", "maxLength": 200},
+        "classes": {"type": "array", "items": {"type": "string"}, "minItems": 2},
+        "image_shape": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 1},
+            "minItems": 3,
+            "maxItems": 3,
+        },
+        "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    },
+}
+
+
+def describe_weights(
+    architecture: str,
+    classes: Sequence[str],
+    image_shape: Sequence[int],
+    state: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Describe a network in plain values, under the keys of a checkpoint.
+
+    image_shape: (channels, height, width). state: its state dict.
+    """
+    return {
+        "format": FORMAT,
+        "architecture": architecture,
+        "classes": list(classes),
+        "image_shape": list(image_shape),
+        "sha256": digest(state),
+        "absld": absld.__version__,
+    }
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -13,3 +67,32 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content: bytes = save(own, {"format": "pt", **metadata})
     return content
+
+
+def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Any]:
+    """Read the tensors; under `model`, beside their description, where the file holds one.
+
+    Raises CheckpointError if the description is damaged, and others for a damaged file.
+    """
+    from safetensors import safe_open
+
+    length = int.from_bytes(file.read(8), "little")
+    header = file.read(min(length, MOST_LISTED))
+    if length > file_size(file) or not header.startswith(b"{"):  # before the whole is read
+        raise ValueError("its header is not there")
+    if len(header) < length or header.count(b"{") > MOST_TENSORS:  # one for each tensor
+        raise RefusedContentError(
+            f"a header of {length:,} bytes, or more than {MOST_TENSORS:,} tensors"
+        )
+    opened = Path(f"/dev/fd/{file.fileno()}")  # the file that was looked at; not on Windows
+    with safe_open(opened if opened.exists() else path, framework="pt") as content:
+        metadata = content.metadata() or {}
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    if KEY not in metadata:
+        return tensors
+    try:
+        return {**parse_json(metadata[KEY].encode(), SCHEMA), "model": tensors}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: its description of the network: {error}", COPY_AGAIN
+        ) from error

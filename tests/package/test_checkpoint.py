@@ -436,7 +436,7 @@ def victim(tmp_path):
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
-@pytest.mark.parametrize("name", [".lock", ".STATUS.partial", "STATUS", "metrics.jsonl"])
+@pytest.mark.parametrize("name", [".lock", ".partial-STATUS", "STATUS", "metrics.jsonl"])
 def test_nothing_is_written_through_a_link_in_a_run(name, link, victim, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -450,7 +450,7 @@ def test_nothing_is_written_through_a_link_in_a_run(name, link, victim, tmp_path
         assert "STATUS" in name and run.status() == "finished"
 
 
-@pytest.mark.parametrize("name", [".lock", ".STATUS.partial", "STATUS", "metrics.jsonl"])
+@pytest.mark.parametrize("name", [".lock", ".partial-STATUS", "STATUS", "metrics.jsonl"])
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_what_is_no_file_in_a_run_is_named_and_kept(name, make, tmp_path):
     if make is os.mkfifo and "STATUS" in name:

@@ -1,0 +1,98 @@
+"""Adversarial images of a network in a file, on which other runtimes are compared without gradients."""
+
+import json
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from absld.attack import project_linf
+from absld.data.dataset import ImageSet, pixels, stratified
+from absld.errors import CheckpointError
+from absld.evaluation.attacks import AttackBatch, parse_attack
+from absld.evaluation.surrogates import Images, surrogates
+from absld.progress import AttackProgress, Observer
+from absld.storage.checkpoint import load
+from absld.storage.files import replacing
+from absld.storage.safetensors_files import safetensors_bytes
+
+ATTACK = "pgd20"
+DEFAULT_COUNT = 1000
+ROUNDING = 1e-6  # of pixels, in the check of the ball
+
+
+def images_to_attack(
+    data: ImageSet, examples: int | None, epsilon: float, seed: int
+) -> AttackBatch:
+    """Return `examples` images, stratified by class, in one batch on the CPU."""
+    count = examples or DEFAULT_COUNT
+    index = stratified(data.labels, data.num_classes, count, "examples", seed)
+    return AttackBatch(pixels(data.rows(index)), data.labels[index], index, epsilon, seed)
+
+
+def stored_adversarial(
+    model: nn.Module, clean: AttackBatch, batch_size: int, path: Path, observer: Observer
+) -> Images:
+    """Return adversarial images of a network, on the CPU: those of the file, else make the file.
+
+    model: in eval mode, on the device of the attack. clean: all images to attack, on the CPU.
+    path: named by all that decides the images.
+
+    Raises CheckpointError for a file of anything but images in the ball around the clean ones.
+    """
+    if path.exists():
+        observer.note(f"adversarial images, made before: {path}")
+        return read_adversarial(path, clean)
+    x_adv, logits = attack_network(model, clean, batch_size, observer)
+    tensors = {"images": x_adv, "labels": clean.labels, "index": clean.index, "logits": logits}
+    texts = {"attack": ATTACK, "epsilon": json.dumps(clean.epsilon), "seed": json.dumps(clean.seed)}
+    with replacing(path) as file:
+        file.write(safetensors_bytes(tensors, texts))
+    return x_adv
+
+
+def attack_network(
+    model: nn.Module, clean: AttackBatch, batch_size: int, observer: Observer
+) -> tuple[Images, Float[Tensor, "n c"]]:
+    """Attack a network in batches; return the images and their logits, on the CPU."""
+    attack, total, parts = parse_attack(ATTACK), len(clean.labels), []
+    device = device_of(model)
+    observer.begin_evaluation()
+    with torch.no_grad():
+        attacked = surrogates(model, clean.x_nat[:batch_size].to(device))[0]
+        for chosen in torch.split(torch.arange(total), batch_size):
+            batch = AttackBatch(
+                x_nat=clean.x_nat[chosen].to(device),
+                labels=clean.labels[chosen].to(device),
+                index=clean.index[chosen],
+                epsilon=clean.epsilon,
+                seed=clean.seed,
+            )
+            x_adv = project_linf(attack.perturb(attacked, batch), batch.x_nat, batch.epsilon)
+            parts.append((x_adv.cpu(), model(x_adv).cpu()))
+            done = int(chosen[-1]) + 1
+            observer.attack_batch(AttackProgress(ATTACK, done, total, (done, total)))
+    x_adv, logits = map(torch.cat, zip(*parts, strict=True))
+    return x_adv, logits
+
+
+def read_adversarial(path: Path, clean: AttackBatch) -> Images:
+    """Read adversarial images of these images. Raises CheckpointError for anything else."""
+    hint = "remove it: it is made anew"
+    try:
+        x_adv = load(path).get("images")
+    except CheckpointError as error:
+        raise CheckpointError(str(error), hint) from error
+    x_nat = clean.x_nat
+    if not isinstance(x_adv, Tensor) or (x_adv.dtype, x_adv.shape) != (x_nat.dtype, x_nat.shape):
+        raise CheckpointError(f"{path}: holds no images {tuple(x_nat.shape)}", hint)
+    moved = (project_linf(x_adv, x_nat, clean.epsilon) - x_adv).abs().max()
+    if not moved <= ROUNDING:  # NaN is not
+        raise CheckpointError(f"{path}: its images are not in the ball around the clean ones", hint)
+    return x_adv
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a network's weights; the CPU if it has none."""
+    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
