@@ -123,12 +123,17 @@ class Decoded(NamedTuple):
 
 
 class UnreadableError(DataError):
-    """Images that cannot be read: the first ten in words, and their number."""
+    """Images that cannot be read; faults: what is wrong with each, in a line."""
 
-    def __init__(self, faults: Sequence[str], noun: str, hint: str) -> None:
-        number = f"{len(faults)} {noun}: " if len(faults) > 1 else ""
-        super().__init__(f"cannot read {number}{first_of(faults, SHOWN, '; ')}", hint)
-        self.faults = faults
+    faults: Sequence[str] = ()
+
+
+def unreadable(faults: Sequence[str], reader: Reader) -> UnreadableError:
+    """Return the error for images that cannot be read: the first ten, and their number."""
+    number = f"{len(faults)} {reader.noun}: " if len(faults) > 1 else ""
+    error = UnreadableError(f"cannot read {number}{first_of(faults, SHOWN, '; ')}", reader.hint)
+    error.faults = faults
+    return error
 
 
 class Decoding:
@@ -214,7 +219,7 @@ class Decoding:
     def refuse_faults(self) -> None:
         """Raise UnreadableError if images of the last pass could not be read."""
         if self.faults:
-            raise UnreadableError(self.faults, self.reader.noun, self.reader.hint)
+            raise unreadable(self.faults, self.reader)
 
     def key(self) -> str:
         """Compute what names the cache: the content, the form, and the versions that decode it."""

@@ -172,7 +172,7 @@ class MappedImages(Labelled):
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """What a cache says of its images: shape (N,channels,H,W), labels (N,), a description."""
+    """The shape of the images in a cache (N,channels,H,W), their labels (N,), and a description."""
 
     shape: tuple[int, ...]
     labels: Int[Tensor, " n"]
