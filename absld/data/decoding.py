@@ -141,6 +141,7 @@ class Decoding:
 
     def __init__(self, reader: Reader, form: Form, part: str, observer: Observer) -> None:
         self.reader, self.form, self.part, self.observer = reader, form, part, observer
+        self.passes: set[str] | None = None  # digests of what was decoded; None if nobody asks
         if not len(reader):
             raise DataError(f"{part}: no images", reader.hint)
         size = form.size
@@ -161,6 +162,7 @@ class Decoding:
     def chunks(self) -> Iterator[UInt8[Tensor, "n channels height width"]]:
         """Decode all images in order, some at a time; zeros stand for those at fault."""
         self.start()
+        sha = hashlib.sha256()
         count, together = len(self.reader), max(1, TOGETHER // math.prod(self.shape))
         with ThreadPoolExecutor(THREADS if self.reader.parallel else 1) as threads:
             for start in range(0, count, together):
@@ -170,8 +172,13 @@ class Decoding:
                 low, high = images.amin((2, 3)), images.amax((2, 3))
                 self.traits["of one constant colour"] += int((low == high).all(1).sum())
                 self.colours |= {tuple(low.amin(0).tolist()), tuple(high.amax(0).tolist())}
+                if self.passes is not None:
+                    sha.update(raw_bytes(images))
                 self.observer.decode(self.part, numbers.stop, count)
                 yield images
+        if self.passes is not None:
+            sha.update(raw_bytes(self.labels))
+            self.passes.add(sha.hexdigest())
 
     def decode_one(self, number: int) -> Decoded:
         """Decode an image; called by several threads."""
@@ -203,9 +210,15 @@ class Decoding:
     def header(self) -> Header:
         """Describe the images of a whole pass.
 
-        Raises DataError if some could not be read, or all are of one constant colour.
+        Raises DataError if some could not be read, two passes differ, or all images are of one
+        constant colour.
         """
         self.refuse_faults()
+        if self.passes is not None and len(self.passes) > 1:
+            raise DataError(
+                f"{self.part}: the images are others each time they are read",
+                "leave random transforms out of the dataset",
+            )
         count, form = len(self.reader), self.form
         if len(self.colours) == 1:
             raise DataError(
@@ -228,10 +241,10 @@ class Decoding:
 
         content = self.reader.key()
         if not content:
-            sha = hashlib.sha256()
-            for images in self.chunks():
-                sha.update(raw_bytes(images))
-            sha.update(raw_bytes(self.labels))
-            content = sha.hexdigest()
+            self.passes = set()
+            for _ in self.chunks():
+                pass
+            self.header()
+            (content,) = self.passes
         what = (VERSION, self.form, PIL.__version__, torchvision.__version__, content)
         return hashlib.sha256(repr(what).encode()).hexdigest()[:32]
