@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from absld.attack import project_linf
+from absld.attack import geometry
 from absld.data.dataset import ImageSet, pixels, stratified
 from absld.errors import CheckpointError
 from absld.evaluation.attacks import AttackBatch, parse_attack
 from absld.evaluation.surrogates import Images, surrogates
+from absld.norms import Norm
 from absld.progress import AttackProgress, Observer
 from absld.storage.checkpoint import load
 from absld.storage.files import replacing
@@ -23,12 +24,14 @@ ROUNDING = 1e-6  # of pixels, in the check of the ball
 
 
 def images_to_attack(
-    data: ImageSet, examples: int | None, epsilon: float, seed: int
+    data: ImageSet, examples: int | None, epsilon: float, norm: Norm, seed: int
 ) -> AttackBatch:
     """Return `examples` images, stratified by class, in one batch on the CPU."""
     count = examples or DEFAULT_COUNT
     index = stratified(data.labels, data.num_classes, count, "examples", seed)
-    return AttackBatch(pixels(data.rows(index)), data.labels[index], index, epsilon, seed)
+    return AttackBatch(
+        pixels(data.rows(index)), data.labels[index], index, epsilon, seed, norm=norm
+    )
 
 
 def stored_adversarial(
@@ -46,7 +49,8 @@ def stored_adversarial(
         return read_adversarial(path, clean)
     x_adv, logits = attack_network(model, clean, batch_size, observer)
     tensors = {"images": x_adv, "labels": clean.labels, "index": clean.index, "logits": logits}
-    texts = {"attack": ATTACK, "epsilon": json.dumps(clean.epsilon), "seed": json.dumps(clean.seed)}
+    texts = {"attack": ATTACK, "norm": clean.norm, "epsilon": json.dumps(clean.epsilon)}
+    texts |= {"seed": json.dumps(clean.seed)}
     with replacing(path) as file:
         file.write(safetensors_bytes(tensors, texts))
     return x_adv
@@ -56,7 +60,8 @@ def attack_network(
     model: nn.Module, clean: AttackBatch, batch_size: int, observer: Observer
 ) -> tuple[Images, Float[Tensor, "n c"]]:
     """Attack a network in batches; return the images and their logits, on the CPU."""
-    attack, total, parts = parse_attack(ATTACK), len(clean.labels), []
+    attack, total, parts = parse_attack(ATTACK, norm=clean.norm), len(clean.labels), []
+    project = geometry(clean.norm).project
     device = device_of(model)
     observer.begin_evaluation()
     with torch.no_grad():
@@ -68,8 +73,9 @@ def attack_network(
                 index=clean.index[chosen],
                 epsilon=clean.epsilon,
                 seed=clean.seed,
+                norm=clean.norm,
             )
-            x_adv = project_linf(attack.perturb(attacked, batch), batch.x_nat, batch.epsilon)
+            x_adv = project(attack.perturb(attacked, batch), batch.x_nat, batch.epsilon)
             parts.append((x_adv.cpu(), model(x_adv).cpu()))
             done = int(chosen[-1]) + 1
             observer.attack_batch(AttackProgress(ATTACK, done, total, (done, total)))
@@ -87,7 +93,7 @@ def read_adversarial(path: Path, clean: AttackBatch) -> Images:
     x_nat = clean.x_nat
     if not isinstance(x_adv, Tensor) or (x_adv.dtype, x_adv.shape) != (x_nat.dtype, x_nat.shape):
         raise CheckpointError(f"{path}: holds no images {tuple(x_nat.shape)}", hint)
-    moved = (project_linf(x_adv, x_nat, clean.epsilon) - x_adv).abs().max()
+    moved = (geometry(clean.norm).project(x_adv, x_nat, clean.epsilon) - x_adv).abs().max()
     if not moved <= ROUNDING:  # NaN is not
         raise CheckpointError(f"{path}: its images are not in the ball around the clean ones", hint)
     return x_adv

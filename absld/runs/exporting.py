@@ -163,6 +163,7 @@ def describe_attack(
     """Return all that decides the adversarial images."""
     return {
         "attack": ATTACK,
+        "norm": config.norm,
         "epsilon": config.epsilon,
         "seed": config.seed,
         "examples": config.examples,
@@ -189,10 +190,10 @@ def compared_images(
     model: nn.Module, data: ImageSet, config: ExportConfig, stored: Path, observer: Observer
 ) -> dict[str, LabelledImages]:
     """Return the images on which to compare: clean ones, and adversarial ones of the network."""
-    assert config.epsilon is not None  # complete_config
+    assert config.epsilon is not None and config.norm  # complete_config
     labels, size = data.labels, config.batch_size
     index = stratified(labels, data.num_classes, config.examples, "examples", config.seed)
-    attacked = images_to_attack(data, config.examples, config.epsilon, config.seed)
+    attacked = images_to_attack(data, config.examples, config.epsilon, config.norm, config.seed)
     x_adv = stored_adversarial(model, attacked, size, stored, observer)
     return {
         "clean": clean_images(data, index, size),
