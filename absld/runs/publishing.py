@@ -15,6 +15,7 @@ from absld.config.settings import Config
 from absld.data.sources import RESIZED
 from absld.errors import CheckpointError
 from absld.evaluation.results import read_evaluations, read_results, to_json
+from absld.models.hub import PREFIX
 from absld.models.hub_config import CONFIG, WEIGHTS
 from absld.models.hub_files import network_config, write_network
 from absld.models.state_dicts import find_state_dict, stated_classes, stated_image_shape
@@ -176,7 +177,7 @@ def describe_teacher(recipe: Config, sha256: str) -> tuple[str, str]:
     if not name:
         epochs = recipe.teacher_epochs
         return f"{recipe.teacher_model}, trained by TRADES for {epochs} epochs", sha256
-    return (name if name.startswith("hf:") or names_code(name) else Path(name).name), sha256
+    return (name if name.startswith(PREFIX) or names_code(name) else Path(name).name), sha256
 
 
 def card_text(
