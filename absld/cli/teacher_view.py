@@ -1,5 +1,6 @@
 """The view of a teacher check."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,5 +47,8 @@ def teacher_lines(results: Mapping[str, Any]) -> list[str]:
         value = results["calibration"][name]
         text = f"{value:.3f}" if name in ("entropy", "nll", "temperature") else f"{value:.1%}"
         lines.append(f"{label:36} {text:>7}")
-    reasons = "; ".join(results["reasons"])
-    return [*lines, "", f"verdict: {results['verdict']}" + (f": {reasons}" if reasons else "")]
+    scale = results["input_scale"]
+    lines += ["", f"clean accuracy by the scale of the pixels, {scale['images']} images"]
+    lines += [f"{name:36} {accuracy:>7.1%}" for name, accuracy in scale["accuracy"].items()]
+    verdict = f"verdict: {results['verdict']}: {'; '.join(results['reasons'])}"
+    return [*lines, "", *textwrap.wrap(verdict, 80)]
