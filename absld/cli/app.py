@@ -73,6 +73,7 @@ def about(
     [cyan]absld evaluate RUN[/]                       robust accuracy by class, with checks
     [cyan]absld report RUN[/]                         an HTML page of the evaluation
     [cyan]absld compare --methods rslad,absld[/]      methods under the same conditions
+    [cyan]absld teacher list[/]                       published teachers, and where they are
     [cyan]absld teacher check FILE[/]                 accuracy and soft labels of a teacher
     [cyan]absld recipe show cifar10[/]                all settings, with their sources
     """
@@ -130,7 +131,10 @@ def train(
 def evaluate(
     target: Annotated[
         str,
-        typer.Argument(metavar="TARGET", help="a run directory, a file or package.module:factory"),
+        typer.Argument(
+            metavar="TARGET",
+            help="a run directory, a file, hf:owner/name or package.module:factory",
+        ),
     ],
     *,
     against: Annotated[

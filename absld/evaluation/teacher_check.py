@@ -39,7 +39,7 @@ NEARLY_HARD = 0.99  # mean confidence from which temperatures have almost nothin
 def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -> dict[str, Any]:
     """Check whether a network is fit to teach, on images that it was not trained on.
 
-    target: a file, a run or package.module:factory. Returns plain values: network, figures by class,
+    target: a file, a run, hf:owner/name or package.module:factory. Returns plain values: network, figures by class,
     calibration, verdict and its reasons. Raises AbsldError if the network cannot be loaded or called.
     """
     config = complete_config(config, target)
