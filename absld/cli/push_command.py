@@ -1,4 +1,4 @@
-"""`absld push`: a run's student on the Hugging Face hub."""
+"""`absld push`: a run's student on the Hugging Face Hub."""
 
 import sys
 import tempfile

@@ -190,7 +190,8 @@ class Config(TrainConfig):
     student: str = setting(
         "resnet18",
         "Networks",
-        "student: an architecture name, a file, a run directory or package.module:factory",
+        "student: an architecture name, a file, a run directory, hf:owner/name or "
+        "package.module:factory",
         RELEASE,
     )
     student_weights: str = setting(
@@ -202,7 +203,8 @@ class Config(TrainConfig):
     teacher: str = setting(
         "",
         "Networks",
-        "teacher: a file, a run directory or package.module:factory [default: train one by TRADES]",
+        "teacher: a file, a run directory, hf:owner/name or package.module:factory [default: train "
+        "one by TRADES]",
     )
     teacher_model: str = setting(
         "wrn-34-10",

@@ -1,4 +1,4 @@
-"""Upload of files into a repository of the Hugging Face hub."""
+"""Upload of files into a repository of the Hugging Face Hub."""
 
 import contextlib
 import re

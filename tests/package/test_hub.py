@@ -16,6 +16,8 @@ from helpers.program import QUICK, main, refused, the_run
 from helpers.weight_files import Payload
 from safetensors.torch import save as safetensors
 
+from absld.config.resolve import resolve
+from absld.engine.distributed import Distributed
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation.results import read_results
 from absld.models.architectures import build_model
@@ -23,6 +25,7 @@ from absld.models.hub import HubName, fetch, parse
 from absld.models.hub_config import FORMAT
 from absld.models.loading import load_network
 from absld.progress import SILENT, Observer
+from absld.runs.run_record import run_directory
 from absld.storage.files import digest
 
 DIGITS = [*("--dataset", "digits", "--device", "cpu", "--attacks", "clean", "--no-checks")]
@@ -243,6 +246,16 @@ def test_a_download_reports_its_bytes(hub):
         hub.repositories["o/n"].commits[load_from("hf:o/n").hub["commit"]]["model.safetensors"]
     )
     assert ("hf:o/n/model.safetensors", size, size, "bytes") in seen
+
+
+def test_processes_that_got_other_weights_do_not_train_together():
+    class Another(Distributed):
+        def all_reduce_max(self, number):
+            return max(number, 1)
+
+    with pytest.raises(UsageError, match="the processes do not have the same") as error:
+        run_directory(resolve({}), "absld", {"weights": "a"}, Another())
+    assert "hf:owner/name@COMMIT" in error.value.hint
 
 
 # --- Errors ---
