@@ -16,6 +16,7 @@ from absld.cli.options import (
     Command,
     CommandGroup,
     RecipeFile,
+    Target,
     explicit,
     with_settings,
 )
@@ -131,13 +132,7 @@ def train(
 @app.command(cls=Command)
 @with_settings(EvaluationConfig)
 def evaluate(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="a run directory, a file, hf:owner/name or package.module:factory",
-        ),
-    ],
+    target: Target,
     *,
     against: Annotated[
         str | None,

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from absld.cli.options import AsJson, Command, CommandGroup, explicit, with_settings
+from absld.cli.options import AsJson, Command, CommandGroup, Target, explicit, with_settings
 from absld.cli.output import SAME_COMMAND, command_output
 from absld.config.parsing import parse_all
 from absld.config.resolve import resolve
@@ -54,13 +54,7 @@ def list_published(
 @teacher_app.command(cls=Command)
 @with_settings(EvaluationConfig, without=("attacks", "split", "restarts", "each", "checks", "out"))
 def check(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="a file, a run directory, hf:owner/name or package.module:factory",
-        ),
-    ],
+    target: Target,
     *,
     as_json: AsJson = False,
     **settings: Any,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from absld.attack import frozen_eval
-from absld.config.files import read_run_config
+from absld.config.files import HUB, read_run_config
 from absld.config.imports import names_code
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
@@ -44,7 +44,7 @@ from absld.evaluation.resuming import REMOVE, resume_attacks
 from absld.evaluation.sanity_checks import run_checks
 from absld.evaluation.validation import check_network
 from absld.models.architectures import MODELS
-from absld.models.hub import PREFIX, parse
+from absld.models.hub import parse
 from absld.models.loading import Network, load_network, refuse_named_code
 from absld.progress import SILENT, Observer
 from absld.storage.environment import environment
@@ -186,7 +186,7 @@ def run_paired_evaluation(
 
 def check_target(target: str) -> None:
     """Raise UsageError or CheckpointError for a target that has no weights."""
-    if target.startswith(PREFIX):
+    if target.startswith(HUB):
         parse(target)
     elif target in MODELS:
         raise UsageError(f"{target} is a network without weights", "needed: a file or a run of it")
@@ -311,7 +311,7 @@ def directory_name(target: str, identity: dict[str, Any]) -> str:
     """Return the directory's name: that of the target, and a digest of what decides the results."""
     path = Path(target)
     short = path.stem if path.is_file() else path.name
-    if target.startswith(PREFIX):
+    if target.startswith(HUB):
         short = parse(target).repository
     short = re.sub(r"[^\w.-]+", "-", short)[-100:]
     return f"{short}-{key_of(identity)}"

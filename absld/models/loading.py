@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from absld.config.files import HUB
 from absld.config.imports import import_object, names_code
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.models.architectures import MODELS, Normalised, build_model, seeded
-from absld.models.hub import PREFIX, fetch
+from absld.models.hub import fetch
 from absld.models.state_dicts import find_state_dict, read_names, stated_classes, stated_image_shape
 from absld.progress import SILENT, Observer
 from absld.seeding import Key
@@ -74,7 +75,7 @@ def load_network(
         path = RunDirectory(target).best if of_run else Path(target)
         content = load(path, sealed=of_run)
         return load_weights(content, path, num_classes, key, architecture, weights)
-    if target.startswith(PREFIX):
+    if target.startswith(HUB):
         found = fetch(target, observer)
         path = Path(str(found.name))  # for messages
         network = load_weights(found.read(), path, num_classes, key, architecture, weights)

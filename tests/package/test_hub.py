@@ -16,6 +16,7 @@ from helpers.program import QUICK, main, refused, the_run
 from helpers.weight_files import Payload
 from safetensors.torch import save as safetensors
 
+from absld.config.files import to_toml
 from absld.config.resolve import resolve
 from absld.engine.distributed import Distributed
 from absld.errors import CheckpointError, UsageError
@@ -336,6 +337,16 @@ def test_a_run_depends_on_the_weights_not_on_how_they_came(
     hub.repositories["o/n"].commit(published(weights(1)))
     assert main(*flags, "--teacher", "hf:o/n", "--student", "local.pt", "--resume") == 0
     assert "teacher_weights is" in capfd.readouterr().err
+
+
+def test_a_run_s_settings_as_a_recipe_fetch_nothing_unless_it_is_typed(
+    hub, capfd, few_digits_in_an_empty_folder
+):
+    Path("copy.toml").write_text(to_toml(resolve({"teacher": "hf:o/n"})))
+    train = ["train", "--recipe", "copy.toml", *QUICK]
+    refused(capfd, 2, "nothing that a run's file names is fetched", "--teacher hf:o/n", *train)
+    assert not hub.requests
+    assert main(*train, "--teacher", "hf:o/n") == 0
 
 
 def test_evaluations_take_it_and_record_where_it_comes_from(

@@ -8,7 +8,8 @@ import pytest
 from helpers.program import main, refused
 
 import absld
-from absld.models.hub import PREFIX, parse
+from absld.config.files import HUB
+from absld.models.hub import parse
 from absld.models.published import PUBLISHED
 
 PAGE = Path(absld.__file__).parents[1] / "docs/teachers.md"
@@ -21,7 +22,7 @@ def row(network):
         accuracies = f"{network.clean:.2f} / {network.robust:.2f}"
     kind = "folder" if "/folders/" in network.where else "file"
     where = f"[{kind}]({network.where})"
-    if network.where.startswith(PREFIX):
+    if network.where.startswith(HUB):
         where = f"`{network.where}`"
     paper = f"[{network.arxiv}](https://arxiv.org/abs/{network.arxiv})"
     budget = f"{network.norm} {network.epsilon}"
@@ -43,7 +44,7 @@ def test_a_row_is_well_formed(network):
     assert network.sha256 is None or re.fullmatch("[0-9a-f]{64}", network.sha256)
     assert network.clean is None or 0 < network.robust < network.clean < 100
     assert re.fullmatch(r"(dm-)?wrn-\d+-\d+|(dm-preact)?resnet18", network.architecture)
-    if network.where.startswith(PREFIX):
+    if network.where.startswith(HUB):
         assert parse(network.where).file
     else:
         assert re.fullmatch(r"https://(drive|storage)\.google(apis)?\.com/[\w/.-]+", network.where)
