@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from absld.config.files import HUB
 from absld.errors import AbsldError, CheckpointError, UsageError
-from absld.models.hub import MAIN, PREFIX, HubName, import_hub, parse
+from absld.models.hub import MAIN, HubName, import_hub, parse
 from absld.text import clip
 
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
@@ -35,7 +36,7 @@ def parse_repository(target: str) -> str:
     if name != HubName(name.repository):
         raise UsageError(
             f"{target}: a network is pushed to the branch {MAIN} of a repository",
-            f"needed: {PREFIX}{name.repository}",
+            f"needed: {HUB}{name.repository}",
         )
     return name.repository
 
