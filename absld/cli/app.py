@@ -17,6 +17,7 @@ from absld.cli.options import (
     Command,
     CommandGroup,
     RecipeFile,
+    Target,
     explicit,
     with_settings,
 )
@@ -74,9 +75,10 @@ def about(
     [cyan]absld train --resume[/]                     continue an interrupted run
     [cyan]absld evaluate RUN[/]                       robust accuracy by class, with checks
     [cyan]absld report RUN[/]                         an HTML page of the evaluation
-    [cyan]absld push RUN hf:owner/name[/]             the student on the Hugging Face hub
+    [cyan]absld push RUN hf:owner/name[/]             the student on the Hugging Face Hub
     [cyan]absld compare --methods rslad,absld[/]      methods under the same conditions
     [cyan]absld export RUN[/]                         an ONNX file of the network, checked
+    [cyan]absld teacher list[/]                       published teachers, and where they are
     [cyan]absld teacher check FILE[/]                 accuracy and soft labels of a teacher
     [cyan]absld recipe show cifar10[/]                all settings, with their sources
     """
@@ -132,10 +134,7 @@ def train(
 @app.command(cls=Command)
 @with_settings(EvaluationConfig)
 def evaluate(
-    target: Annotated[
-        str,
-        typer.Argument(metavar="TARGET", help="a run directory, a file or package.module:factory"),
-    ],
+    target: Target,
     *,
     against: Annotated[
         str | None,

@@ -17,6 +17,12 @@ from absld.errors import UsageError
 AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON document on stdout, progress on stderr")
 ]
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET", help="a run directory, a file, hf:owner/name or package.module:factory"
+    ),
+]
 RecipeFile = Annotated[
     str | None,
     typer.Option(

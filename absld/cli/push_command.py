@@ -1,4 +1,4 @@
-"""`absld push`: a run's student on the Hugging Face hub."""
+"""`absld push`: a run's student on the Hugging Face Hub."""
 
 import sys
 import tempfile
@@ -63,7 +63,8 @@ def push(
 
     repository = uploading.parse_repository(target)
     license_of_hub = uploading.parse_license(license_id)
-    uploading.require_hub(token=not out)
+    if not out:
+        uploading.require_token()
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     shown = Path(evaluation) if evaluation else None

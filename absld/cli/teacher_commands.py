@@ -4,27 +4,57 @@ from typing import Annotated, Any
 
 import typer
 
-from absld.cli.options import AsJson, Command, CommandGroup, explicit, with_settings
+from absld.cli.options import AsJson, Command, CommandGroup, Target, explicit, with_settings
 from absld.cli.output import SAME_COMMAND, command_output
 from absld.config.parsing import parse_all
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
-from absld.errors import CheckpointError
+from absld.errors import CheckpointError, UsageError
 
 teacher_app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
-    help="Check a teacher, or compute its logits ahead of training.",
+    help="List published teachers, check one, or compute its logits ahead of training.",
 )
+
+
+@teacher_app.command("list", cls=Command)
+def list_published(
+    *,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="only those of this data set")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List published robust networks that fit, and where to get them.
+
+    [bold]Examples[/]
+
+    [cyan]absld teacher list[/]
+    [cyan]absld teacher list --dataset cifar100 --json[/]
+
+    What begins with hf: can be typed after --teacher. Other files are fetched by
+    hand, for example with a browser.
+    """
+    from absld.cli.teacher_view import published_lines
+    from absld.models.published import PUBLISHED
+
+    found = [network for network in PUBLISHED if dataset in (None, network.dataset)]
+    if not found:
+        known = dict.fromkeys(network.dataset for network in PUBLISHED)
+        raise UsageError(
+            f"no published network for {dataset!r} is known",
+            f"there are some for: {', '.join(known)}",
+        )
+    rows = [network._asdict() | {"pixels": network.pixels} for network in found]
+    with command_output(as_json) as output:
+        output.present({"schema": "absld-published-1", "networks": rows}, published_lines(found))
 
 
 @teacher_app.command(cls=Command)
 @with_settings(EvaluationConfig, without=("attacks", "split", "restarts", "each", "checks", "out"))
 def check(
-    target: Annotated[
-        str,
-        typer.Argument(metavar="TARGET", help="a file, a run directory or package.module:factory"),
-    ],
+    target: Target,
     *,
     as_json: AsJson = False,
     **settings: Any,
@@ -34,7 +64,7 @@ def check(
     [bold]Examples[/]
 
     [cyan]absld teacher check trades.pt --dataset cifar10[/]
-    [cyan]absld teacher check trades.pt --dataset cifar10 --examples 200[/]
+    [cyan]absld teacher check hf:OWNER/NAME/FILE --dataset cifar10 --examples 200[/]
 
     Uses validation images, held out of the training images. The exit code is 4
     if the network is unfit.
@@ -63,7 +93,7 @@ CACHE_SETTINGS = (
     *("batch_size", "device", "out"),
 )
 CACHE_MEANINGS = {
-    "teacher": "teacher (required): a file, a run directory or package.module:factory",
+    "teacher": "teacher (required): a file, a run directory, hf:owner/name or package.module:factory",
     "batch_size": "number of views per forward pass",
     "logit_cache_gib": "largest size of the cache, in GiB",
     "engine": "engine of the trainings that are to use the cache",

@@ -1,9 +1,11 @@
 """The view of a teacher check."""
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absld.cli.evaluation_view import NAMES, figure
+from absld.models.published import Published
 from absld.report.summary import budget
 from absld.text import column
 
@@ -46,5 +48,29 @@ def teacher_lines(results: Mapping[str, Any]) -> list[str]:
         value = results["calibration"][name]
         text = f"{value:.3f}" if name in ("entropy", "nll", "temperature") else f"{value:.1%}"
         lines.append(f"{label:36} {text:>7}")
-    reasons = "; ".join(results["reasons"])
-    return [*lines, "", f"verdict: {results['verdict']}" + (f": {reasons}" if reasons else "")]
+    scale = results["input_scale"]
+    lines += ["", f"clean accuracy by the scale of the pixels, {scale['images']} images"]
+    lines += [f"{name:36} {accuracy:>7.1%}" for name, accuracy in scale["accuracy"].items()]
+    verdict = f"verdict: {results['verdict']}: {'; '.join(results['reasons'])}"
+    return [*lines, "", *textwrap.wrap(verdict, 80)]
+
+
+def published_lines(networks: Iterable[Published]) -> list[str]:
+    """Return published networks in lines of 80 columns; only an address may be longer."""
+    lines = []
+    for network in networks:
+        threat = f"{network.dataset} {network.norm} {network.epsilon}"
+        accuracies = "accuracies not known"
+        if network.clean is not None and network.robust is not None:
+            accuracies = f"{network.clean:.1f} clean, {network.robust:.1f} AutoAttack"
+        lines += [
+            f"{network.name:35} {network.architecture:17} {threat:>26}",
+            f"  {accuracies}; arXiv {network.arxiv}; pixels {network.pixels}",
+            *([f"  SHA-256 {network.sha256}"] if network.sha256 else ()),
+            f"  {network.where}",
+        ]
+    return [
+        *lines,
+        "",
+        "accuracies: in per cent on all test images, as RobustBench or the authors state",
+    ]

@@ -21,6 +21,7 @@ MOST_BYTES = 2**20
 NEEDED = "needed: lines of name = value"
 HINT = "copy it again; a recipe with other settings needs another place and no such last line"
 RUN_FILES = ("STATUS", "environment.json")
+HUB = "hf:"  # begins the name of a file on the Hugging Face Hub
 MAY_NAME_CODE = ("method", "student", "teacher", "teacher_model")
 
 
@@ -88,13 +89,19 @@ def check_seal(content: bytes, path: str) -> None:
 
 
 def refuse_code(path: str, values: Mapping[str, Any]) -> None:
-    """Raise UsageError if settings of a run, perhaps somebody else's, name code."""
+    """Raise UsageError if settings of a run, perhaps somebody else's, name code or a hub."""
     for name in MAY_NAME_CODE:
-        if names_code(values.get(name, "")):
-            flag = f"--{name.replace('_', '-')} {values[name]}"
+        value = values.get(name, "")
+        flag = f"--{name.replace('_', '-')} {value}"
+        if names_code(value):
             raise UsageError(
-                f"{path}: {name} is {values[name]!r}, and no name in a run's file is imported",
+                f"{path}: {name} is {value!r}, and no name in a run's file is imported",
                 f"if you trust that code, type {flag}",
+            )
+        if value.startswith(HUB):
+            raise UsageError(
+                f"{path}: {name} is {value!r}, and nothing that a run's file names is fetched",
+                f"to fetch it, type {flag}",
             )
 
 

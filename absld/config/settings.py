@@ -210,7 +210,8 @@ class Config(TrainConfig):
     student: str = setting(
         "resnet18",
         "Networks",
-        "student: an architecture name, timm:NAME, torchvision:NAME, a file, a run directory or "
+        "student: an architecture name, timm:NAME, torchvision:NAME, a file, a run directory, "
+        "hf:owner/name or "
         "package.module:factory",
         RELEASE,
     )
@@ -223,7 +224,8 @@ class Config(TrainConfig):
     teacher: str = setting(
         "",
         "Networks",
-        "teacher: a file, a run directory or package.module:factory [default: train one by TRADES]",
+        "teacher: a file, a run directory, hf:owner/name or package.module:factory [default: train "
+        "one by TRADES]",
     )
     teacher_model: str = setting(
         "wrn-34-10",

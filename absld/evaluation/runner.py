@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from absld.attack import frozen_eval
-from absld.config.files import read_run_config
+from absld.config.files import HUB, read_run_config
 from absld.config.imports import names_code
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
@@ -46,7 +46,7 @@ from absld.evaluation.resuming import REMOVE, resume_attacks
 from absld.evaluation.sanity_checks import run_checks
 from absld.evaluation.validation import check_network
 from absld.models.architectures import find_model, name_for
-from absld.models.hub import PREFIX, parse
+from absld.models.hub import parse
 from absld.models.loading import Network, is_named, load_network, refuse_named_code
 from absld.progress import SILENT, Observer
 from absld.storage.environment import environment
@@ -76,7 +76,7 @@ class EvaluationRun:
 def run_evaluation(target: str, config: EvaluationConfig, observer: Observer) -> EvaluationRun:
     """Evaluate the network that `target` means, and keep the results in a directory.
 
-    target: a run directory, a file of weights, or package.module:factory. Raises AbsldError.
+    target: a run directory, a file of weights, hf:owner/name, or package.module:factory. Raises AbsldError.
     """
     config = complete_config(config, target)
     data = load_images(config, observer)
@@ -190,7 +190,7 @@ def run_paired_evaluation(
 
 def check_target(target: str) -> None:
     """Raise UsageError or CheckpointError for a target that has no weights."""
-    if target.startswith(PREFIX):
+    if target.startswith(HUB):
         parse(target)
     elif is_named(target):
         raise UsageError(f"{target} is a network without weights", "needed: a file or a run of it")
@@ -338,6 +338,6 @@ def short_name(target: str) -> str:
     """Return the name of a target without folders and suffix, for the name of a file."""
     path = Path(target)
     short = path.stem if path.is_file() else path.name
-    if target.startswith(PREFIX):
+    if target.startswith(HUB):
         short = parse(target).repository
     return re.sub(r"[^\w.-]+", "-", short)[-100:]

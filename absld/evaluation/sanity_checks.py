@@ -15,19 +15,13 @@ from torch import Tensor, nn
 
 from absld.attack import frozen_eval
 from absld.data.dataset import ImageSet, pixels, stratified
-from absld.errors import CheckpointError
 from absld.evaluation.attacks import GradientAttack, SquareSearch, parse_attack
 from absld.evaluation.evaluate import Evaluation, evaluate
-from absld.evaluation.surrogates import (
-    clamps_input,
-    differentiable,
-    output_bounds,
-    outputs_outside,
-)
+from absld.evaluation.input_scale import HINT, SAMPLE, examine_scale
+from absld.evaluation.surrogates import clamps_input, differentiable, output_bounds
 from absld.norms import Norm, largest_epsilon
 from absld.progress import Check
 
-SAMPLE = 100
 NOISE = GradientAttack(
     "noise", "cross-entropy", steps=0, step_size=0.0, uniform_start=True, restarts=10
 )
@@ -35,7 +29,6 @@ FGSM, PGD = parse_attack("fgsm"), parse_attack("pgd20")
 LONGER = parse_attack("pgd50", restarts=2)
 SEARCH = SquareSearch("square search", queries=300)
 BUDGETS = (0.5, 1.0, 2.0)  # in multiples of epsilon
-FACTORY_HINT = "needed: a package.module:factory that puts the normalisation inside the network"
 
 
 def run_checks(
@@ -90,74 +83,11 @@ def check_outputs(model: nn.Module, sample: ImageSet) -> Iterator[Check]:
     )
 
 
-def accuracy_by_scale(model: nn.Module, sample: ImageSet) -> dict[str, float]:
-    """Compute the clean accuracy on pixels in [0,1], and on pixels of other scales.
-
-    It is 0 on a scale that the network refuses.
-    """
-    x = pixels(sample.rows(slice(None)))
-    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
-    scales = {
-        "normalised by mean and deviation": (x - mean) / std.clamp_min(1e-6),
-        "in [-1,1]": 2 * x - 1,
-        "in [0,255]": 255 * x,
-    }
-
-    def accuracy(logits: Tensor | None) -> float:
-        if logits is None:
-            return 0.0
-        share: float = (logits.argmax(1) == sample.labels).float().mean().item()
-        return share
-
-    own = {"in [0,1]": accuracy(model(x))}
-    return own | {name: accuracy(outputs_outside(model, scales[name])) for name in scales}
-
-
-def find_better_scale(accuracy: dict[str, float], images: int) -> str:
-    """Return the scale of pixels on which a network is clearly better than in [0,1]; "" if none."""
-    best = max(accuracy, key=lambda name: accuracy[name])
-    # Two standard deviations; that of a difference of two shares is at most 0.7 / sqrt(n).
-    return best if accuracy[best] - accuracy["in [0,1]"] > 2 * 0.7 / images**0.5 else ""
-
-
 def check_input_scale(model: nn.Module, sample: ImageSet) -> Check:
     """Check that the network takes pixels in [0,1], not on another scale."""
-    accuracy = accuracy_by_scale(model, sample)
-    best = max(accuracy, key=lambda name: accuracy[name])
-    own, chance = accuracy["in [0,1]"], 1 / sample.num_classes
-    learned = own * len(sample) > chance * len(sample) + 0.5
-    passed = learned and not find_better_scale(accuracy, len(sample))
-    return Check(
-        "it takes pixels in [0,1]",
-        passed,
-        f"clean accuracy {own:.1%}; best on pixels {best}, {accuracy[best]:.1%}"
-        + ("" if passed else ": put the normalisation inside the network"),
-    )
-
-
-def describe_other_scale(model: nn.Module, data: ImageSet) -> str:
-    """Say which scale of pixels a network takes instead of [0,1]; "" if none is clearly better.
-
-    SAMPLE images are tried, stratified by class.
-    """
-    sample = data.subset(stratified(data.labels, data.num_classes, SAMPLE, "checks", 0))
-    with frozen_eval(model), torch.no_grad():
-        accuracy = accuracy_by_scale(model, sample)
-    if best := find_better_scale(accuracy, len(sample)):
-        return (
-            f"made for pixels {best}: clean accuracy {accuracy['in [0,1]']:.1%} on pixels in "
-            f"[0,1], {accuracy[best]:.1%} on pixels {best}"
-        )
-    return ""
-
-
-def check_teacher_scale(
-    teacher: nn.Module, validation: ImageSet, name: str, allow_weak: bool
-) -> None:
-    """Raise CheckpointError if the teacher takes pixels of another scale, unless `allow_weak`."""
-    other = describe_other_scale(teacher, validation)
-    if other and not allow_weak:
-        raise CheckpointError(f"{name}: {other}", f"{FACTORY_HINT}, or --allow-weak-teacher")
+    scale = examine_scale(model, sample)
+    numbers = scale.reason if scale.fits else f"{scale.reason}: {HINT}"
+    return Check("it takes pixels in [0,1]", scale.fits, numbers)
 
 
 def check_gradients(model: nn.Module, sample: ImageSet) -> Check:

@@ -17,6 +17,7 @@ from absld.engine.precision import (
 from absld.evaluation.attacks import parse_attacks
 from absld.evaluation.calibration import Calibration, calibration, entropies
 from absld.evaluation.evaluate import Evaluation, evaluate
+from absld.evaluation.input_scale import HINT, InputScale, examine_scale
 from absld.evaluation.results import describe_network, evaluation_results
 from absld.evaluation.runner import (
     blame_target,
@@ -25,7 +26,6 @@ from absld.evaluation.runner import (
     load_images,
     load_target,
 )
-from absld.evaluation.sanity_checks import describe_other_scale
 from absld.evaluation.validation import ABOVE_CHANCE
 from absld.metrics import present
 from absld.progress import Observer
@@ -39,7 +39,7 @@ NEARLY_HARD = 0.99  # mean confidence from which temperatures have almost nothin
 def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -> dict[str, Any]:
     """Check whether a network is fit to teach, on images that it was not trained on.
 
-    target: a file, a run or package.module:factory. Returns plain values: network, figures by class,
+    target: a file, a run, hf:owner/name or package.module:factory. Returns plain values: network, figures by class,
     calibration, verdict and its reasons. Raises AbsldError if the network cannot be loaded or called.
     """
     config = complete_config(config, target)
@@ -66,9 +66,9 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
         )
         examined = data.subset(evaluation.index)
         logits = compute_logits(model, examined, config.batch_size)
-        other_scale = describe_other_scale(model, examined)
+        scale = examine_scale(model, examined)
     calibrated = calibration(logits, evaluation.labels)
-    verdict, reasons = judge(evaluation, calibrated, other_scale)
+    verdict, reasons = judge(evaluation, calibrated, scale)
     results = evaluation_results(evaluation, attacks)
     return {
         "schema": SCHEMA,
@@ -78,6 +78,7 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
         "attack": {"name": ATTACK, "norm": config.norm, "epsilon": config.epsilon},
         "clean": {key: results["attacks"][0][key] for key in ("classes", "metrics")},
         "robust": results["robust"],
+        "input_scale": {"images": scale.images, "accuracy": scale.accuracy},
         "soft_labels": describe_soft_labels(logits, evaluation),
         "calibration": calibrated._asdict(),
         "verdict": verdict,
@@ -110,18 +111,18 @@ def describe_soft_labels(logits: Tensor, evaluation: Evaluation) -> list[dict[st
 
 
 def judge(
-    evaluation: Evaluation, calibrated: Calibration, other_scale: str
+    evaluation: Evaluation, calibrated: Calibration, scale: InputScale
 ) -> tuple[str, list[str]]:
     """Return the verdict, "fit", "doubtful" or "unfit", and its reasons.
 
-    other_scale: the scale of pixels that the network takes instead of [0,1], in words; "" if none.
+    The scale of the pixels is among the reasons of every verdict.
     """
-    if other_scale:
-        return "unfit", [f"{other_scale}: put the normalisation inside the network"]
+    if scale.other:
+        return "unfit", [f"{scale.reason}: {HINT}"]
     chance = 1 / len(evaluation.classes)
     clean, robust = present(evaluation.clean_accuracy), present(evaluation.robust_accuracy)
     if clean.mean() < chance + ABOVE_CHANCE:
-        return "unfit", [f"near chance on clean images, {clean.mean():.1%}"]
+        return "unfit", [f"near chance on clean images, {clean.mean():.1%}", scale.reason]
     reasons = []
     if robust.mean() < chance + ABOVE_CHANCE:
         reasons.append(
@@ -138,4 +139,4 @@ def judge(
             f"its labels are nearly hard, mean confidence {calibrated.confidence:.1%}: there is "
             "little for temperatures to soften"
         )
-    return ("doubtful" if reasons else "fit"), reasons
+    return ("doubtful" if reasons else "fit"), [*reasons, scale.reason]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from absld.config.files import HUB
 from absld.errors import AbsldError, CheckpointError, UsageError
 from absld.models.hub_config import CONFIG, WEIGHTS, read_config
 from absld.progress import Observer
@@ -21,7 +22,6 @@ from absld.storage.checkpoint import load
 from absld.storage.opening import open_regular
 from absld.text import clip, first_of
 
-PREFIX = "hf:"
 MAIN = "main"
 TARGET = re.compile(
     r"hf:(?P<repository>[\w.-]+/[\w.-]+)"
@@ -47,7 +47,7 @@ class HubName(NamedTuple):
 
     def __str__(self) -> str:
         revision = "" if self.revision == MAIN else f"@{self.revision}"
-        return PREFIX + self.repository + revision + (f"/{self.file}" if self.file else "")
+        return HUB + self.repository + revision + (f"/{self.file}" if self.file else "")
 
 
 class HubFile(NamedTuple):

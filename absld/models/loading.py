@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from absld.config.files import HUB
 from absld.config.imports import REGISTRIES, import_object, names_code
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.models.architectures import (
@@ -24,7 +25,7 @@ from absld.models.architectures import (
     name_for,
     seeded,
 )
-from absld.models.hub import PREFIX, fetch
+from absld.models.hub import fetch
 from absld.models.layers import Normalised
 from absld.models.recognition import describe_nearest, has_shapes_of, recognise_architecture
 from absld.models.registries import build_from_registry
@@ -100,7 +101,7 @@ def load_network(
         path = RunDirectory(target).best if of_run else Path(target)
         content = load(path, sealed=of_run)
         return load_weights(content, path, num_classes, key, architecture, weights, image_shape)
-    if target.startswith(PREFIX):
+    if target.startswith(HUB):
         found = fetch(target, observer)
         path = Path(str(found.name))  # for messages
         network = load_weights(

@@ -118,6 +118,8 @@ def evaluation_command(subject: Subject, results: Mapping[str, Any]) -> str:
         flags["image_size"] = subject.config["image_shape"][1]
     if data["dataset"] == "folder":
         flags["data"] = "DIR"
+    if not subject.by_name:
+        flags["model"] = subject.config["architecture"]
     parts = ["absld", "evaluate", f"hf:{subject.repository}"]
     for f in fields(EvaluationConfig):
         if flags.get(f.name, f.default) != f.default:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from absld.config.fields import group_of
-from absld.config.files import read_run_config
+from absld.config.files import HUB, read_run_config
 from absld.config.imports import names_code
 from absld.config.settings import Config
 from absld.data.sources import RESIZED
@@ -176,7 +176,7 @@ def describe_teacher(recipe: Config, sha256: str) -> tuple[str, str]:
     if not name:
         epochs = recipe.teacher_epochs
         return f"{recipe.teacher_model}, trained by TRADES for {epochs} epochs", sha256
-    return (name if name.startswith("hf:") or names_code(name) else Path(name).name), sha256
+    return (name if name.startswith(HUB) or names_code(name) else Path(name).name), sha256
 
 
 def card_text(

@@ -124,10 +124,18 @@ def run_directory(
 ) -> RunDirectory:
     """Return the directory of a run, named by what people look for and a digest of its identity.
 
-    Of several processes, only the main one writes to it.
+    Of several processes, only the main one writes to it. Raises UsageError if they do not all have
+    the same identity, such as from a branch of a hub that moved meanwhile.
     """
+    key = key_of(identity)
+    number = int(key, 16)
+    if distributed.all_reduce_max(number) != -distributed.all_reduce_max(-number):
+        raise UsageError(
+            "the processes do not have the same settings, images and networks",
+            "give all the same files; for one on a hub a commit, hf:owner/name@COMMIT",
+        )
     short = re.sub(r"[^\w-]", "-", kind)  # package.module:Class is a method, too
-    name = f"{config.dataset}-{short}-seed{config.seed}-{key_of(identity)}"
+    name = f"{config.dataset}-{short}-seed{config.seed}-{key}"
     out = Path(config.out)
     path = out / name
     return RunDirectory(path, out) if distributed.is_main else ReadOnlyRunDirectory(path)

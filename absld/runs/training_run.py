@@ -27,7 +27,7 @@ from absld.engine.precision import (
 from absld.engine.techniques import Techniques, describe, with_techniques
 from absld.errors import UsageError
 from absld.evaluation.class_names import check_class_names, check_image_shape
-from absld.evaluation.sanity_checks import check_teacher_scale
+from absld.evaluation.input_scale import check_teacher_scale
 from absld.evaluation.validation import check_network, check_state, check_teacher, validate
 from absld.methods.base import Method
 from absld.methods.registry import build_method
@@ -259,7 +259,8 @@ def find_teacher(
     with float32_precision(techniques.precision):
         teacher.to(splits.train.device)
         if given:
-            check_teacher_scale(teacher, splits.validation, name, config.allow_weak_teacher)
+            weak = config.allow_weak_teacher
+            observer.note(f"teacher: {check_teacher_scale(teacher, splits.validation, name, weak)}")
         check_teacher(teacher, splits.validation, name, config.allow_weak_teacher)
     return teacher
 

@@ -1,4 +1,4 @@
-"""Upload of files into a repository of the Hugging Face hub."""
+"""Upload of files into a repository of the Hugging Face Hub."""
 
 import contextlib
 import re
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from absld.errors import AbsldError, DataError, UsageError
+from absld.config.files import HUB
+from absld.errors import AbsldError, CheckpointError, UsageError
+from absld.models.hub import MAIN, HubName, import_hub, parse
 from absld.text import clip
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 LOG_IN = "`hf auth login`, or set HF_TOKEN to a token with write access"
 
@@ -24,15 +25,20 @@ class Upload(NamedTuple):
 
 
 def parse_repository(target: str) -> str:
-    """Return owner/name of hf:owner/name. Raises UsageError."""
-    scheme, _, repository = target.partition(":")
-    parts = repository.split("/")
-    if scheme != "hf" or len(parts) != 2 or not all(map(NAME.fullmatch, parts)):
+    """Return owner/name of hf:owner/name. Raises UsageError, also without huggingface_hub."""
+    name, _ = parse(target), import_hub()
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name.repository)
+    except ValueError as error:
+        raise UsageError(f"{target}: {error}", "another name") from error
+    if name != HubName(name.repository):
         raise UsageError(
-            f"a model is pushed to hf:owner/name, not {target!r}",
-            "owner is a user or an organisation; letters, digits, - _ . are allowed",
+            f"{target}: a network is pushed to the branch {MAIN} of a repository",
+            f"needed: {HUB}{name.repository}",
         )
-    return repository
+    return name.repository
 
 
 def parse_license(text: str) -> str | None:
@@ -44,15 +50,9 @@ def parse_license(text: str) -> str | None:
     return text.lower() or None
 
 
-def require_hub(*, token: bool) -> None:
-    """Raise UsageError if huggingface_hub is not installed or, with `token`, has no token."""
-    try:
-        from huggingface_hub import get_token
-    except ImportError as error:
-        raise UsageError(
-            f"a push needs the package huggingface_hub: {error}", "pip install 'absld[hub]'"
-        ) from error
-    if token and get_token() is None:
+def require_token() -> None:
+    """Raise UsageError if huggingface_hub has no token."""
+    if import_hub().get_token() is None:
         raise UsageError("there is no token of the hub", LOG_IN)
 
 
@@ -63,11 +63,10 @@ def upload(folder: Path, names: Sequence[str], repository: str, *, public: bool)
 
     Raises:
         UsageError: the token may not do this, or the repository is public.
-        DataError: the hub cannot be reached, or fails.
+        CheckpointError: the hub cannot be reached, or fails.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi(library_name="absld")
+    hub = import_hub()
+    api = hub.HfApi(library_name="absld")
     with hub_errors(repository):
         api.create_repo(repository, private=not public, exist_ok=True)
         private = bool(api.model_info(repository).private)
@@ -75,7 +74,7 @@ def upload(folder: Path, names: Sequence[str], repository: str, *, public: bool)
             raise UsageError(
                 f"hf:{repository} is public", "--public uploads to it; or make it private there"
             )
-        operations = [CommitOperationAdd(name, folder / name) for name in names]
+        operations = [hub.CommitOperationAdd(name, folder / name) for name in names]
         commit = api.create_commit(repository, operations, commit_message="absld push")
     return Upload(commit.commit_url, commit.oid, private)
 
@@ -112,11 +111,13 @@ def explain(error: Exception, repository: str) -> AbsldError:
             "a token with write access, of the owner or a member of the organisation",
         )
     if status is not None or isinstance(error, ValueError):  # such as metadata that it refuses
-        text = clip(" ".join(str(answer).split()), 300)
+        text = clip(" ".join(str(getattr(answer, "server_message", "") or answer).split()), 300)
         hint = "--out DIR writes the files here; a licence must be one that the hub knows"
         later = status is not None and (status == 429 or status >= 500)
-        return DataError(f"{name}: {host} answers: {text}", "try again later" if later else hint)
-    return DataError(
-        f"{name}: {host} cannot be reached ({type(error).__name__})",
+        return CheckpointError(
+            f"{name}: {host} answers: {text}", "try again later" if later else hint
+        )
+    return CheckpointError(
+        f"{name}: {host} cannot be reached, or cut the connection ({type(chain[-1]).__name__})",
         "check the connection and HF_ENDPOINT, then the same command again",
     )

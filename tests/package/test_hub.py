@@ -16,6 +16,9 @@ from helpers.program import QUICK, main, refused, the_run
 from helpers.weight_files import Payload
 from safetensors.torch import save as safetensors
 
+from absld.config.files import to_toml
+from absld.config.resolve import resolve
+from absld.engine.distributed import Distributed
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation.results import read_results
 from absld.models.architectures import build_model
@@ -23,6 +26,7 @@ from absld.models.hub import HubName, fetch, parse
 from absld.models.hub_config import FORMAT
 from absld.models.loading import load_network
 from absld.progress import SILENT, Observer
+from absld.runs.run_record import run_directory
 from absld.storage.files import digest
 
 DIGITS = [*("--dataset", "digits", "--device", "cpu", "--attacks", "clean", "--no-checks")]
@@ -245,6 +249,16 @@ def test_a_download_reports_its_bytes(hub):
     assert ("hf:o/n/model.safetensors", size, size, "bytes") in seen
 
 
+def test_processes_that_got_other_weights_do_not_train_together():
+    class Another(Distributed):
+        def all_reduce_max(self, number):
+            return max(number, 1)
+
+    with pytest.raises(UsageError, match="the processes do not have the same") as error:
+        run_directory(resolve({}), "absld", {"weights": "a"}, Another())
+    assert "hf:owner/name@COMMIT" in error.value.hint
+
+
 # --- Errors ---
 
 
@@ -323,6 +337,16 @@ def test_a_run_depends_on_the_weights_not_on_how_they_came(
     hub.repositories["o/n"].commit(published(weights(1)))
     assert main(*flags, "--teacher", "hf:o/n", "--student", "local.pt", "--resume") == 0
     assert "teacher_weights is" in capfd.readouterr().err
+
+
+def test_a_run_s_settings_as_a_recipe_fetch_nothing_unless_it_is_typed(
+    hub, capfd, few_digits_in_an_empty_folder
+):
+    Path("copy.toml").write_text(to_toml(resolve({"teacher": "hf:o/n"})))
+    train = ["train", "--recipe", "copy.toml", *QUICK]
+    refused(capfd, 2, "nothing that a run's file names is fetched", "--teacher hf:o/n", *train)
+    assert not hub.requests
+    assert main(*train, "--teacher", "hf:o/n") == 0
 
 
 def test_evaluations_take_it_and_record_where_it_comes_from(

@@ -99,6 +99,18 @@ def test_a_pushed_network_comes_back_with_its_logits_and_names(run, hub, capfd):
     assert huggingface_hub.ModelCard(files["README.md"].decode()).data.license == "mit"
 
 
+def test_a_pushed_network_is_evaluated_as_its_run_was(run, hub, capfd):
+    push(run, capfd)
+    before = json.loads(strongest(run).read_text())
+    flags = ["hf:me/net", "--no-checks", "--attacks", "clean,fgsm", "--json"]
+    assert main("evaluate", *flags, "--dataset", "digits", "--epsilon", "0.1") == 0
+    after = json.loads(capfd.readouterr().out)
+    for part in ("attacks", "robust", "confusion", "data"):
+        assert after[part] == before[part]
+    published = json.loads(pushed(hub)["evaluation.json"])
+    assert published["network"]["weights_sha256"] == after["network"]["weights_sha256"]
+
+
 def test_out_writes_the_files_that_a_push_uploads(run, hub, capfd):
     push(run, capfd)
     assert not hub.requests.clear()
@@ -205,7 +217,7 @@ def test_a_card_is_of_the_weights_that_are_pushed(run, capfd):
     "target", ["me/net", "hf:net", "hf:me/", "hf:me/a/b", "hf:../x", "hf:me/net@v1", "hf:me/n t"]
 )
 def test_other_names_of_repositories_are_refused(target, capfd):
-    refused(capfd, 2, "hf:owner/name", "owner is", "push", "no-run", target)
+    refused(capfd, 2, target, "", "push", "no-run", target)
 
 
 def test_a_licence_is_an_identifier(capfd):
@@ -235,13 +247,13 @@ def test_who_may_not_write_is_told_so(run, hub, monkeypatch, capfd, token, name,
 
 def test_a_licence_that_the_hub_refuses_is_its_error(run, hub, capfd):
     flags = ("push", run, "hf:me/net", "--license", "refused-1.0")
-    refused(capfd, 3, '"license" must be one of', "licence", *flags)
+    refused(capfd, 4, '"license" must be one of', "licence", *flags)
     assert pushed(hub) == {}
 
 
 def test_a_hub_that_is_not_there_is_an_error_of_a_line(run, hub, monkeypatch, capfd, tmp_path):
     use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    refused(capfd, 3, "cannot be reached", "HF_ENDPOINT", "push", run, "hf:me/net")
+    refused(capfd, 4, "cannot be reached", "HF_ENDPOINT", "push", run, "hf:me/net")
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, capfd):

@@ -18,9 +18,9 @@ from absld.data.sources import load_data
 from absld.errors import Stopped
 from absld.evaluation.attacks import parse_attack
 from absld.evaluation.evaluate import evaluate
+from absld.evaluation.input_scale import examine_scale
 from absld.evaluation.sanity_checks import (
     SAMPLE,
-    accuracy_by_scale,
     allowed_changes,
     check_margin_attack,
     run_checks,
@@ -178,7 +178,7 @@ def test_a_network_that_refuses_pixels_outside_of_0_to_1_is_checked(error, data)
 
     found = checked(data, strict)
     assert all(check.passed for check in found.values())
-    assert "best on pixels in [0,1]" in found[PIXELS].numbers
+    assert found[PIXELS].numbers.startswith("takes pixels in [0,1]: clean accuracy 100.0%")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_faults_on_pixels_of_0_to_1_are_those_of_the_network(error, above, data)
         return net(x)
 
     with pytest.raises(type(error)):
-        accuracy_by_scale(Nearest(fails), data)
+        examine_scale(Nearest(fails), data)
 
 
 def test_the_check_says_that_the_input_is_clamped(data):
@@ -286,7 +286,9 @@ def test_numbers_are_those_of_attacks_on_the_sample(data):
     assert numbers.endswith(f" under noise, {fgsm} under fgsm, {pgd} under pgd20")
     curve = [f"{right('pgd20', size)} at {size:.3g}" for size in (0.05, 0.1, 0.2, 1.0)]
     assert found[FALLS].numbers == f"of 80 images correct: {clean} clean, " + ", ".join(curve)
-    assert found[PIXELS].numbers.startswith(f"clean accuracy {clean / 80:.1%}; ")
+    assert found[PIXELS].numbers.startswith(
+        f"takes pixels in [0,1]: clean accuracy {clean / 80:.1%}, against "
+    )
 
 
 @pytest.mark.parametrize(("name", "steps"), [("nothing", 0), ("pgd1", 1)])

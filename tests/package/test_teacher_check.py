@@ -67,7 +67,10 @@ def test_what_is_said_of_a_teacher(teacher, capfd):
     calibration = results["calibration"]
     assert calibration["accuracy"] == pytest.approx(right.double().mean().item())
     assert calibration["confidence"] == pytest.approx(soft.amax(1).mean().item(), rel=1e-5)
-    assert results["verdict"] == "fit" and results["reasons"] == []
+    (reason,) = results["reasons"]
+    assert results["verdict"] == "fit" and reason.startswith(
+        "takes pixels in [0,1]: clean accuracy"
+    )
     # PGD-20 of validation, which selects epochs, is near: another start, the same attack.
     accuracies = absld.validate(model, data, epsilon=0.1)
     average = results["robust"]["metrics"]["average"]["value"]
@@ -79,7 +82,9 @@ def test_it_is_shown_in_80_columns(teacher, capfd):
     given = [f"{teacher}/best.pt", *DIGITS, "--examples", "60", "--eps", "0.02"]
     assert main("teacher", "check", *given) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80 and lines[-1] == "verdict: fit"
+    assert max(map(len, lines)) <= 80
+    (start,) = [k for k, line in enumerate(lines) if line.startswith("verdict: fit: takes pixels")]
+    assert " ".join(lines[start:]).endswith("normalised by mean and deviation")
     assert any(
         line.startswith("60 of 180 validation images of digits, epsilon 0.02") for line in lines
     )
@@ -94,7 +99,7 @@ def test_a_class_without_images_has_no_figures(teacher, capfd):
     assert len(absent) == 6
     for labels in results["soft_labels"]:
         assert (labels["entropy"] is None) == (labels["class"] in absent)
-    assert max(map(len, teacher_lines(results)[:-1])) <= 80
+    assert max(map(len, teacher_lines(results))) <= 80
 
 
 def test_a_network_near_chance_is_unfit(capfd):
@@ -150,6 +155,7 @@ def test_a_teacher_made_for_another_scale_of_pixels_is_unfit(net, scale, nets, c
     assert results["verdict"] == "unfit" and f"made for pixels {scale}: clean accuracy" in reason
     assert "put the normalisation inside the network" in reason and reason in errors
     flags = ["train", "--teacher", f"nets:{net}", *CPU, "--epochs", "1", "--max-steps", "1"]
+    assert max(results["input_scale"]["accuracy"].items(), key=lambda pair: pair[1])[0] == scale
     out = refused(capfd, 4, f"nets:{net}: made for pixels {scale}", "--allow-weak-teacher", *flags)
     assert "epoch 1" not in out
     assert main(*flags, "--allow-weak-teacher", "--resume") == 0
@@ -157,7 +163,8 @@ def test_a_teacher_made_for_another_scale_of_pixels_is_unfit(net, scale, nets, c
 
 def test_a_teacher_that_refuses_pixels_outside_of_0_to_1_is_checked(nets, capfd):
     results, _ = checked(capfd, "nets:strict", *DIGITS)
-    assert results["verdict"] == "fit" and results["reasons"] == []
+    assert results["verdict"] == "fit"
+    assert results["input_scale"]["accuracy"]["in [-1,1]"] == 0.0
     flags = ["train", "--teacher", "nets:strict", *CPU, "--epochs", "1", "--max-steps", "1"]
     assert main(*flags) == 0
 
@@ -175,7 +182,7 @@ def test_doubts_have_reasons(nets, capfd):
     assert results["verdict"] == "doubtful" and results["calibration"]["temperature"] == (
         pytest.approx(20, rel=0.01)
     )
-    assert ["nearly hard" in reason for reason in results["reasons"]][-1]
+    assert "nearly hard" in results["reasons"][-2] and "takes pixels" in results["reasons"][-1]
     results, _ = checked(capfd, "nets:blind", *DIGITS)
     assert any("class 9 is hardly robust, 0.0%" in reason for reason in results["reasons"])
     # The whole box for a budget: nothing withstands it.
