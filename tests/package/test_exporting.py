@@ -317,8 +317,12 @@ def test_weights_of_a_factory_are_read_where_it_is_typed(capfd):
     ("name", "cause", "hint"),
     [
         ("branch", "torch.export cannot trace it: ", "no branch on their values"),
-        ("random", "repeated forwards agree; ", "no random numbers"),
-        ("of_the_batch", "an image's output is its own; ", "statistics of the batch"),
+        ("random", "fails the check 'repeated forwards agree': ", "no random numbers"),
+        (
+            "of_the_batch",
+            'fails the check "an image\'s output is its own": ',
+            "statistics of the batch",
+        ),
     ],
 )
 def test_a_network_that_cannot_be_exported_is_refused_in_two_lines(name, cause, hint, capfd):
