@@ -10,7 +10,11 @@ from absld.config.parsing import parse_all
 from absld.config.settings import ExportConfig
 
 
-@with_settings(ExportConfig, without=("attacks", "restarts", "each", "precision", "checks"))
+@with_settings(
+    ExportConfig,
+    without=("attacks", "restarts", "each", "precision", "checks"),
+    meanings={"batch_size": "images per batch"},
+)
 def export(
     target: Annotated[
         str,

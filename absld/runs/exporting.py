@@ -28,7 +28,6 @@ from absld.evaluation.runner import (
     short_name,
 )
 from absld.evaluation.sanity_checks import check_outputs
-from absld.models.loading import Network
 from absld.progress import Observer
 from absld.runs.adversarial_images import ATTACK, images_to_attack, stored_adversarial
 from absld.runs.export_formats import (
@@ -39,9 +38,16 @@ from absld.runs.export_formats import (
     missing_runtime,
     runtime_of,
 )
-from absld.runs.parity import LabelledImages, clean_images, compare_networks, given_images, judge
+from absld.runs.parity import (
+    LabelledImages,
+    blame_export,
+    clean_images,
+    compare_networks,
+    given_images,
+    judge,
+)
 from absld.storage.environment import environment
-from absld.storage.files import digest, key_of, replacing, write_text
+from absld.storage.files import key_of, replacing, write_text
 from absld.storage.json_files import read_json
 from absld.storage.opening import make_folder, open_regular
 from absld.storage.safetensors_files import describe_weights
@@ -95,7 +101,8 @@ def export_network(target: str, config: ExportConfig, observer: Observer) -> dic
         described = describe_weights(network.architecture, data.classes, data.image_shape, state)
         content = encode(model, described, config.format, target)
         results["file"] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        attack = describe_attack(target, config, data, network)
+        attack = describe_attack(config, results)
+        attack["outputs"] = sample_outputs(target, network, data)
         stored = path.with_name(f"adversarial-{key_of(attack)}.safetensors")
         model.to(device)
         images = compared_images(model, data, config, stored, observer)
@@ -105,8 +112,9 @@ def export_network(target: str, config: ExportConfig, observer: Observer) -> dic
             parity = None
             if not (reason := missing_runtime(config.format)):
                 observer.wait(f"comparing it by {runtime_of(config.format)}")
-                exported = decode(content, Path(file.name), described, config.format)
-                parity = compare_networks(model, exported, images, data.classes)
+                with blame_export(target):
+                    exported = decode(content, Path(file.name), described, config.format)
+                    parity = compare_networks(model, exported, images, data.classes)
             verdict = judge(parity, target) if parity else "not checked"
             results |= {"adversarial": attack | {"path": str(stored)}, "parity": parity}
             results |= {"verdict": verdict, "reason": reason}
@@ -147,7 +155,7 @@ def refuse_others(path: Path, report: Path, results: Mapping[str, Any]) -> None:
 
 
 def describe_data(config: ExportConfig, data: ImageSet) -> dict[str, Any]:
-    """Return data set, split, number of images and classes."""
+    """Return data set, split, number of images, classes and digest."""
     return {
         "dataset": config.dataset,
         "split": config.split,
@@ -157,19 +165,16 @@ def describe_data(config: ExportConfig, data: ImageSet) -> dict[str, Any]:
     }
 
 
-def describe_attack(
-    target: str, config: ExportConfig, data: ImageSet, network: Network
-) -> dict[str, Any]:
-    """Return all that decides the adversarial images."""
+def describe_attack(config: ExportConfig, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that decides the adversarial images, but for the code of a factory."""
     return {
         "attack": ATTACK,
         "norm": config.norm,
         "epsilon": config.epsilon,
         "seed": config.seed,
         "examples": config.examples,
-        "images_sha256": data.digest(),
-        "weights_sha256": digest(network.model.state_dict()),
-        "outputs": sample_outputs(target, network, data),
+        "images_sha256": results["data"]["images_sha256"],
+        "weights_sha256": results["network"]["weights_sha256"],
     }
 
 
@@ -181,7 +186,7 @@ def refuse_unrepeatable(model: nn.Module, data: ImageSet, name: str) -> None:
     for check in checks:
         if not check.passed:
             raise CheckpointError(
-                f"{name}: not so: {check.name}; {check.numbers}",
+                f"{name}: fails the check {check.name!r}: {check.numbers}",
                 "needed: no random numbers, state or statistics of the batch in eval mode",
             )
 

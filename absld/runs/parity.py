@@ -1,5 +1,6 @@
 """Parity of an exported network with the original: predictions, class by class, and logits."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from absld.data.dataset import ImageSet, pixels
-from absld.errors import CheckpointError, NonFiniteError
+from absld.errors import AbsldError, CheckpointError, NonFiniteError
 from absld.evaluation.surrogates import Images
 from absld.runs.adversarial_images import device_of
 from absld.runs.export_formats import Forward, in_short
@@ -97,24 +98,27 @@ def compare_networks(
     images: Mapping[str, LabelledImages],
     classes: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    """Compare a network with its export, by kind of image.
-
-    Raises CheckpointError if the export cannot be evaluated.
-    """
+    """Compare a network with its export, by kind of image."""
     device = device_of(ours)
     results = {}
     for kind, (batches, labels) in images.items():
         expected = compute_logits(lambda x: ours(x.to(device)), batches(), "the network")
-        try:
-            found = compute_logits(theirs, first_alone(batches()), "the export")
-            if found.shape != expected.shape:
-                raise ValueError(f"{tuple(found.shape)}, not {tuple(expected.shape)}")
-        except Exception as error:
-            raise CheckpointError(
-                f"its export cannot be evaluated: {in_short(error)}", NOT_WRITTEN
-            ) from error
+        found = compute_logits(theirs, first_alone(batches()), "the export")
         results[kind] = compare_logits(expected, found, labels, classes)
     return results
+
+
+@contextlib.contextmanager
+def blame_export(name: str) -> Iterator[None]:
+    """Turn exceptions of reading and evaluating an export into CheckpointError."""
+    try:
+        yield
+    except (AbsldError, OSError):
+        raise
+    except Exception as error:  # of a runtime, about operators or shapes
+        raise CheckpointError(
+            f"{name}: its export cannot be evaluated: {in_short(error)}", NOT_WRITTEN
+        ) from error
 
 
 def judge(parity: Mapping[str, Mapping[str, Any]], name: str) -> str:

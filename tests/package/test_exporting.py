@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.program import few_digits, main, refused
+from helpers.program import QUICK, few_digits, main, refused, the_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import absld
 from absld.errors import CheckpointError
 from absld.models.architectures import MODELS, Normalised, build_model
 from absld.models.loading import load_network
@@ -316,8 +317,12 @@ def test_weights_of_a_factory_are_read_where_it_is_typed(capfd):
     ("name", "cause", "hint"),
     [
         ("branch", "torch.export cannot trace it: ", "no branch on their values"),
-        ("random", "repeated forwards agree; ", "no random numbers"),
-        ("of_the_batch", "an image's output is its own; ", "statistics of the batch"),
+        ("random", "fails the check 'repeated forwards agree': ", "no random numbers"),
+        (
+            "of_the_batch",
+            'fails the check "an image\'s output is its own": ',
+            "statistics of the batch",
+        ),
     ],
 )
 def test_a_network_that_cannot_be_exported_is_refused_in_two_lines(name, cause, hint, capfd):
@@ -354,3 +359,30 @@ def test_a_file_of_somebody_else_is_kept(name, teacher, capfd):
 def test_the_suffix_is_that_of_the_format(teacher, capfd):
     flags = ["export", teacher, "--dataset", "digits", "--out", "net.onnx"]
     refused(capfd, 2, "ends in .pt2", "another --out", *flags, "--format", "torch-export")
+
+
+def test_a_link_in_a_run_is_not_followed(capfd):
+    assert main("train", *QUICK, "--student", "convnet", "--teacher-model", "convnet") == 0
+    run, mine = the_run(), Path("mine")
+    mine.mkdir()
+    (run / "exports").symlink_to(mine.absolute())
+    capfd.readouterr()
+    refused(capfd, 4, "exports: a link", "put the folder", "export", run, "--format", "safetensors")
+    (run / "exports").unlink()
+    assert main("export", run, "--format", "safetensors", "--device", "cpu") == 0
+    assert (run / "exports" / f"{run.name}.safetensors").exists() and not list(mine.iterdir())
+
+
+def test_code_of_the_page_runs(teacher, capfd):
+    for file_format, name in (("onnx", "net.onnx"), ("torch-export", "net.pt2")):
+        _, report = exported(capfd, teacher, "--format", file_format, "--out", name)
+    Path(report["adversarial"]["path"]).rename("adversarial.safetensors")
+    page = Path(absld.__file__).parents[1] / "docs" / "export.md"
+    given = {"images": few_digits().test.images[:3].float().div(255).numpy()}
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    exec(compile(blocks[0] + blocks[1], str(page), "exec"), given)
+    model = load_network(teacher, 10, ()).model.eval()
+    torch.testing.assert_close(given["logits"], model(torch.from_numpy(given["images"])))
+    assert given["described"]["architecture"] == "convnet" and len(given["names"]) == 3
+    exec(compile(blocks[2], str(page), "exec"), given)
+    assert capfd.readouterr().out.startswith("1.0 ")
