@@ -86,8 +86,8 @@ class Attack(Protocol):
 class GradientAttack:
     """PGD in the ball (arXiv 1706.06083).
 
-    step_size: norm of a step, in multiples of epsilon. The first attempt starts at the image, or uniformly in the
-    ball if `uniform_start`; restarts start uniformly.
+    step_size: norm of a step, in multiples of epsilon. The first attempt starts at the image, or
+    uniformly in the ball if `uniform_start`; restarts start uniformly.
     """
 
     name: str
@@ -225,7 +225,7 @@ class SquareSearch:
         project, l2 = geometry(batch.norm).project, batch.norm == "l2"
         random = generator(*batch.key(self.name))
         n, channels, height, width = x_nat.shape
-        size = epsilon / x_nat[0].numel() ** 0.5 if l2 else epsilon
+        size = epsilon / (channels * height * width) ** 0.5 if l2 else epsilon
 
         def random_corners(*shape: int) -> Tensor:
             return size * (torch.randint(2, shape, generator=random) * 2 - 1)
