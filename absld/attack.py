@@ -142,7 +142,7 @@ def pgd(
     steps: int,
     norm: Norm = "linf",
 ) -> Float[Tensor, "n *shape"]:
-    """Maximise `objective(forward(x))` by steps of norm `step_size` from `x_nat + noise`, in the ball.
+    """Maximise `objective(forward(x))` in the ball by steps of `step_size` from `x_nat + noise`.
 
     A step goes along the sign of the gradient, or in the L2 norm along the gradient of each image;
     where that is zero, there is no step. The start is not clipped before the first step: noise

@@ -230,8 +230,9 @@ def show(
     method: Annotated[
         str, typer.Option(metavar="NAME", help=f"one of {', '.join(METHOD_RECIPES)}")
     ] = "absld",
+    norm: Annotated[str, typer.Option(metavar="NAME", help="linf or l2")] = "linf",
 ) -> None:
-    """Show every setting of a data set and a method, with its value and source.
+    """Show every setting of a data set, a method and a norm, with its value and source.
 
     [bold]Examples[/]
 
@@ -240,7 +241,7 @@ def show(
     """
     if name not in RECIPES:
         raise UsageError(f"there is no recipe {name!r}", f"there are: {', '.join(RECIPES)}")
-    for line in recipe_lines(resolve({"dataset": name, "method": method})):
+    for line in recipe_lines(resolve({"dataset": name, "method": method, "norm": norm})):
         say(line, sys.stdout)
 
 

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from absld.config.fields import GROUPS, Settings, group_of
 from absld.config.parsing import choices_of, strip_optional
-from absld.config.recipes import METHOD_RECIPES, RECIPES
+from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RECIPES
 from absld.errors import UsageError
 
 AsJson = Annotated[
@@ -139,7 +139,8 @@ def describe_defaults(f: "Field[Any]", *, method_recipes: bool = True) -> str:
         return f"on; --no-{f.name.replace('_', '-')} switches it off"
     unset = f.default is None or f.default is False or f.default == ""
     texts = [] if unset else [format_value(f.default)]
-    for name, recipe in (RECIPES | (METHOD_RECIPES if method_recipes else {})).items():
+    recipes = RECIPES | (METHOD_RECIPES if method_recipes else {}) | dict(NORM_RECIPES.items())
+    for name, recipe in recipes.items():
         if f.name in recipe and f.name != "dataset":
             texts.append(f"{name}: {format_value(recipe[f.name][0])}")
     return "; ".join(texts)

@@ -52,9 +52,9 @@ METHOD_RECIPES: dict[str, Recipe] = {
     "sat": recipe("PGD adversarial training", start="uniform"),
 }
 
-# They go before the recipes of methods and data sets, whose budgets are of the L-infinity norm.
+# They override those of methods and data sets, whose budgets are of the L-infinity norm.
 NORM_RECIPES: dict[Norm, Recipe] = {
     "linf": {},
-    "l2": recipe("RobustBench, arXiv 2010.09670", norm="l2", epsilon=0.5)
+    "l2": recipe("RobustBench, arXiv 2010.09670", epsilon=0.5)
     | recipe("Rice et al., arXiv 2002.11569", relative_step_size=15 / 128),
 }

@@ -86,8 +86,8 @@ class Attack(Protocol):
 class GradientAttack:
     """PGD in the ball (arXiv 1706.06083).
 
-    step_size: norm of a step, in multiples of epsilon. The first attempt starts at the image, or uniformly in the
-    ball if `uniform_start`; restarts start uniformly.
+    step_size: norm of a step, in multiples of epsilon. The first attempt starts at the image, or
+    uniformly in the ball if `uniform_start`; restarts start uniformly.
     """
 
     name: str
@@ -125,6 +125,7 @@ class GradientAttack:
 # same with two passes a step; 5000 forwards.
 AUTOATTACK_COSTS = {"apgd-ce": 100.0, "apgd-t": 900.0, "fab-t": 1800.0, "square": 1700.0}
 AUTOATTACK_NORMS = {"linf": "Linf", "l2": "L2"}
+SQUARE_SIDE = 5  # it begins with a pattern of five by five tiles
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,12 @@ class AutoAttackPart:
 
     def perturb(self, model: nn.Module, batch: AttackBatch) -> Images:
         x_nat = batch.x_nat.contiguous()  # it views images as vectors
+        if batch.norm == "l2" and self.name == "square" and min(x_nat.shape[2:]) < SQUARE_SIDE:
+            raise UsageError(
+                f"AutoAttack's square in the L2 norm needs images of {SQUARE_SIDE}x{SQUARE_SIDE} "
+                f"pixels or more, not {x_nat.shape[2]}x{x_nat.shape[3]}",
+                "needed: larger images, or other attacks, such as pgd20 and cw30",
+            )
         forward, device = differentiable(model), x_nat.device
 
         def logits(x: Tensor) -> Tensor:
@@ -200,8 +207,9 @@ class SquareSearch:
     """Random search without gradients: squares of +-epsilon are kept where the margin grows.
 
     A simplified Square attack (arXiv 1912.00049) with one square for the whole batch, which the
-    sanity checks compare with PGD; `autoattack` has the original. In the L2 norm a square has the
-    norm epsilon and is added to what was kept before. Source: decided here.
+    sanity checks compare with PGD; `autoattack` has the original. In the L2 norm, squares of
+    +-epsilon / sqrt(d), d the numbers of an image, are added to what was kept before. Source:
+    decided here.
     """
 
     name: str
@@ -217,13 +225,13 @@ class SquareSearch:
         project, l2 = geometry(batch.norm).project, batch.norm == "l2"
         random = generator(*batch.key(self.name))
         n, channels, height, width = x_nat.shape
+        size = epsilon / (channels * height * width) ** 0.5 if l2 else epsilon
 
-        def random_corners(*shape: int, pixels: int) -> Tensor:
-            size = epsilon / (channels * pixels) ** 0.5 if l2 else epsilon
+        def random_corners(*shape: int) -> Tensor:
             return size * (torch.randint(2, shape, generator=random) * 2 - 1)
 
         # All is drawn ahead and copied at once, so that no query waits for the device.
-        stripes = random_corners(n, channels, 1, width, pixels=height * width).to(x_nat)
+        stripes = random_corners(n, channels, 1, width).to(x_nat)
         corners = torch.empty(self.queries, n, channels, 1, 1)
         windows = []
         for query in range(self.queries):
@@ -233,7 +241,7 @@ class SquareSearch:
             top = int(torch.randint(height - side + 1, (), generator=random))
             left = int(torch.randint(width - side + 1, (), generator=random))
             windows.append((..., slice(top, top + side), slice(left, left + side)))
-            corners[query] = random_corners(n, channels, 1, 1, pixels=side**2)
+            corners[query] = random_corners(n, channels, 1, 1)
         with torch.no_grad():
             x_adv = project(x_nat + stripes, x_nat, epsilon)
             best = margins(model(x_adv), labels)

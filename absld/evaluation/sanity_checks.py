@@ -25,7 +25,9 @@ from absld.progress import Check
 NOISE = GradientAttack(
     "noise", "cross-entropy", steps=0, step_size=0.0, uniform_start=True, restarts=10
 )
-FGSM, PGD = parse_attack("fgsm"), parse_attack("pgd20")
+FGSM = parse_attack("fgsm")
+# In the L2 norm, 20 short steps would leave too much of a random start, which lies on the sphere.
+PGD = {"linf": parse_attack("pgd20"), "l2": parse_attack("pgd20-sat")}
 LONGER = parse_attack("pgd50", restarts=2)
 SEARCH = SquareSearch("square search", queries=300)
 BUDGETS = (0.5, 1.0, 2.0)  # in multiples of epsilon
@@ -122,17 +124,17 @@ def check_attacks(
     def run(data: ImageSet, budget: float, *attacks: GradientAttack | SquareSearch) -> Evaluation:
         return evaluate(model, data, epsilon=budget, norm=norm, attacks=attacks, each=True)
 
-    n = len(sample)
-    unmoved = run(sample, 0.0, PGD)
+    n, climb = len(sample), PGD[norm]
+    unmoved = run(sample, 0.0, climb)
     changed = int((unmoved.predictions[0] != unmoved.predictions[1]).sum())
     yield Check("epsilon 0 changes nothing", changed == 0, f"{changed} of {n} classes changed")
 
-    clean, noise, fgsm, pgd = run(sample, epsilon, NOISE, FGSM, PGD).correct.sum(1).tolist()
+    clean, noise, fgsm, pgd = run(sample, epsilon, NOISE, FGSM, climb).correct.sum(1).tolist()
     yield Check(
         "PGD is no weaker than FGSM and noise",
         pgd <= min(fgsm, noise) + allowed_changes(n, 0.01),
         f"of {n} images, {clean} are correct when clean, {noise} under noise, {fgsm} under fgsm, "
-        f"{pgd} under pgd20",
+        f"{pgd} under {climb.name}",
     )
 
     left = sample.subset(robust) if len(robust) else None
@@ -153,7 +155,7 @@ def check_attacks(
     # In the ball of the largest budget, the whole range of pixels, any classifier can be broken.
     largest = largest_epsilon(norm, math.prod(sample.image_shape))
     budgets = [*(min(epsilon * factor, largest) for factor in BUDGETS), largest]
-    curve = [int(run(sample, budget, PGD).correct[-1].sum()) for budget in budgets]
+    curve = [int(run(sample, budget, climb).correct[-1].sum()) for budget in budgets]
     rise = max((b - a for a, b in zip([clean, *curve], curve, strict=False)), default=0)
     yield Check(
         "accuracy falls with epsilon, to about zero",

@@ -37,8 +37,9 @@ def validate(
 
     The attack takes steps of 0.003 (at epsilon 8/255; in proportion otherwise) on the cross-entropy
     from a uniform start in the ball, drawn from a fixed key; in the L2 norm the steps are 15/128 of
-    epsilon, as in Rice et al. (arXiv 2002.11569). For figures to publish: absld.evaluate. on_batch receives the number of batches done, and of all. The processes of `distributed` share the batches,
-    and all return the same accuracies. The model is as before afterwards.
+    epsilon, as in Rice et al. (arXiv 2002.11569). For figures to publish: absld.evaluate. on_batch
+    receives the number of batches done, and of all. The processes of `distributed` share the
+    batches, and all return the same accuracies. The model is as before afterwards.
 
     Raises:
         NonFiniteError: logits of a clean image are not finite.

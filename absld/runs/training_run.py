@@ -1,6 +1,7 @@
 """A whole training run: data, teacher, student, test."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from absld.config.fields import check_epsilon
 from absld.config.imports import REGISTRIES
 from absld.config.settings import Config, TrainConfig
 from absld.data.dataset import Splits
@@ -120,6 +122,7 @@ def plan(
     device = resolve_device(distributed.device(config.device))
     if splits is None:
         splits = load_splits(config, device, observer)
+    check_epsilon(config.epsilon, config.norm, math.prod(splits.train.image_shape))
     if config.select_on == "test":
         splits = splits._replace(validation=splits.test)
     if config.teacher_weights and not config.teacher:

@@ -28,18 +28,18 @@ def inputs(seed, device):
     return [tensor.to(device) for tensor in (x_nat, noise, soft)]
 
 
-def attack_of(student, **techniques):
+def attack_of(student, norm="linf", **techniques):
     """Return the training attack on a student as a function of images, noise and soft labels."""
     chosen = Techniques(**techniques)
-    engine, attack = Engine(student, chosen), training_attack(CONFIG, chosen)
+    engine, attack = Engine(student, chosen), training_attack(replace(CONFIG, norm=norm), chosen)
     return lambda x_nat, noise, soft: attack(engine, kl(soft), x_nat, noise)
 
 
-@pytest.mark.parametrize("fold", [False, True])
-def test_a_graph_gives_the_same_attack(fold, cuda):
+@pytest.mark.parametrize(("fold", "norm"), [(False, "linf"), (True, "linf"), (False, "l2")])
+def test_a_graph_gives_the_same_attack(fold, norm, cuda):
     """Also after the weights have changed, which the graph reads where they are."""
     student = network("student").to(cuda.device)
-    techniques = {"fold_batch_norm": fold}
+    techniques = {"fold_batch_norm": fold, "norm": norm}
     plain = attack_of(student, **techniques)
     graphed = attack_of(student, cuda_graph=True, **techniques)
     seen = []
@@ -65,13 +65,16 @@ def test_each_shape_and_objective_has_a_graph_of_its_own(cuda):
             found.append(graphed(engine, objective, x_nat, noise))
             expected.append(attack(engine, objective, x_nat, noise))
     assert all(map(torch.equal, found, expected)) and len(graphed.graphs) == 4
+    in_l2 = replace(graphed, norm="l2")(engine, kl(soft), x_nat, noise)
+    assert torch.equal(in_l2, replace(attack, norm="l2")(engine, kl(soft), x_nat, noise))
+    assert len(graphed.graphs) == 5
     wider = replace(graphed, epsilon=0.2, step_size=0.1)  # as a schedule would
     x_nat, noise, soft = inputs(0, cuda.device)
     x_adv = wider(engine, kl(soft), x_nat, noise)
     assert torch.equal(
         x_adv, replace(attack, epsilon=0.2, step_size=0.1)(engine, kl(soft), x_nat, noise)
     )
-    assert len(graphed.graphs) == 5
+    assert len(graphed.graphs) == 6
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,9 +104,10 @@ def test_a_teacher_is_a_graph_only_without_gradient(cuda):
     assert x.grad.abs().sum() > 0 and len(graphed.graphs) == 2
 
 
-def test_an_attack_by_a_graph_does_not_wait(cuda):
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_attack_by_a_graph_does_not_wait(norm, cuda):
     student, batch = network("student").to(cuda.device), inputs(0, cuda.device)
-    graphed = attack_of(student, cuda_graph=True)
+    graphed = attack_of(student, norm, cuda_graph=True)
     graphed(*batch)
     with cuda.step() as record:
         graphed(*batch)

@@ -130,3 +130,11 @@ def confusion(labels, rows, num_classes):
         wrong = [row[image] for row in rows if row[image] != label]
         counts[label][(wrong or [label])[0]] += 1
     return counts
+
+
+def project_l2(x_adv, x_nat, epsilon):
+    """Project one image, a list of pixels."""
+    distance = math.hypot(*(a - n for a, n in zip(x_adv, x_nat, strict=True)))
+    share = min(1.0, epsilon / distance) if distance else 1.0
+    moved = (n + share * (a - n) for a, n in zip(x_adv, x_nat, strict=True))
+    return [min(max(pixel, 0.0), 1.0) for pixel in moved]

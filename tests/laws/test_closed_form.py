@@ -10,14 +10,26 @@ from absld.evaluation.attacks import SquareSearch, autoattack_parts
 NAMES = ["fgsm", "pgd20", "pgd20-sat", "cw30"]
 
 
-def is_robust(model, data, epsilon):
+def strongest(x, direction, epsilon, norm):
+    """Images (N,P) in ball and box that are farthest in a direction (N,P)."""
+    if norm == "linf":
+        return torch.where(direction > 0, x + epsilon, x - epsilon).clamp(0, 1)
+    # Along the direction, pixels stop at the box; the length grows to epsilon, if it gets there.
+    low, high = torch.zeros(len(x), 1, dtype=x.dtype), torch.full((len(x), 1), 1e3, dtype=x.dtype)
+    for _ in range(200):
+        middle = (low + high) / 2
+        short = ((x + middle * direction).clamp(0, 1) - x).norm(dim=1, keepdim=True) < epsilon
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return (x + low * direction).clamp(0, 1)
+
+
+def is_robust(model, data, epsilon, norm="linf"):
     """Closed form (N,): no wrong class can overtake the true one, inside the ball and the box."""
     x, weight, bias = data.images.flatten(1), model.weight.detach(), model.bias.detach()
-    low, high = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
     robust = torch.ones(len(x), dtype=torch.bool)
     for k in range(len(bias)):
         direction = weight[k] - weight[data.labels]
-        most = torch.where(direction > 0, high, low)
+        most = strongest(x, direction, epsilon, norm)
         gain = (direction * most).sum(1) + bias[k] - bias[data.labels]
         robust &= (gain < 0) | (data.labels == k)
     return robust
@@ -71,9 +83,43 @@ def test_autoattack_as_a_whole_reaches_the_closed_form(classes):
     assert torch.equal(evaluation.robust, is_robust(model, data, 0.04))
 
 
-def test_a_search_without_gradients_nearly_reaches_the_closed_form(double_precision):
+@pytest.mark.parametrize(
+    ("part", "classes"),
+    [(part, n) for n in (2, 4) for part in autoattack_parts(n) if part.name != "square"],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_gradient_attacks_of_autoattack_reach_the_closed_form_in_the_l2_norm(part, classes):
+    pytest.importorskip("pyautoattack")
+    model, data = sample(6, classes, n=30, dtype=torch.float32)
+    evaluation = absld.evaluate(model, data, epsilon=0.2, norm="l2", attacks=[part])
+    expected = is_robust(model, data, 0.2, "l2")
+    assert not (expected & ~evaluation.robust).any() and 5 <= int(expected.sum()) <= 25
+    assert int((evaluation.robust & ~expected).sum()) <= 1
+
+
+@pytest.mark.parametrize(("norm", "epsilon", "most"), [("linf", 0.05, 2), ("l2", 0.1, 2)])
+def test_a_search_without_gradients_nearly_reaches_the_closed_form(
+    norm, epsilon, most, double_precision
+):
     model, data = sample(3, 2)
     search = SquareSearch("search", queries=400)
-    evaluation = absld.evaluate(model, data, epsilon=0.05, attacks=[search])
-    missed = evaluation.robust & ~is_robust(model, data, 0.05)
-    assert int(missed.sum()) <= 2
+    evaluation = absld.evaluate(model, data, epsilon=epsilon, norm=norm, attacks=[search])
+    expected = is_robust(model, data, epsilon, norm)
+    assert not (expected & ~evaluation.robust).any()
+    assert int((evaluation.robust & ~expected).sum()) <= most
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("epsilon", [0.1, 0.2, 0.5])
+def test_attacks_in_the_l2_norm_reach_the_closed_form(classes, epsilon, double_precision):
+    """Each breaks no robust image; together they break all others, but for one near the border:
+    the box comes after the ball, so a step of finite size ends a little inside of the ball."""
+    model, data = sample(1, classes)
+    expected = is_robust(model, data, epsilon, "l2")
+    robust = torch.ones_like(expected)
+    for name in ("fgsm", "pgd20", "pgd20-sat", "cw30", "cw200"):
+        found = absld.evaluate(model, data, epsilon=epsilon, norm="l2", attacks=name).robust
+        assert not (expected & ~found).any(), name
+        assert int((found & ~expected).sum()) <= (8 if name == "fgsm" else 2), name
+        robust &= found
+    assert int((robust & ~expected).sum()) <= 1 and 1 <= int(expected.sum()) < 70

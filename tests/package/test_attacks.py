@@ -21,7 +21,7 @@ from absld.evaluation.attacks import (
     AUTOATTACK_COSTS,
     AttackBatch,
     AutoAttackPart,
-    SignedGradient,
+    GradientAttack,
     SquareSearch,
     differentiable,
     parse_attack,
@@ -297,5 +297,5 @@ def test_a_gradient_is_put_in_place_only_where_there_is_none():
 @named
 def test_a_network_that_cuts_its_gradient_stays_at_its_start(name):
     x = torch.full((8, 3, 8, 8), 0.5, dtype=draw.DTYPE)
-    attack: SignedGradient = parse_attack(name)
+    attack: GradientAttack = parse_attack(name)
     assert torch.equal(made(attack, x, net=Cut()) - x, start(attack))

@@ -73,12 +73,33 @@ STANDARD = {
 @pytest.mark.parametrize(("classes", "targets"), [(4, 3), (9, 8), (10, 9), (12, 9)])
 def test_settings_are_those_of_the_standard_version(part, classes, targets, recorded):
     """As published: Croce and Hein 2020, its own README. With few classes, all are targets."""
-    perturbed(part, classes, epsilon=0.07)
-    (used,) = recorded
-    expected = STANDARD[part] | {"norm": "Linf", "eps": 0.07}
-    if part.endswith("-t"):
-        expected["n_target_classes"] = targets
-    assert {name: used[name] for name in expected} == expected
+    norms = {"linf": "Linf"} | ({"l2": "L2"} if part != "square" else {})  # on images this small
+    for norm in norms:
+        perturbed(part, classes, epsilon=0.07, norm=norm)
+    for used, norm in zip(recorded, norms.values(), strict=True):
+        expected = STANDARD[part] | {"norm": norm, "eps": 0.07}
+        if part.endswith("-t"):
+            expected["n_target_classes"] = targets
+        assert {name: used[name] for name in expected} == expected
+
+
+def test_images_of_fewer_pixels_than_the_pattern_of_square_are_refused():
+    pytest.importorskip("pyautoattack")
+    with pytest.raises(absld.UsageError, match="images of 5x5 pixels or more, not 4x4"):
+        perturbed("square", norm="l2")
+
+
+def test_square_searches_in_the_l2_norm():
+    pytest.importorskip("pyautoattack")
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, 5, 5, generator=random)
+    weight = torch.randn(75, 5, generator=random)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(75, 5)).requires_grad_(False)
+    model[1].weight.copy_(weight.T)
+    labels = model(x).argmax(1)
+    x_adv = attack("square", model, x, labels, epsilon=3.0, norm="l2")
+    assert (model(x_adv).argmax(1) != labels).all()
+    assert ((x_adv - x).flatten(1).norm(dim=1) <= 3.0 + 1e-4).all()
 
 
 @parts

@@ -378,10 +378,13 @@ def test_differences_between_the_runs_are_noted(capfd):
 def test_runs_that_cannot_be_compared_are_refused(compared, capfd):
     sat, rslad = runs_of(compared, "sat"), runs_of(compared, "rslad")
     trained("--method", "trades", "--epsilon", "0.05")
+    Path("l2.toml").write_text('norm = "l2"\n')
     capfd.readouterr()
     (other,) = runs_of("runs", "trades")
-    refused(capfd, 2, "not evaluated alike: epsilon is 0.05", "same budget",
-            "compare", rslad[0], other, "--device", "cpu", "--attacks", "fgsm")  # fmt: skip
+    refused(capfd, 2, "the budgets differ: epsilon", "epsilon 0.05 in the L-infinity norm",
+            "compare", rslad[0], other)  # fmt: skip
+    refused(capfd, 2, "in the L-infinity norm and epsilon 0.1 in the L2 norm", "one norm",
+            "compare", "--methods", "rslad,l2.toml", "--epsilon", "0.1")  # fmt: skip
     refused(capfd, 2, "compare needs at least two methods", "fair-rslad", "compare", *rslad)
     copy = shutil.copytree(sat[0], "a copy")
     refused(capfd, 2, "sat, seed 0, is given twice", "give it once",
@@ -512,7 +515,7 @@ def a_document(**changes):
             "of": 599,
             "classes": ["a", "b"],
         },
-        "settings": {"epsilon": 8 / 255, "attacks": ["fgsm", "pgd20"]},
+        "settings": {"norm": "linf", "epsilon": 8 / 255, "attacks": ["fgsm", "pgd20"]},
         "baseline": "rslad",
         "notes": ["one | note"],
         "methods": [first, second],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from absld.config.fields import MOST
 from absld.config.files import MAY_NAME_CODE, read_recipe, to_toml
 from absld.config.parsing import choices_of, parse, strip_optional
-from absld.config.recipes import METHOD_RECIPES, RECIPES
+from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RECIPES
 from absld.config.resolve import resolve, setting_source
 from absld.config.settings import Config, TrainConfig
 from absld.errors import CheckpointError, UsageError
@@ -317,10 +317,11 @@ def test_a_recipe_gives_way_to_what_is_given():
 
 @pytest.mark.parametrize("dataset", RECIPES)
 @pytest.mark.parametrize("method", METHOD_RECIPES)
-def test_every_value_has_a_source(dataset, method):
-    config = resolve({"dataset": dataset, "method": method})
+@pytest.mark.parametrize("norm", NORM_RECIPES)
+def test_every_value_has_a_source(dataset, method, norm):
+    config = resolve({"dataset": dataset, "method": method, "norm": norm})
     for f in fields(Config):
-        assert setting_source(config, f.name) not in ("", "given") or f.name == "method"
+        assert setting_source(config, f.name) not in ("", "given") or f.name in ("method", "norm")
         assert f.metadata["meaning"] and f.metadata["group"]
 
 
@@ -356,6 +357,32 @@ def test_a_method_brings_its_recipe():
     trades = resolve({"dataset": "cifar10", "method": "trades", "epsilon": 0.031})
     assert trades.epsilon * trades.relative_step_size == pytest.approx(0.007)
     assert trades.milestone_epochs() == [75] and trades.epochs == 76
+
+
+@pytest.mark.parametrize("method", METHOD_RECIPES)
+@pytest.mark.parametrize("dataset", RECIPES)
+def test_a_norm_brings_its_budget_and_steps(dataset, method):
+    """Before those of data set and method, which are of the other norm; not before what is given."""
+    config = resolve({"norm": "l2", "dataset": dataset, "method": method})
+    for found in (config, config.teacher_training()):
+        assert found.norm == "l2" and found.epsilon == 0.5
+        assert found.relative_step_size * 128 == 15
+    given = {"norm": "l2", "epsilon": "128/255", "relative_step_size": 0.2, "method": method}
+    assert resolve(given).epsilon == 128 / 255 and resolve(given).relative_step_size == 0.2
+    plain = {"dataset": dataset, "method": method}
+    assert resolve(plain) == resolve(plain | {"norm": "linf"})
+
+
+def test_only_the_l_infinity_norm_has_a_largest_epsilon_of_1():
+    assert resolve({"norm": "l2", "epsilon": 20}).epsilon == 20.0
+    for value in ("nan", "inf", -1, 1e39):
+        refused(
+            "epsilon must be ", of=lambda value=value: resolve({"norm": "l2", "epsilon": value})
+        )
+    refused(
+        "epsilon must be in [0, 1], not 20", "did you mean 20/255?",
+        of=lambda: resolve({"epsilon": 20}),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHOD_RECIPES)

@@ -43,6 +43,7 @@ RESULTS = {
         "notes": [],
     },
     "settings": {
+        "norm": "linf",
         "epsilon": 0.1,
         "restarts": 1,
         "each": False,
@@ -112,7 +113,8 @@ def test_an_error_is_one_short_line_whatever_the_value(path, value, tmp_path, ca
         (("confusion", 1), [9, 9, 0, -1, -2], "confusion[1][3]: -1 is less than the minimum of 0"),
         (("confusion", 1), [1, True], "confusion[1][1]: True is not of type 'integer'"),
         (("attacks", 1, "classes"), [], "not all of 2 classes"),
-        (("settings", "epsilon"), 1.5, "settings.epsilon: 1.5 is greater than the maximum of 1"),
+        (("settings", "epsilon"), -0.5, "settings.epsilon: -0.5 is less than the minimum of 0"),
+        (("settings", "norm"), "l1", "settings.norm: 'l1' is not one of ['linf', 'l2']"),
         (("warp",), 1, "'warp' was unexpected"),
     ],
 )

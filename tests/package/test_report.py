@@ -22,7 +22,7 @@ from absld.evaluation.evaluate import Evaluation, paired_differences
 from absld.report import figures, summary
 from absld.report.html import render_page, write_report
 from absld.report.picture import picture
-from absld.report.summary import budget, verdict
+from absld.report.summary import budget, radius, verdict
 from absld.text import clip, columns
 
 ATTACKS = "fgsm,pgd20,cw30"
@@ -94,6 +94,7 @@ def results_of(classes=DIGITS, **options):
             "notes": [],
         },
         "settings": {
+            "norm": "linf",
             "epsilon": 8 / 255,
             "restarts": 1,
             "each": False,
@@ -518,7 +519,9 @@ def test_verdicts(low, high, name, words):
     [(8 / 255, "8/255 (0.03137)"), (0.1, "0.1"), (0.0, "0"), (0.5 / 255, "0.00196078")],
 )
 def test_budget(epsilon, text):
-    assert budget(epsilon) == text
+    assert radius(epsilon) == text
+    for norm, name in (("linf", "L-infinity"), ("l2", "L2")):
+        assert budget({"norm": norm, "epsilon": epsilon}) == f"{text} in the {name} norm"
 
 
 @pytest.mark.parametrize("text", ["class number 17", "猫科动物与狗的分类", "a" * 50, "", "é" * 30])

@@ -19,6 +19,8 @@ from helpers.image_files import make_folder
 from helpers.program import main, refused
 
 import absld
+from absld.config.files import to_toml
+from absld.config.resolve import resolve
 from absld.config.settings import EvaluationConfig
 from absld.data.sources import load_data
 from absld.errors import CheckpointError, Stopped, UsageError
@@ -151,10 +153,51 @@ def test_a_run_is_evaluated_on_its_own_images_and_budget(runs, capfd):
     assert torch.equal(kept["labels"], data.labels)
 
 
+def test_a_norm_brings_its_budget(runs, capfd):
+    """That of the data set where it is not the run's norm."""
+    made = evaluated(capfd, runs["absld"], *FAST, "--norm", "l2", "--no-checks")
+    assert (made["settings"]["norm"], made["settings"]["epsilon"]) == ("l2", 0.5)
+    model, data = (
+        absld.load_network(runs["absld"], 10, ("mine",)).model,
+        load_data("digits", "").test,
+    )
+    own = evaluate(model, data, epsilon=0.5, norm="l2", attacks="fgsm,pgd2,cw2")
+    assert made["confusion"] == own.confusion().tolist()
+    assert made["attacks"][2]["step_size"] == 15 / 128
+    given = EvaluationConfig(norm="l2", epsilon=2.0)
+    assert runner.complete_config(given, runs["absld"]).epsilon == 2.0
+    for wrong, bound in (("14", "[0, 13.8564]"), ("-1", "0 or more")):
+        flags = [runs["absld"], *FAST, "--norm", "l2", "--eps", wrong]
+        refused(
+            capfd,
+            2,
+            f"epsilon must be {'in ' if bound[0] == '[' else ''}{bound}, not",
+            "",
+            "evaluate",
+            *flags,
+        )
+
+
+def test_a_run_is_evaluated_in_its_own_norm(runs, tmp_path):
+    shutil.copytree(runs["absld"], tmp_path / "run")
+    config = resolve({"norm": "l2", "epsilon": 0.7})
+    (tmp_path / "run" / "config.toml").write_text(to_toml(config))
+    target = str(tmp_path / "run")
+
+    def completed(**settings):
+        own = runner.complete_config(EvaluationConfig(**settings), target)
+        return own.norm, own.epsilon
+
+    assert completed() == ("l2", 0.7)
+    assert completed(dataset="cifar10") == ("l2", 0.5)
+    assert completed(norm="linf") == ("linf", 0.1)
+    assert completed(norm="linf", dataset="cifar10") == ("linf", 8 / 255)
+
+
 def test_the_table(runs, capfd):
     assert main("evaluate", runs["absld"], *FAST, "--no-checks") == 0
     text = capfd.readouterr().out
-    assert "599 of 599 test images of digits, epsilon 0.1" in text
+    assert "599 of 599 test images of digits, L-infinity 0.1" in text
     rows = [line.split() for line in text.splitlines()]
     assert [row[0] for row in rows if len(row) > 5 and row[0].isdigit()] == list("0123456789")
     assert text.count("  worst\n") >= 1

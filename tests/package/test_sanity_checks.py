@@ -89,11 +89,27 @@ def warned(*given, **settings):
 # --- Which fault is found by which check ---
 
 
-def test_a_linear_network_passes_all(data):
-    found = checked(data)
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", EPSILON), ("l2", 0.5)])
+def test_a_linear_network_passes_all(norm, epsilon, data):
+    found = checked(data, norm=norm, epsilon=epsilon)
     assert {name: check.numbers for name, check in found.items() if not check.passed} == {}
-    evaluation = evaluate(Nearest(), data, epsilon=EPSILON, attacks="cw30")
+    evaluation = evaluate(Nearest(), data, norm=norm, epsilon=epsilon, attacks="cw30")
     assert 0.2 < evaluation.robust_accuracy.mean() < 0.8 and evaluation.clean_accuracy.mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda net, x: net(x.detach()), {GRADIENT, SEARCH, FALLS}),
+        (lambda net, x: 1000 * net(x), {GRADIENT, FALLS}),
+        (lambda net, x: net(x).softmax(1), {LOGITS}),
+        (lambda net, x: net(x.clamp(0, 1)), {GRADIENT}),
+        (lambda net, x: net(x / 255), {PIXELS, FALLS}),
+    ],
+    ids=["gradient cut", "saturated", "softmax", "pixels clipped", "scaled"],
+)
+def test_faults_are_found_in_the_l2_norm_by_the_same_checks(change, expected, data):
+    assert warned(data, change, norm="l2", epsilon=0.7) == expected
 
 
 @pytest.mark.parametrize(
