@@ -21,20 +21,20 @@ CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
-def pad_same(x: Tensor) -> Tensor:
-    """Pad for a 3x3 convolution with stride 2 as TensorFlow's SAME does: even sizes at the end."""
-    height, width = x.shape[2:]
-    return F.pad(x, (width % 2, 1, height % 2, 1))
+class HalvingConv(nn.Conv2d):
+    """3x3 convolution with stride 2, padded as TensorFlow's SAME: even sizes only at their end."""
 
-
-class PaddedConv(nn.Conv2d):
-    """3x3 convolution padded as TensorFlow's SAME, without a bias."""
-
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__(width_in, width, 3, stride, padding=1 if stride == 1 else 0, bias=False)
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__(width_in, width, 3, stride=2, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input if self.stride == (1, 1) else pad_same(input))
+        height, width = input.shape[2], input.shape[3]
+        return super().forward(F.pad(input, (width % 2, 1, height % 2, 1)))
+
+
+def padded_conv(width_in: int, width: int, stride: int) -> nn.Conv2d:
+    """Build a 3x3 convolution padded as TensorFlow's SAME; stride: 1 or 2."""
+    return conv(width_in, width) if stride == 1 else HalvingConv(width_in, width)
 
 
 class WideBlock(nn.Module):
@@ -44,7 +44,7 @@ class WideBlock(nn.Module):
         super().__init__()
         self.activation = activation
         self.batchnorm_0 = nn.BatchNorm2d(width_in)
-        self.conv_0 = PaddedConv(width_in, width, stride)
+        self.conv_0 = padded_conv(width_in, width, stride)
         self.batchnorm_1 = nn.BatchNorm2d(width)
         self.conv_1 = conv(width, width)
         self.shortcut = conv(width_in, width, stride, size=1) if width_in != width else None
@@ -63,11 +63,11 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.activation = activation
         self.batchnorm_0 = nn.BatchNorm2d(width_in)
-        self.conv_2d_1 = PaddedConv(width_in, width, stride)
+        self.conv_2d_1 = padded_conv(width_in, width, stride)
         self.batchnorm_1 = nn.BatchNorm2d(width)
         self.conv_2d_2 = conv(width, width)
         changes = stride != 1 or width_in != width
-        self.shortcut = PaddedConv(width_in, width, stride) if changes else None
+        self.shortcut = padded_conv(width_in, width, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv_2d_1(self.activation(self.batchnorm_0(x)))

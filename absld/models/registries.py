@@ -47,6 +47,15 @@ def build_from_registry(
         raise UsageError(f"{target}: {type(error).__name__}: {error}", hint) from error
 
 
+def check_pretrained(targets: Sequence[str]) -> None:
+    """Raise UsageError if no network is one that pretrained weights can be asked for."""
+    if not any(target.startswith(REGISTRIES) for target in targets):
+        raise UsageError(
+            f"there are no pretrained weights for {' and '.join(dict.fromkeys(targets))}",
+            "--pretrained is for timm:NAME and torchvision:NAME",
+        )
+
+
 def timm_network(
     name: str, num_classes: int, image_shape: tuple[int, int, int], pretrained: bool
 ) -> tuple[nn.Module, list[str]]:
@@ -62,7 +71,7 @@ def timm_network(
     if not re.fullmatch(r"[\w.]+", name) or not timm.is_model(architecture):
         raise unknown(OF_TIMM, name, timm.list_models())
     if tag and name not in (with_weights := timm.list_pretrained(f"{architecture}.*")):
-        raise unknown(OF_TIMM, name, with_weights)
+        raise unknown(OF_TIMM, name, with_weights, near=0.0)
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     channels, *size = image_shape
     sized: dict[str, Any] = {}
@@ -110,15 +119,17 @@ def torchvision_network(
     ]
 
 
-def unknown(registry: str, name: str, known: Sequence[str]) -> UsageError:
-    """Return the error for a name that is not in a registry, with names that are near."""
-    near = [registry + other for other in get_close_matches(name, known, n=3)]
-    return UsageError(
-        f"{registry.rstrip(':')} has no network {name!r}",
-        f"did you mean {' or '.join(near)}?"
-        if near
-        else f"needed: a name that {registry.rstrip(':')} lists, not a place on a hub or a disk",
-    )
+def unknown(registry: str, name: str, known: Sequence[str], near: float = 0.6) -> UsageError:
+    """Return the error for a name that is not in a registry, with known names that are near.
+
+    near: the least similarity, from 0 to 1.
+    """
+    library = registry.rstrip(":")
+    alike = [registry + other for other in get_close_matches(name, known, n=3, cutoff=near)]
+    hint = f"needed: a network for images that {library} lists, not a place on a hub or a disk"
+    if alike:
+        hint = f"did you mean {' or '.join(alike)}?"
+    return UsageError(f"{library} has no network {name!r}", hint)
 
 
 def take_channels(net: nn.Module, channels: int) -> None:

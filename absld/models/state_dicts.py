@@ -229,8 +229,8 @@ def adapt(names: Names, raw: Mapping[str, Tensor], own: Set[str]) -> Reading:
         names |= {new: names.pop(end) for new, end in zip(("mean", "std"), ends, strict=True)}
     elif all(ends):
         normalisation = raw[names.pop(ends[0])], raw[names.pop(ends[1])]
-    if stripped := sorted(in_file for name, in_file in names.items() if name != in_file):
-        notes.append(f"prefixes removed from {len(stripped)} names, such as {stripped[0]}")
+    if stripped := sorted((i, n) for n, i in names.items() if i.endswith(f".{n}")):
+        notes.append(f"prefixes removed from {len(stripped)} names, such as {stripped[0][0]}")
     shortcuts = [name for name in foreign if SHORTCUT in name and torchvision_name(name) in own]
     if shortcuts and not names.keys() & set(map(torchvision_name, shortcuts)):
         names |= {torchvision_name(name): names.pop(name) for name in shortcuts}
@@ -242,18 +242,19 @@ def adapt(names: Names, raw: Mapping[str, Tensor], own: Set[str]) -> Reading:
         notes.append(f"{len(missing)} counters of batch norms are not in it, and set to 0")
     if normalisation:
         notes.append("its normalisation of the pixels is put before the network")
-    elif stripped and (before := re.match(r"(.*\.)?([1-9]\d*)\.", prefix_of(names))):
-        notes.append(
-            f"no tensors before {before[0]!r} in a nn.Sequential: if that normalises the pixels, "
-            "the network needs a factory"
-        )
+    elif stripped and not any(map(of_pixels, names)):
+        notes += describe_first_layer(stripped[0][0].removesuffix(stripped[0][1]))
     return Reading(state, normalisation, notes)
 
 
-def prefix_of(names: Names) -> str:
-    """Return the prefix that names have in the file."""
-    name, in_file = next((n, i) for n, i in names.items() if n != i and i.endswith(n))
-    return in_file.removesuffix(name)
+def describe_first_layer(prefix: str) -> list[str]:
+    """Describe in a line what a prefix says of layers without tensors before a network."""
+    if not re.search(r"(^|\.)[1-9]\d*\.$", prefix):
+        return []
+    return [
+        f"a nn.Sequential has no tensors before {prefix!r}: if it normalises the pixels there, its "
+        "network needs a factory"
+    ]
 
 
 def is_of_channels(tensor: Tensor) -> bool:

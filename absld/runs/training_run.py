@@ -35,6 +35,7 @@ from absld.methods.base import Method
 from absld.methods.registry import build_method
 from absld.metrics import ClassAccuracies, fairness
 from absld.models.loading import Network, load_network, load_state
+from absld.models.registries import check_pretrained
 from absld.progress import Observer, Role, plain
 from absld.report.summary import budget
 from absld.runs.logit_caches import cache_folder, describe_cache, load_teacher
@@ -127,7 +128,8 @@ def plan(
         splits = splits._replace(validation=splits.test)
     if config.teacher_weights and not config.teacher:
         raise UsageError("--teacher-weights is a key in a teacher's file", "add --teacher FILE")
-    refuse_pretrained(config)
+    if config.pretrained:
+        check_pretrained([config.student, *([] if config.teacher else [config.teacher_model])])
     method = build_method(config, splits.train.num_classes)
     student = load_network(
         config.student,
@@ -154,16 +156,6 @@ def plan(
     run = run_directory(config, config.method, identity, distributed)
     techniques = techniques_of_run(config, run, device)
     return Plan(device, techniques, splits, method, student, teacher, inputs, run)
-
-
-def refuse_pretrained(config: Config) -> None:
-    """Raise UsageError for --pretrained if no network that is trained here is of a library."""
-    trained = [config.student, *([] if config.teacher else [config.teacher_model])]
-    if config.pretrained and not any(name.startswith(REGISTRIES) for name in trained):
-        raise UsageError(
-            f"there are no pretrained weights for {' and '.join(dict.fromkeys(trained))}",
-            "--pretrained is for timm:NAME and torchvision:NAME",
-        )
 
 
 def describe_start(

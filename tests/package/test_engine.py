@@ -90,10 +90,11 @@ NETWORKS = {
     **{name: named(name) for name in ("convnet", "resnet18", "preactresnet18", "mobilenetv2")},
     "bottlenecks": named("resnet50"),
     "wrn": lambda: absld.build_model("wrn-10-1", 3, "runtime"),
+    "dm": lambda: absld.build_model("dm-wrn-10-1", 3, "runtime"),
     "odd": odd,
     "normalised": normalised,
 }
-FOLDS = {"convnet": 3, "resnet18": 20, "mobilenetv2": 57, "odd": 1, "normalised": 3}
+FOLDS = {"convnet": 3, "resnet18": 20, "mobilenetv2": 57, "dm": 1, "odd": 1, "normalised": 3}
 network = pytest.mark.parametrize("name", NETWORKS)
 
 
