@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from absld.config.fields import check_epsilon
-from absld.config.imports import REGISTRIES
 from absld.config.settings import Config, TrainConfig
 from absld.data.dataset import Splits
 from absld.data.placement import Placement
