@@ -236,7 +236,7 @@ def adapt(names: Names, raw: Mapping[str, Tensor], own: Set[str]) -> Reading:
         names |= {torchvision_name(name): names.pop(name) for name in shortcuts}
         notes.append(f"{len(shortcuts)} tensors of shortcuts, which torchvision calls downsample")
     state = {name: raw[in_file] for name, in_file in names.items()}
-    missing = own - state.keys()
+    missing = {name for name in own - state.keys() if not of_pixels(name)}
     if missing and all(name.endswith(COUNTER) for name in missing):
         state |= dict.fromkeys(missing, torch.tensor(0))
         notes.append(f"{len(missing)} counters of batch norms are not in it, and set to 0")
