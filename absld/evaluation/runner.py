@@ -76,7 +76,8 @@ class EvaluationRun:
 def run_evaluation(target: str, config: EvaluationConfig, observer: Observer) -> EvaluationRun:
     """Evaluate the network that `target` means, and keep the results in a directory.
 
-    target: a run directory, a file of weights, hf:owner/name, or package.module:factory. Raises AbsldError.
+    target: a run directory, a file of weights, hf:owner/name, or package.module:factory. Raises
+    AbsldError.
     """
     config = complete_config(config, target)
     data = load_images(config, observer)
