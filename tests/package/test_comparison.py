@@ -381,7 +381,7 @@ def test_runs_that_cannot_be_compared_are_refused(compared, capfd):
     Path("l2.toml").write_text('norm = "l2"\n')
     capfd.readouterr()
     (other,) = runs_of("runs", "trades")
-    refused(capfd, 2, "the budgets differ: epsilon", "epsilon 0.05 in the L-infinity norm",
+    refused(capfd, 2, "epsilon 0.1 in the L-infinity norm and epsilon 0.05 in", "one norm and eps",
             "compare", rslad[0], other)  # fmt: skip
     refused(capfd, 2, "in the L-infinity norm and epsilon 0.1 in the L2 norm", "one norm",
             "compare", "--methods", "rslad,l2.toml", "--epsilon", "0.1")  # fmt: skip
