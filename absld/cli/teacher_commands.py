@@ -18,8 +18,13 @@ teacher_app = typer.Typer(
 )
 
 
+NOT_OF_A_CHECK = (
+    *("attacks", "split", "restarts", "each", "checks", "out", "corruption", "severity"),
+)
+
+
 @teacher_app.command(cls=Command)
-@with_settings(EvaluationConfig, without=("attacks", "split", "restarts", "each", "checks", "out"))
+@with_settings(EvaluationConfig, without=NOT_OF_A_CHECK)
 def check(
     target: Annotated[
         str,

@@ -25,7 +25,7 @@ from absld.storage.training_checkpoint import compare_settings
 # Settings that say where things are, not what is computed; a given teacher counts by its weights.
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
 PLACES |= {"in_memory"}
-PLACES |= {"class_order", "student_weights", "teacher_weights"}
+PLACES |= {"class_order", "student_weights", "teacher_weights", "image_column", "label_column"}
 # Settings that count where they are not the default: runs that had none of them keep their names.
 YOUNGER = ("resize", "channels")
 # What the last digits depend on, and with the number of processes more: each has a part of a batch.
@@ -127,8 +127,9 @@ def run_directory(
 
     Of several processes, only the main one writes to it.
     """
-    short = re.sub(r"[^\w-]", "-", kind)  # package.module:Class is a method, too
-    name = f"{config.dataset}-{short}-seed{config.seed}-{key_of(identity)}"
+    # package.module:Class is a method, too, and hf:owner/name a data set.
+    dataset, short = (re.sub(r"[^\w-]", "-", name) for name in (config.dataset, kind))
+    name = f"{dataset}-{short}-seed{config.seed}-{key_of(identity)}"
     out = Path(config.out)
     path = out / name
     return RunDirectory(path, out) if distributed.is_main else ReadOnlyRunDirectory(path)

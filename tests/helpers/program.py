@@ -38,7 +38,7 @@ def load_few_split(dataset, folder, form, name, placement):
 def use_few_digits(monkeypatch):
     """Let every command read only a few of the digits."""
     monkeypatch.setattr("absld.runs.training_run.load_data", load_few)
-    for module in ("evaluation.runner", "runs.comparison", "runs.logit_caches"):
+    for module in ("evaluation.images", "runs.comparison", "runs.logit_caches"):
         monkeypatch.setattr(f"absld.{module}.load_split", load_few_split)
 
 

@@ -31,7 +31,8 @@ VALUES = (
     {k: st.sampled_from(choices_of(kind)) for k, kind in TYPES.items() if choices_of(kind)}
     | {k: st.booleans() for k, kind in TYPES.items() if strip_optional(kind) is bool}
     | dict.fromkeys(("data", "student", "teacher", "teacher_model", "out", "device"), text)
-    | dict.fromkeys(("student_weights", "teacher_weights"), text)
+    | dict.fromkeys(("student_weights", "teacher_weights", "image_column", "label_column"), text)
+    | {"dataset": st.sampled_from([*RECIPES, "hf:owner/name@v1/subset"])}
     | {"method": st.sampled_from([*METHOD_RECIPES, "mine.methods:Mart"])}
     | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))
     | dict.fromkeys(("learning_rate", "weight_decay", "kl_scale"), numbers(0, MOST))
