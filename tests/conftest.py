@@ -1,7 +1,10 @@
 """Profiles of Hypothesis, one torch thread, checked signatures, fixtures of several files."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 import hypothesis
 import jaxtyping
@@ -30,6 +33,8 @@ hypothesis.settings.load_profile(
 )
 
 torch.set_num_threads(1)
+os.environ["ABSLD_CACHE"] = tempfile.mkdtemp(prefix="absld-test-cache-")  # not the user's
+atexit.register(shutil.rmtree, os.environ["ABSLD_CACHE"], ignore_errors=True)
 
 
 class TorchRandom:

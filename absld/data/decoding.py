@@ -123,12 +123,17 @@ class Decoded(NamedTuple):
 
 
 class UnreadableError(DataError):
-    """Images that cannot be read: the first ten in words, and their number."""
+    """Images that cannot be read; faults: what is wrong with each, in a line."""
 
-    def __init__(self, faults: Sequence[str], noun: str, hint: str) -> None:
-        number = f"{len(faults)} {noun}: " if len(faults) > 1 else ""
-        super().__init__(f"cannot read {number}{first_of(faults, SHOWN, '; ')}", hint)
-        self.faults = faults
+    faults: Sequence[str] = ()
+
+
+def unreadable(faults: Sequence[str], reader: Reader) -> UnreadableError:
+    """Return the error for images that cannot be read: the first ten, and their number."""
+    number = f"{len(faults)} {reader.noun}: " if len(faults) > 1 else ""
+    error = UnreadableError(f"cannot read {number}{first_of(faults, SHOWN, '; ')}", reader.hint)
+    error.faults = faults
+    return error
 
 
 class Decoding:
@@ -136,6 +141,7 @@ class Decoding:
 
     def __init__(self, reader: Reader, form: Form, part: str, observer: Observer) -> None:
         self.reader, self.form, self.part, self.observer = reader, form, part, observer
+        self.passes: set[str] | None = None  # digests of what was decoded; None if nobody asks
         if not len(reader):
             raise DataError(f"{part}: no images", reader.hint)
         size = form.size
@@ -156,6 +162,7 @@ class Decoding:
     def chunks(self) -> Iterator[UInt8[Tensor, "n channels height width"]]:
         """Decode all images in order, some at a time; zeros stand for those at fault."""
         self.start()
+        sha = hashlib.sha256()
         count, together = len(self.reader), max(1, TOGETHER // math.prod(self.shape))
         with ThreadPoolExecutor(THREADS if self.reader.parallel else 1) as threads:
             for start in range(0, count, together):
@@ -165,8 +172,13 @@ class Decoding:
                 low, high = images.amin((2, 3)), images.amax((2, 3))
                 self.traits["of one constant colour"] += int((low == high).all(1).sum())
                 self.colours |= {tuple(low.amin(0).tolist()), tuple(high.amax(0).tolist())}
+                if self.passes is not None:
+                    sha.update(raw_bytes(images))
                 self.observer.decode(self.part, numbers.stop, count)
                 yield images
+        if self.passes is not None:
+            sha.update(raw_bytes(self.labels))
+            self.passes.add(sha.hexdigest())
 
     def decode_one(self, number: int) -> Decoded:
         """Decode an image; called by several threads."""
@@ -198,9 +210,15 @@ class Decoding:
     def header(self) -> Header:
         """Describe the images of a whole pass.
 
-        Raises DataError if some could not be read, or all are of one constant colour.
+        Raises DataError if some could not be read, two passes differ, or all images are of one
+        constant colour.
         """
         self.refuse_faults()
+        if self.passes is not None and len(self.passes) > 1:
+            raise DataError(
+                f"{self.part}: the images are others each time they are read",
+                "leave random transforms out of the dataset",
+            )
         count, form = len(self.reader), self.form
         if len(self.colours) == 1:
             raise DataError(
@@ -214,7 +232,7 @@ class Decoding:
     def refuse_faults(self) -> None:
         """Raise UnreadableError if images of the last pass could not be read."""
         if self.faults:
-            raise UnreadableError(self.faults, self.reader.noun, self.reader.hint)
+            raise unreadable(self.faults, self.reader)
 
     def key(self) -> str:
         """Compute what names the cache: the content, the form, and the versions that decode it."""
@@ -223,10 +241,10 @@ class Decoding:
 
         content = self.reader.key()
         if not content:
-            sha = hashlib.sha256()
-            for images in self.chunks():
-                sha.update(raw_bytes(images))
-            sha.update(raw_bytes(self.labels))
-            content = sha.hexdigest()
+            self.passes = set()
+            for _ in self.chunks():
+                pass
+            self.header()
+            (content,) = self.passes
         what = (VERSION, self.form, PIL.__version__, torchvision.__version__, content)
         return hashlib.sha256(repr(what).encode()).hexdigest()[:32]

@@ -72,8 +72,7 @@ def fit_size(image: "Image.Image", size: int | None, resize: Resize) -> Tensor:
         return pixels
     if resize == "squash":
         return functional.resize(pixels, [size, size])  # type: ignore[no-any-return]
-    short, long = sorted(image.size)
-    check_size(size, size * long // short)
+    check_size(*(size * side // min(image.size) for side in image.size))
     return functional.center_crop(functional.resize(pixels, [size]), [size, size])  # type: ignore[no-any-return]
 
 

@@ -48,11 +48,10 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True, eq=False)
 class ImageFile:
-    """The pixels of a cache (N,channels,H,W) uint8: mapped, not to be written to, and the file."""
+    """The pixels of a cache (N,channels,H,W) uint8, mapped: they are not to be written to."""
 
     path: Path
     pixels: "np.memmap[Any, np.dtype[np.uint8]]"
-    file: IO[bytes]
 
     def read(self, numbers: Int[Tensor, " m"]) -> Iterator[bytes]:
         """Read images in parts of about READ bytes.
@@ -60,18 +59,13 @@ class ImageFile:
         By plain reading: pages of the mapping would count as memory of the process.
         """
         size = math.prod(self.pixels.shape[1:])
-        together = max(1, READ // size)
-        for part in torch.split(numbers, together):
-            images = part.tolist()
-            if images == [*range(images[0], images[0] + len(images))]:
-                self.file.seek(images[0] * size)
-                yield self.file.read(len(images) * size)
-                continue
-            found = []
-            for number in images:
-                self.file.seek(number * size)
-                found.append(self.file.read(size))
-            yield b"".join(found)
+        with open_regular(self.path) as file:
+            for part in torch.split(numbers, max(1, READ // size)):
+                found = []
+                for number in part.tolist():
+                    file.seek(number * size)
+                    found.append(file.read(size))
+                yield b"".join(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +109,7 @@ class MappedImages(Labelled):
     @property
     def storage(self) -> str:
         """Where the images are, in words."""
-        return f"mapped from {self.source.path}"
+        return f"mapped from {self.source.path.parent}"
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """Gather the images of these numbers (n,channels,H,W), and copy them to the device."""
@@ -172,7 +166,7 @@ class MappedImages(Labelled):
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """What a cache says of its images: shape (N,channels,H,W), labels (N,), a description."""
+    """The shape of the images in a cache (N,channels,H,W), their labels (N,), and a description."""
 
     shape: tuple[int, ...]
     labels: Int[Tensor, " n"]
@@ -186,16 +180,13 @@ def open_cache(path: Path) -> tuple[ImageFile, Header] | None:
         shape, labels = tuple(map(int, content["shape"])), content["labels"]
         if content["version"] != VERSION or labels.shape != shape[:1] or min(shape) < 1:
             return None
-        file = open_regular(path)
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size != math.prod(shape):
+                return None
+            pixels = np.memmap(file, np.uint8, mode="r", shape=shape)
     except (AbsldError, OSError, AttributeError, KeyError, TypeError, ValueError):
         return None
-    if os.fstat(file.fileno()).st_size != math.prod(shape):
-        file.close()
-        return None
-    return (
-        ImageFile(path, np.memmap(file, np.uint8, mode="r", shape=shape), file),
-        Header(shape, labels, str(content["description"])),
-    )
+    return ImageFile(path, pixels), Header(shape, labels, str(content["description"]))
 
 
 def open_or_write(

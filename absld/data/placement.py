@@ -45,7 +45,10 @@ class Placement:
     def place(self, data: ImageSet) -> ImageSet:
         """Return the set in memory or mapped, as it is to be."""
         if isinstance(data, MappedImages):
-            return data.in_memory() if self.fits(data.size) else data
+            if not self.fits(data.size):
+                return data
+            self.observer.note(f"reading {size_text(data.size)} into memory")
+            return data.in_memory()
         if isinstance(data, InMemoryImages) and self.in_memory == "no":
             return map_images(data, self.observer)
         return data

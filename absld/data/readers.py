@@ -5,6 +5,7 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from absld.config.settings import Channels
 from absld.data.image_files import FORMATS, convert, open_image
 from absld.shapes import describe_kind
+from absld.storage.opening import open_regular
 from absld.text import printable
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class FileReader:
         for path, label in self.files:
             name = os.fsencode(os.path.relpath(path, self.folder))
             sha.update(f"{len(name)} {label} {os.path.getsize(path)} ".encode() + name)
-            with open(path, "rb") as file:
+            with open_regular(Path(path)) as file:
                 while part := file.read(READ):
                     sha.update(part)
         return sha.hexdigest()

@@ -11,7 +11,7 @@ import torch
 from absld.config.settings import Channels, Resize
 from absld.data.archives import provide, unpack_zip
 from absld.data.dataset import ImageSet, Splits, check_classes
-from absld.data.decoding import Form, UnreadableError, decode_all
+from absld.data.decoding import Form, UnreadableError, decode_all, unreadable
 from absld.data.folders import check_utf8, describe_skipped, list_classes, list_files
 from absld.data.placement import Placement
 from absld.data.published import cifar, image_set, svhn
@@ -284,8 +284,8 @@ def read_parts(
     sets: list[ImageSet] = []
     faults: list[str] = []
     for part, (folder, files, skipped) in parts.items():
+        reader = FileReader(folder, files, form.channels)
         try:
-            reader = FileReader(folder, files, form.channels)
             data = decode_all(reader, classes, form, part, placement)
         except UnreadableError as error:
             faults += error.faults  # those of all parts are told together
@@ -293,5 +293,5 @@ def read_parts(
             notes = *data.notes, *describe_skipped(part, folder, skipped)
             sets.append(replace(data, notes=notes))
     if faults:
-        raise UnreadableError(faults, FileReader.noun, FileReader.hint)
+        raise unreadable(faults, reader)
     return sets

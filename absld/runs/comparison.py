@@ -29,7 +29,7 @@ from absld.evaluation.runner import (
 from absld.progress import Observer
 from absld.runs import training_run
 from absld.runs.comparison_results import Comparison, Member, summarise
-from absld.runs.run_record import deciding_settings
+from absld.runs.run_record import YOUNGER, deciding_settings
 from absld.storage.run_directory import RunDirectory
 
 METHOD_GROUPS = ("Method", "Attack", "Training")  # groups of settings that a recipe may have
@@ -76,6 +76,7 @@ def label_configs(configs: Sequence[Config]) -> list[str]:
     labels = []
     for config in configs:
         own = deciding_settings(config) | {"seed": None}
+        own |= {name: getattr(config, name) for name in YOUNGER}
         standard = first.setdefault(config.method, own)
         other = [f"{name}={own[name]}" for name in own if own[name] != standard[name]]
         labels.append(" ".join([config.method, *other]))

@@ -17,6 +17,7 @@ import absld.runs.training_run
 import absld_min
 from absld.config.resolve import resolve
 from absld.data.dataset import Splits
+from absld.data.placement import Placement
 from absld.engine.distributed import Distributed
 from absld.engine.logit_cache import LogitCacheSettings
 from absld.errors import Interrupted
@@ -38,13 +39,13 @@ def tiny_digits():
     return Splits(*(part.subset(torch.arange(n)) for part, n in parts))
 
 
-def trained(device, on_step=lambda report: None, teacher=None, fit=None, **settings):
+def trained(device, on_step=lambda report: None, teacher=None, fit=None, data=DATA, **settings):
     """Train on a device; return the digest of the weights, and the loss of each epoch."""
     config = replace(CONFIG, epochs=2, **{"max_steps": 2} | settings)
     student = network("student").to(device)
     teacher = (network("teacher") if teacher is None else teacher).to(device)
     given = {"on_step": on_step, **(fit or {})}
-    reports = list(absld.fit(student, teacher, *DATA, config, **given))
+    reports = list(absld.fit(student, teacher, *data, config, **given))
     return absld.digest(student.state_dict()), [report.loss for report in reports]
 
 
@@ -64,6 +65,15 @@ def test_every_method_has_the_numbers_of_a_cpu_and_few_waits(
     records = StepRecords(cuda)
     found = trained(cuda.device, records, method=method, **SETTINGS[engine])
     assert found == expected(cuda, engine, method=method)
+    assert_clean(records, WAITS[engine])
+
+
+@pytest.mark.parametrize("engine", SETTINGS)
+def test_mapped_images_give_the_same_numbers_and_as_few_waits(engine, cuda, short_validation):
+    records = StepRecords(cuda)
+    mapped = [Placement("no").place(part) for part in DATA]
+    found = trained(cuda.device, records, data=mapped, **SETTINGS[engine])
+    assert found == trained(cuda.device, **SETTINGS[engine])
     assert_clean(records, WAITS[engine])
 
 

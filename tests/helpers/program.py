@@ -24,9 +24,11 @@ def few_digits():
     )
 
 
-def load_few(dataset, folder, *how):
+def load_few(dataset, folder, image_size, resize, channels, placement):
     """The data, but of the digits only a few: what is tested here is not how well they learn."""
-    return few_digits() if dataset == "digits" else load_data(dataset, folder, *how)
+    if dataset == "digits":
+        return Splits(*map(placement.place, few_digits()))
+    return load_data(dataset, folder, image_size, resize, channels, placement)
 
 
 def load_few_split(dataset, folder, form, name, placement):

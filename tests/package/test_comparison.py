@@ -147,7 +147,9 @@ def test_all_figures_follow_from_the_predictions(compared):
 
 def test_all_runs_of_a_seed_share_images_and_teacher(compared):
     results = document_of(compared)
-    assert results["notes"][0] == "images of 10 classes, 8x8, RGB"  # and their counts
+    assert (
+        results["notes"][0] == "images of 10 classes, 8x8, RGB; 0.0 MiB in memory"
+    )  # and their counts
     for seed in (0, 1):
         sessions = [
             json.loads((Path(method["runs"][seed]) / "environment.json").read_text())[-1]

@@ -75,7 +75,7 @@ def test_a_view_has_a_number_of_its_own(padding):
             assert torch.equal(views.of_numbers(numbers), batch.x_nat)
             for number, image, place in zip(
                 numbers.tolist(), drawn.images.tolist(),
-                zip(*(part.tolist() for part in drawn[1:4]), strict=True), strict=True,
+                zip(*(part.tolist() for part in drawn[2:5]), strict=True), strict=True,
             ):  # fmt: skip
                 assert seen.setdefault(number, (image, place)) == (image, place)
                 assert 0 <= number < len(views)

@@ -177,10 +177,14 @@ def test_only_the_functions_of_storage_open_files_of_a_run():
         # An archive whose hash is the published one, from which `replacing` writes.
         ("data/archives.py", "tarfile.open"),
         ("data/archives.py", "shutil.copyfileobj"),
+        # How much memory the system has.
+        ("data/placement.py", "Path('/proc/meminfo').read_text"),
+        ("data/placement.py", "Path(limit).read_text"),
         # A file that did not exist, and one that `open_regular` has looked at.
         ("engine/logit_cache.py", "path.open"),
         ("engine/logit_cache.py", "LogitCache.open"),
         ("engine/logit_cache.py", "torch.from_file"),
+        ("data/mapped.py", "np.memmap"),
     }
 
 
