@@ -63,7 +63,7 @@ def check(
 CACHE_SETTINGS = (
     *("dataset", "data", "image_size", "resize", "channels", "in_memory"),
     *("padding", "flip", "teacher", "teacher_model"),
-    *("teacher_weights", "class_order"),
+    *("teacher_weights", "class_order", "image_column", "label_column"),
     *("logit_cache_gib", "engine", "precision", "teacher_precision", "channels_last", "cuda_graph"),
     *("batch_size", "device", "out"),
 )

@@ -66,6 +66,18 @@ class HubSettings(Settings):
     )
 
 
+class Columns(NamedTuple):
+    """Columns of images and labels in a data set on the hub; "": the only ones of their kind."""
+
+    image: str = ""
+    label: str = ""
+
+    @classmethod
+    def of(cls, settings: HubSettings) -> "Columns":
+        """Return the columns that are chosen."""
+        return cls(settings.image_column, settings.label_column)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedData(HubSettings):
     """The data set of an evaluation, and the choice of corrupted images, on which nothing is trained."""

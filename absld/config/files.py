@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from absld.config.datasets import HUB
 from absld.config.imports import names_code
 from absld.config.parsing import parse_all
 from absld.config.resolve import resolve
@@ -88,7 +89,7 @@ def check_seal(content: bytes, path: str) -> None:
 
 
 def refuse_code(path: str, values: Mapping[str, Any]) -> None:
-    """Raise UsageError if settings of a run, perhaps somebody else's, name code."""
+    """Raise UsageError if settings of a run, perhaps somebody else's, name code or a hub."""
     for name in MAY_NAME_CODE:
         if names_code(values.get(name, "")):
             flag = f"--{name.replace('_', '-')} {values[name]}"
@@ -96,6 +97,11 @@ def refuse_code(path: str, values: Mapping[str, Any]) -> None:
                 f"{path}: {name} is {values[name]!r}, and no name in a run's file is imported",
                 f"if you trust that code, type {flag}",
             )
+    if (dataset := str(values.get("dataset", ""))).startswith(HUB):
+        raise UsageError(
+            f"{path}: its data set is {dataset!r}, and nothing that a run's file names is fetched",
+            f"to fetch it, type --dataset {dataset}",
+        )
 
 
 def parse_settings(text: bytes, path: str) -> dict[str, Any]:

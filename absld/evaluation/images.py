@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from absld.config.datasets import CORRUPTED, FOR_EVALUATION
+from absld.config.datasets import CORRUPTED, FOR_EVALUATION, Columns
 from absld.config.resolve import resolve
 from absld.config.settings import EvaluationConfig
 from absld.data.corrupted import list_corruptions, load_corrupted
@@ -23,7 +23,9 @@ def load_images(config: EvaluationConfig, observer: Observer) -> ImageSet:
         return placement.place(load_corruption(config, observer))
     size = config.image_size or resolve({"dataset": config.dataset}).image_size
     form = Form(size, config.resize or "squash", config.channels or 3)
-    data = load_split(str(config.dataset), config.data, form, config.split, placement)
+    data = load_split(
+        str(config.dataset), config.data, form, config.split, placement, Columns.of(config)
+    )
     for line in describe_images({config.split: data}):
         observer.note(line)
     return data

@@ -21,7 +21,8 @@ from absld.config.imports import names_code
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
 from absld.data.dataset import ImageSet, pixels
-from absld.data.sources import RESIZED
+from absld.data.hub_datasets import refuse_unfetched
+from absld.data.sources import is_resized
 from absld.engine.precision import (
     emulation_warnings,
     float32_precision,
@@ -216,6 +217,8 @@ def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
         name = str(config.dataset)
         defaults = resolve({"dataset": CORRUPTED.get(name, name)})
     else:
+        if config.dataset is None:
+            refuse_unfetched(defaults.dataset, target)
         size = size or defaults.image_size
         resize, channels = resize or defaults.resize, channels or defaults.channels
     return replace(
@@ -225,6 +228,8 @@ def complete_config(config: EvaluationConfig, target: str) -> EvaluationConfig:
         image_size=size,
         resize=resize,
         channels=channels,
+        image_column=config.image_column or defaults.image_column,
+        label_column=config.label_column or defaults.label_column,
         epsilon=defaults.epsilon if config.epsilon is None else config.epsilon,
     )
 
@@ -239,7 +244,7 @@ def load_target(target: str, config: EvaluationConfig, data: ImageSet) -> Networ
     # Labels in a file of numbers have no names.
     order = "by-position" if config.dataset == "corrupted" else config.class_order
     network = check_class_names(network, data, target, order)
-    guessed = config.image_size is None and config.dataset in RESIZED
+    guessed = config.image_size is None and is_resized(str(config.dataset))
     network = check_image_shape(network, data, target, refuse=guessed)
     if config.model and config.model != network.architecture:
         raise CheckpointError(

@@ -31,9 +31,9 @@ def load_few(dataset, folder, image_size, resize, channels, placement):
     return load_data(dataset, folder, image_size, resize, channels, placement)
 
 
-def load_few_split(dataset, folder, form, name, placement):
+def load_few_split(dataset, folder, form, name, placement, columns):
     """One set of them."""
-    few = load_few(dataset, folder, form.size, form.resize, form.channels, placement)
+    few = load_few(dataset, folder, form.size, form.resize, form.channels, placement, columns)
     return getattr(few, name)
 
 
