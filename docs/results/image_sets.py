@@ -1,0 +1,102 @@
+"""Measure loading and training on images in memory and in a memory-mapped file.
+
+Makes a folder of JPEG images in scratch space. Each row is a process of its own.
+Usage: python docs/results/image_sets.py [IMAGES [SIDE]]
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CLASSES = 10
+MEASURE = """
+import json, sys, time
+import pooch, PIL.JpegImagePlugin, sklearn.model_selection, torch, torchvision.transforms.v2
+import absld
+from absld.data.augmentation import Views, batches
+from absld.data.placement import Placement
+
+def memory(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(name))
+
+folder, side, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+network = absld.build_model("convnet", 10, "image sets")
+before, start = memory("VmHWM"), time.perf_counter()
+data = absld.load_data("folder", folder, side, placement=Placement(where))
+data.train.digest()
+figures = {"load": time.perf_counter() - start, "load_memory": memory("VmHWM") - before}
+
+config = absld.TrainConfig(method="sat", epochs=1, batch_size=32, attack_steps=1, max_steps=5)
+few = data.validation.subset(torch.arange(10))
+(report,) = absld.fit(network, None, data.train, few, config)
+figures |= {"step": report.seconds / 5, "weights": absld.digest(network.state_dict())}
+
+start = time.perf_counter()
+for _ in batches(Views(data.train, 4), 0, batch_size=32, flip=0.5, radius=0.001, steps=50):
+    pass
+figures |= {"batch": (time.perf_counter() - start) / 50, "memory": memory("VmHWM") - before,
+            "private": memory("RssAnon")}
+print(json.dumps(figures))
+"""
+
+
+def make_images(folder: Path, images: int, side: int) -> None:
+    """Write smooth noise as JPEG files; every tenth is a test image."""
+    import numpy as np
+    from PIL import Image
+
+    for number in range(images):
+        part = "test" if number % 10 == 9 else "train"
+        of_class = folder / part / f"class {number // 10 % CLASSES}"
+        of_class.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(number)
+        grid = random.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+        image = Image.fromarray(grid).resize((side, side), Image.Resampling.BICUBIC)
+        image.save(of_class / f"{number:06}.jpg", quality=90)
+
+
+def measure(folder: Path, side: int, where: str) -> dict[str, float]:
+    """Return the figures of a process that loads the images, and trains for some steps."""
+    command = [sys.executable, "-c", MEASURE, str(folder / "images"), str(side), where]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ABSLD_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def main() -> None:
+    given = [int(text) for text in sys.argv[1:]]
+    images, side = [*given, *(20_000, 224)[len(given) :]]
+    with tempfile.TemporaryDirectory() as name:
+        folder, start = Path(name), time.perf_counter()
+        make_images(folder / "images", images, side)
+        size = sum(path.stat().st_size for path in folder.rglob("*.jpg"))
+        print(
+            f"{images:,} images of {side}x{side}: {size / 2**20:,.0f} MiB of files, "
+            f"{images * side * side * 3 / 2**20:,.0f} MiB decoded; "
+            f"made in {time.perf_counter() - start:.0f} s\n\n"
+            "| images | loading, s | its peak, MiB | step, s | of it the batch, s | peak, MiB | "
+            "private, MiB |\n|---|---|---|---|---|---|---|",
+            flush=True,
+        )
+        weights = set()
+        rows = {"mapped, decoded": "no", "mapped, from the file": "no", "in memory": "yes"}
+        for row, where in rows.items():
+            found = measure(folder, side, where)
+            weights.add(found["weights"])
+            print(
+                f"| {row} | {found['load']:.1f} | {found['load_memory']:.0f} | {found['step']:.2f} | "
+                f"{found['batch']:.3f} | {found['memory']:,.0f} | {found['private']:,.0f} |",
+                flush=True,
+            )
+        print(f"\n{len(weights)} different weights after the steps")
+
+
+if __name__ == "__main__":
+    main()
