@@ -6,6 +6,7 @@ import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "a" * 40
@@ -53,12 +54,14 @@ class Handler(BaseHTTPRequestHandler):
         if what == "paths-info":
             asked = parse_qs(body.decode()).get("paths") or json.loads(body or b"{}").get("paths")
             return self.send_json([e for e in self.entries(files) if e["path"] in asked])
-        below = [e for e in self.entries(files) if e["path"].startswith(folder)]
-        return self.send_json(below)
+        deep = "true" in parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower()
+        start = f"{folder}/" if folder else ""
+        below = [e for e in self.entries(files) if e["path"].startswith(start)]
+        return self.send_json([e for e in below if deep or "/" not in e["path"][len(start) :]])
 
     def entries(self, files):
-        folders = {name.rsplit("/", 1)[0] for name in files if "/" in name}
-        for folder in sorted(folders):
+        parents = (str(parent) for name in files for parent in PurePosixPath(name).parents)
+        for folder in sorted({*parents} - {"."}):
             yield {"type": "directory", "path": folder, "oid": "0", "size": 0}
         for name, content in files.items():
             oid = hashlib.sha1(content).hexdigest()
