@@ -56,7 +56,7 @@ def check_dataset(name: str, *, corrupted: bool = False) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class HubSettings(Settings):
-    """Columns of a data set on the hub."""
+    """Columns of a data set on the hub; `dataset` is a field of the classes below."""
 
     image_column: str = setting(
         "", "Data", "column of the images, of hf: data sets [default: the only one of images]"
@@ -64,6 +64,15 @@ class HubSettings(Settings):
     label_column: str = setting(
         "", "Data", "column of the labels, of hf: data sets [default: the only one of classes]"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = getattr(self, "dataset", None)
+        if (self.image_column or self.label_column) and not (name or HUB).startswith(HUB):
+            raise UsageError(
+                f"--image-column and --label-column are for data sets on the hub, not {name}",
+                "--dataset hf:owner/name",
+            )
 
 
 class Columns(NamedTuple):

@@ -186,6 +186,11 @@ def test_names_of_data_sets_on_the_hub():
             resolve({"dataset": name})
 
 
+def test_columns_are_for_data_sets_on_the_hub():
+    with pytest.raises(UsageError, match="for data sets on the hub, not cifar10"):
+        resolve({"dataset": "cifar10", "label_column": "fine"})
+
+
 def test_a_run_on_a_data_set_of_the_hub(hub, tmp_path, monkeypatch, capfd):
     flags = ["--device", "cpu", "--epochs", "1", "--teacher-epochs", "1", "--batch-size", "8"]
     flags += ["--student", "convnet", "--teacher-model", "convnet", "--allow-weak-teacher"]
