@@ -101,15 +101,16 @@ def decode_all(
         header = decoding.header()
         notes = (f"{part}: {header.description}",)
         return InMemoryImages(images, header.labels, tuple(classes), notes)
+    observer = placement.observer
     path = cache_folder() / f"{decoding.key()}.images"
-    placement.observer.note(f"{part}: {len(reader):,} images, {size_text(size)} in {path}")
+    observer.note(f"{part}: {len(reader):,} images, {size_text(size)} in {path}")
 
     def write(file: IO[bytes]) -> Header:
         for chunk in decoding.chunks():
             file.write(raw_bytes(chunk))
         return decoding.header()
 
-    mapped, header = open_or_write(path, write, placement.observer)
+    mapped, header = open_or_write(path, write, observer)
     notes = (f"{part}: {header.description}",)
     return MappedImages(mapped, torch.arange(len(reader)), header.labels, tuple(classes), notes)
 
@@ -239,7 +240,8 @@ class Decoding:
         import PIL
         import torchvision
 
-        content = self.reader.key()
+        count = len(self.reader)
+        content = self.reader.key(lambda n: self.observer.decode(f"{self.part} files", n, count))
         if not content:
             self.passes = set()
             for _ in self.chunks():

@@ -157,9 +157,9 @@ class MappedImages(Labelled):
     def in_memory(self) -> InMemoryImages:
         """Read the images into memory: one copy, on the device of the labels."""
         images = torch.empty((len(self), *self.image_shape), dtype=torch.uint8)
-        flat, done = images.flatten(), 0
+        flat, done = images.flatten().numpy(), 0  # which share the memory
         for part in self.source.read(self.numbers):
-            flat[done : done + len(part)] = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+            flat[done : done + len(part)] = np.frombuffer(part, np.uint8)
             done += len(part)
         return InMemoryImages(images.to(self.device), self.labels, self.classes, self.notes)
 

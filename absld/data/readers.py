@@ -3,7 +3,7 @@
 import hashlib
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 READ = 2**20  # bytes of a file at once
+OnRead = Callable[[int], None]  # receives the number of files that were read
 
 
 class IndexedImages(Protocol):
@@ -58,7 +59,7 @@ class Reader(Protocol):
         """Name an image in a message."""
         ...
 
-    def key(self) -> str:
+    def key(self, on_read: OnRead) -> str:
         """Return what identifies the content; "" if nothing does."""
         ...
 
@@ -86,15 +87,16 @@ class FileReader:
     def name(self, number: int) -> str:
         return self.files[number][0]
 
-    def key(self) -> str:
-        """Compute the SHA-256 of names, labels and bytes of all files, which are read once."""
+    def key(self, on_read: OnRead) -> str:
+        """Compute the SHA-256 of names, labels and bytes of all files."""
         sha = hashlib.sha256()
-        for path, label in self.files:
+        for number, (path, label) in enumerate(self.files, 1):
             name = os.fsencode(os.path.relpath(path, self.folder))
             sha.update(f"{len(name)} {label} {os.path.getsize(path)} ".encode() + name)
             with open_regular(Path(path)) as file:
                 while part := file.read(READ):
                     sha.update(part)
+            on_read(number)
         return sha.hexdigest()
 
 
@@ -127,7 +129,7 @@ class DatasetReader:
     def name(self, number: int) -> str:
         return f"image {number}"
 
-    def key(self) -> str:
+    def key(self, on_read: OnRead) -> str:
         return self.content
 
 

@@ -13,12 +13,19 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 import absld
+from absld.cli.output import Output
+from absld.cli.signals import StopRequest
+from absld.cli.view import LINE_EVERY, View
+from absld.config.files import to_toml
+from absld.config.resolve import resolve
+from absld.config.settings import EvaluationConfig
 from absld.data import placement
 from absld.data.decoding import decode
 from absld.data.mapped import MappedImages
 from absld.data.placement import Placement
 from absld.data.sources import load_data
 from absld.errors import DataError
+from absld.evaluation.runner import complete_config
 from absld.progress import Observer
 from absld.storage.files import digest
 from absld.trainer import training_identity
@@ -352,6 +359,46 @@ def test_progress_counts_the_images_of_each_part(tmp_path, monkeypatch):
     make_folder(tmp_path / "data")
     load_data("folder", str(tmp_path / "data"), placement=Placement(observer=Seen()))
     assert seen == [("train", 10, 24), ("train", 20, 24), ("train", 24, 24), ("test", 8, 8)]
+
+
+def test_progress_of_reading_is_a_line_now_and_then(tmp_path):
+    path = tmp_path / "output"
+    with path.open("w") as stream, View(Output(stream, StopRequest(), as_json=False)) as view:
+        view.decode("train", 1, 8)
+        view.last_line -= LINE_EVERY
+        view.decode("train", 2, 8)
+        view.decode("train", 8, 8)
+        view.decode("test", 4, 4)
+    (line,) = path.read_text().splitlines()
+    assert line.startswith("reading train 2/8, 0:0") and line.endswith(" left")
+
+
+# --- Data sets ---
+
+
+def test_grey_digits_are_one_channel_of_the_digits():
+    grey, colour = (load_data("digits", "", 8, "squash", channels) for channels in (1, 3))
+    for ours, theirs in zip(grey, colour, strict=True):
+        assert torch.equal(ours.images, theirs.images[:, :1])
+    assert "8x8, grey" in grey.describe()[0]
+
+
+def test_data_sets_that_are_not_grey():
+    with pytest.raises(DataError, match="svhn has images of 3 channels"):
+        load_data("svhn", "", channels=1)
+
+
+@pytest.mark.parametrize("given", [{"image_size": 20, "resize": "crop"}, {"channels": 1}])
+def test_an_evaluation_takes_the_form_of_its_images_from_the_run(given, tmp_path):
+    run = tmp_path / "run"
+    config = resolve({"dataset": "folder", "data": "data", **given})
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(config, {}))
+    found = complete_config(EvaluationConfig(), str(run))
+    form = (config.image_size, config.resize, config.channels)
+    assert (found.image_size, found.resize, found.channels) == form
+    other = complete_config(EvaluationConfig(resize="squash", channels=3), str(run))
+    assert (other.resize, other.channels) == ("squash", 3)
 
 
 # --- Real processes ---
