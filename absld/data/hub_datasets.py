@@ -172,19 +172,20 @@ def find_columns(name: str, columns: Columns, features: Mapping[str, Any]) -> tu
     """
     datasets = import_datasets()
     found = []
-    for given, kind, flag in (
-        (columns.image, datasets.Image, "--image-column"),
-        (columns.label, datasets.ClassLabel, "--label-column"),
+    for given, kind, others, flag in (
+        (columns.image, datasets.Image, (), "--image-column"),
+        (columns.label, datasets.ClassLabel, (datasets.Value,), "--label-column"),
     ):
         of_kind = [key for key, feature in features.items() if isinstance(feature, kind)]
-        if given in features:
+        if given and isinstance(features.get(given), (kind, *others)):
             found.append(given)
         elif given or len(of_kind) != 1:
-            wanted = (
-                f"no column {given!r}" if given else f"{len(of_kind)} columns of {kind.__name__}"
-            )
+            number = f"no column {given!r}" if given else f"{len(of_kind)} columns"
             there = [f"{key} ({type(feature).__name__})" for key, feature in features.items()]
-            raise UsageError(f"{name}: {wanted}", f"{flag}, one of {first_of(there, SHOWN)}")
+            raise UsageError(
+                f"{name}: {number} of kind {kind.__name__}",
+                f"{flag}, one of {first_of(there, SHOWN)}",
+            )
         else:
             found += of_kind
     return found[0], found[1]
@@ -195,7 +196,7 @@ def class_names(splits: Mapping[str, Any], label: str) -> tuple[str, ...]:
     for rows in splits.values():
         with suppress(AttributeError):
             return tuple(map(str, rows.features[label].names))
-    values = {value for rows in splits.values() for value in rows.unique(label)}
+    values = {value for rows in splits.values() for value in rows.unique(label)} - {None, -1}
     numbers = all(isinstance(value, int) for value in values)
     return tuple(map(str, sorted(values, key=None if numbers else str)))
 

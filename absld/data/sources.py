@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from absld.data.decoding import Form, UnreadableError, decode_all, unreadable
 from absld.data.folders import check_utf8, describe_skipped, list_classes, list_files
 from absld.data.hub_datasets import load_hub
 from absld.data.placement import Placement
-from absld.data.published import cifar, image_set, svhn
+from absld.data.published import Part, cifar, image_set, svhn
 from absld.data.readers import FileReader
 from absld.errors import CheckpointError, DataError
 from absld.seeding import generator
@@ -35,8 +35,6 @@ RESIZED = ("folder", "tiny-imagenet")
 GREY = ("digits", *RESIZED)  # their images may be of one channel
 ON_CPU = Placement()
 ONLY = Columns()
-
-Part = Literal["train", "test"]
 
 
 def load_data(

@@ -133,11 +133,13 @@ def test_columns_can_be_named_and_other_labels_become_classes(hub):
 
 
 def test_columns_that_are_not_there_are_said(hub):
+    with pytest.raises(UsageError, match="no column 'label' of kind Image"):
+        load_test("hf:me/pets", ("label", ""))
     with pytest.raises(UsageError, match="no column 'species'") as caught:
         load_test("hf:me/pets", ("", "species"))
     assert "--label-column, one of img (Image), label (ClassLabel)" in caught.value.hint
     hub.repositories["me/words"] = {"test.parquet": table(4, label=["a", "b"] * 2)}
-    with pytest.raises(UsageError, match="0 columns of ClassLabel"):
+    with pytest.raises(UsageError, match="0 columns of kind ClassLabel"):
         load_test("hf:me/words")
 
 
