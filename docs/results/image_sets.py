@@ -86,7 +86,11 @@ def main() -> None:
             flush=True,
         )
         weights = set()
-        rows = {"mapped, decoded": "no", "mapped, from the file": "no", "in memory, from the file": "yes"}
+        rows = {
+            "mapped, decoded": "no",
+            "mapped, from the file": "no",
+            "in memory, from the file": "yes",
+        }
         for row, where in rows.items():
             found = measure(folder, side, where)
             weights.add(found["weights"])

@@ -24,11 +24,11 @@ def few_digits():
     )
 
 
-def load_few(dataset, folder, image_size, resize, channels, placement):
+def load_few(dataset, folder, image_size, resize, channels, placement, columns):
     """The data, but of the digits only a few: what is tested here is not how well they learn."""
     if dataset == "digits":
         return Splits(*map(placement.place, few_digits()))
-    return load_data(dataset, folder, image_size, resize, channels, placement)
+    return load_data(dataset, folder, image_size, resize, channels, placement, columns)
 
 
 def load_few_split(dataset, folder, form, name, placement, columns):
