@@ -27,10 +27,10 @@ from absld.cli.push_command import push
 from absld.cli.recipe_view import recipe_lines
 from absld.cli.signals import signal_exit_code
 from absld.cli.teacher_commands import teacher_app
+from absld.config.datasets import CORRUPTED
 from absld.config.files import read_recipe
-from absld.config.parsing import parse_all
 from absld.config.recipes import METHOD_RECIPES, RECIPES
-from absld.config.resolve import resolve
+from absld.config.resolve import resolve, resolve_evaluation
 from absld.config.settings import Config, EvaluationConfig
 from absld.errors import AbsldError, UnreliableError, UsageError
 from absld.text import clip
@@ -162,23 +162,24 @@ def evaluate(
     [cyan]absld evaluate mypackage.nets:small --dataset folder --data DIR[/]
     [cyan]absld evaluate RUN --attacks clean,autoattack --examples 1000[/]
     [cyan]absld evaluate RUN --against OTHER[/]              difference of two networks
+    [cyan]absld evaluate RUN --dataset cifar10-c --data DIR[/]   corrupted images
 
     An image counts as robust if the network classifies it correctly under
     every attack. The same command continues after an interruption, and shows a
     finished evaluation again. `absld report` makes a page of it.
     """
-    if strict and settings.get("checks") is False:
-        raise UsageError(
-            "--strict needs the checks that --no-checks leaves out", "omit one of them"
-        )
-    config = EvaluationConfig(**parse_all(explicit(settings), EvaluationConfig))
+    config = resolve_evaluation(explicit(settings))
+    if strict and not config.checks:
+        raise UsageError("--strict needs the checks, which are left out", "--checks")
 
     from absld.cli.evaluation_view import EvaluationView, evaluation_lines
-    from absld.evaluation import runner
+    from absld.evaluation import corruptions, runner
 
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with EvaluationView(output) as view:
-            if against is None:
+            if against is None and config.dataset in CORRUPTED:
+                result = corruptions.run_corruptions(target, config, view)
+            elif against is None:
                 result = runner.run_evaluation(target, config, view)
             else:
                 base = {"model": against_model, "weights": against_weights}

@@ -7,11 +7,12 @@ from typing import Any
 
 from absld.cli.output import Output
 from absld.cli.view import View, time_left
+from absld.evaluation.corruptions import CorruptionRun
 from absld.evaluation.runner import EvaluationRun
 from absld.norms import NORM_NAMES
 from absld.progress import AttackProgress, Check
 from absld.report.summary import METRICS, worst_classes
-from absld.text import column
+from absld.text import column, printable
 
 NAMES = {name: label.replace("\N{NBSP}", " ") for name, label in METRICS.items()}
 
@@ -42,8 +43,10 @@ class EvaluationView(View):
             self.line(f"      {line}")
 
 
-def evaluation_lines(run: EvaluationRun) -> list[str]:
+def evaluation_lines(run: EvaluationRun | CorruptionRun) -> list[str]:
     """Return the tables of an evaluation, the number of warnings, and the file of the results."""
+    if isinstance(run, CorruptionRun):
+        return [*corruption_lines(run.results), str(run.path)]
     lines = table_lines(run.results)
     if run.warnings:
         both = (run.results, run.results["against"] or {})
@@ -86,6 +89,32 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
         )
     if results["against"]:
         lines += against_lines(results["against"])
+    return [*lines, ""]
+
+
+def corruption_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of all corruptions, and the means over them, in per cent."""
+    severity = f"severity {results['severity']}" if results["severity"] else "all severities"
+    attacks = ", ".join(results["settings"]["attacks"])
+    lines = [
+        f"{results['network']['architecture']}, {results['dataset']}, {severity}",
+        f"correct under each of clean, {attacks}"
+        if attacks
+        else "correct; brackets: 95 % intervals",
+        "",
+        f"{'corruption':18} {'average':>20} {'worst class':>20}",
+    ]
+    for row in results["corruptions"]:
+        least = [c for c in row["classes"] if c["value"] == row["metrics"]["worst"]["value"]]
+        name = f"  {column(least[0]['class'], 17)}".rstrip() if least else ""
+        pair = f"{figure(row['metrics']['average'])} {figure(row['metrics']['worst'])}"
+        lines.append(f"{column(row['corruption'], 18)} {pair}{name}")
+    lines += ["", f"{'mean over corruptions':22} {'':>8} correct"]
+    average = results["mean"]["average"]
+    of_class = [(printable(c["class"]), c["value"]) for c in results["mean"]["classes"]]
+    worst = results["mean"]["worst"]
+    for name, value in [*of_class, ("average", average), ("worst class", worst)]:
+        lines.append(f"{column(name, 22)} {'-' if value is None else f'{100 * value:.1f}':>16}")
     return [*lines, ""]
 
 

@@ -51,8 +51,13 @@ def list_published(
         output.present({"schema": "absld-published-1", "networks": rows}, published_lines(found))
 
 
+NOT_OF_A_CHECK = (
+    *("attacks", "split", "restarts", "each", "checks", "out", "corruption", "severity"),
+)
+
+
 @teacher_app.command(cls=Command)
-@with_settings(EvaluationConfig, without=("attacks", "split", "restarts", "each", "checks", "out"))
+@with_settings(EvaluationConfig, without=NOT_OF_A_CHECK)
 def check(
     target: Target,
     *,
@@ -88,7 +93,7 @@ def check(
 CACHE_SETTINGS = (
     *("dataset", "data", "image_size", "resize", "channels", "in_memory"),
     *("padding", "flip", "teacher", "teacher_model"),
-    *("teacher_weights", "class_order"),
+    *("teacher_weights", "class_order", "image_column", "label_column"),
     *("logit_cache_gib", "engine", "precision", "teacher_precision", "channels_last", "cuda_graph"),
     *("batch_size", "device", "out"),
 )

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from absld.config.imports import names_code
+from absld.config.imports import HUB, names_code
 from absld.config.parsing import parse_all
 from absld.config.resolve import resolve
 from absld.config.settings import Config
@@ -21,7 +21,6 @@ MOST_BYTES = 2**20
 NEEDED = "needed: lines of name = value"
 HINT = "copy it again; a recipe with other settings needs another place and no such last line"
 RUN_FILES = ("STATUS", "environment.json")
-HUB = "hf:"  # begins the name of a file on the Hugging Face Hub
 MAY_NAME_CODE = ("method", "student", "teacher", "teacher_model")
 
 
@@ -103,6 +102,11 @@ def refuse_code(path: str, values: Mapping[str, Any]) -> None:
                 f"{path}: {name} is {value!r}, and nothing that a run's file names is fetched",
                 f"to fetch it, type {flag}",
             )
+    if (dataset := str(values.get("dataset", ""))).startswith(HUB):
+        raise UsageError(
+            f"{path}: its data set is {dataset!r}, and nothing that a run's file names is fetched",
+            f"to fetch it, type --dataset {dataset}",
+        )
 
 
 def parse_settings(text: bytes, path: str) -> dict[str, Any]:

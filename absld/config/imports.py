@@ -12,6 +12,7 @@ from typing import Any
 
 from absld.errors import Stopped, UsageError
 
+HUB = "hf:"  # begins the name of a repository on the Hugging Face Hub
 REGISTRIES = ("timm:", "torchvision:")
 """Beginnings of the names of networks that are looked up in a library, not imported."""
 

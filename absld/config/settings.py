@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from absld.config.datasets import NAMES, EvaluatedData, HubSettings, check_dataset
 from absld.config.fields import Settings, group_of, setting
 from absld.config.imports import names_code
 from absld.config.parsing import did_you_mean
@@ -17,7 +18,6 @@ from absld.errors import UsageError
 from absld.norms import Norm
 
 Precision = Literal["fp32", "tf32", "bf16"]
-Dataset = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"]
 Resize = Literal["squash", "crop"]
 Channels = Literal[1, 3]
 InMemory = Literal["auto", "yes", "no"]
@@ -185,10 +185,10 @@ class TrainConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
+class Config(TrainConfig, HubSettings):
     """Settings of a whole run: its training, data, networks and results."""
 
-    dataset: Dataset = setting("digits", "Data", "data set; digits needs no download")
+    dataset: str = setting("digits", "Data", f"data set: {NAMES}; digits needs no download")
     data: str = setting(
         "data", "Data", "folder with the images; missing data sets are downloaded to it"
     )
@@ -257,6 +257,10 @@ class Config(TrainConfig):
     out: str = setting("runs", "Run", "folder of the runs and their teachers")
     device: str = setting("auto", "Run", "torch device; auto: cuda if there is one, else cpu")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_dataset(self.dataset)
+
     def training(self) -> TrainConfig:
         """Return the settings that the student's training computes with."""
         return TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
@@ -279,7 +283,7 @@ class Config(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(Settings):
+class EvaluationConfig(EvaluatedData):
     """Settings of an evaluation: images, attacks, checks and results."""
 
     attacks: str = setting(
@@ -312,7 +316,6 @@ class EvaluationConfig(Settings):
         0, "Attacks", "random seed of attacks, subset and intervals", low=-math.inf, high=math.inf
     )
 
-    dataset: Dataset | None = setting(None, "Data", "data set [default: the run's]")
     data: str = setting("", "Data", "folder with the images [default: the run's, else ./data]")
     image_size: int | None = setting(
         None,

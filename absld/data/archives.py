@@ -118,7 +118,7 @@ def fetch(archive: Archive, path: Path, observer: Observer) -> None:
     faults = []
     if path.exists():
         faults.append(f"{path} is another file")
-        observer.note(f"{path} is not the published file, and is replaced")
+        observer.note(f"{path} is not the published file, and will be replaced")
     for source in [*([f"{mirror}/{archive.name}"] if mirror else []), *archive.urls]:
         shown = without_password(source)
         observer.note(f"downloading {shown} ({size_text(archive.size)}) to {path}")

@@ -3,6 +3,7 @@
 Only this module opens images. What it changes or skips is said in the notes of a set.
 """
 
+import io
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,13 @@ def open_image(path: str, channels: int = 3) -> tuple["Image.Image", list[str]]:
 
     with Image.open(path, formats=FORMATS) as image:
         return convert(image, channels)
+
+
+def open_encoded(content: bytes) -> "Image.Image":
+    """Open the bytes of an image file, for `convert`."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def convert(image: "Image.Image", channels: int = 3) -> tuple["Image.Image", list[str]]:

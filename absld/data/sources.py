@@ -4,17 +4,20 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from absld.config.datasets import Columns
+from absld.config.imports import HUB
 from absld.config.settings import Channels, Resize
 from absld.data.archives import provide, unpack_zip
 from absld.data.dataset import ImageSet, Splits, check_classes
 from absld.data.decoding import Form, UnreadableError, decode_all, unreadable
 from absld.data.folders import check_utf8, describe_skipped, list_classes, list_files
+from absld.data.hub_datasets import load_hub
 from absld.data.placement import Placement
-from absld.data.published import cifar, image_set, svhn
+from absld.data.published import Part, cifar, image_set, svhn
 from absld.data.readers import FileReader
 from absld.errors import CheckpointError, DataError
 from absld.seeding import generator
@@ -29,11 +32,10 @@ HINTS = {
     "tiny-imagenet": "needed in {folder}: tiny-imagenet-200/, as tiny-imagenet-200.zip unpacks",
 }
 UNPACK = "unpack tiny-imagenet-200.zip anew"
-RESIZED = ("folder", "tiny-imagenet")  # their images get the size that is asked for
+RESIZED = ("folder", "tiny-imagenet")
 GREY = ("digits", *RESIZED)  # their images may be of one channel
 ON_CPU = Placement()
-
-Part = Literal["train", "test"]
+ONLY = Columns()
 
 
 def load_data(
@@ -43,6 +45,7 @@ def load_data(
     resize: Resize = "squash",
     channels: Channels = 3,
     placement: Placement = ON_CPU,
+    columns: Columns = ONLY,
 ) -> Splits:
     """Load the training, validation and test set of a data set, for batches on the CPU.
 
@@ -50,40 +53,53 @@ def load_data(
     at least one image of a class that has two or more, and none of a class of one.
 
     Args:
-        dataset: digits, or one of those in HINTS.
+        dataset: digits, one of those in HINTS, or hf:owner/name.
         folder: where its files are; missing archives are downloaded to it.
         image_size: side in pixels to which images of folder and tiny-imagenet are resized.
         resize: how they become square: squashed, or their centre.
         channels: 1 makes images of folder, tiny-imagenet and digits grey.
         placement: whether images are kept in memory or in a file, and who is told.
+        columns: of images and labels, in data sets of the hub.
 
     Raises:
         DataError: with the file or class at fault.
     """
     form = Form(image_size, resize, channels)
-    train, test = load_parts(dataset, folder, form, ("train", "test"), placement)
+    train, test = load_parts(dataset, folder, form, ("train", "test"), placement, columns)
     splits = *hold_out(train, share_of(dataset)), test
     return Splits(*map(placement.place, splits))
 
 
 def load_split(
-    dataset: str, folder: str, form: Form, name: str, placement: Placement = ON_CPU
+    dataset: str,
+    folder: str,
+    form: Form,
+    name: str,
+    placement: Placement = ON_CPU,
+    columns: Columns = ONLY,
 ) -> ImageSet:
     """Load one set of `load_data`; nothing else is read, or needs to be there.
 
     name: train, validation or test. Raises DataError.
     """
     if name == "test":
-        return placement.place(load_parts(dataset, folder, form, ("test",), placement)[0])
-    (images,) = load_parts(dataset, folder, form, ("train",), placement)
+        return placement.place(load_parts(dataset, folder, form, ("test",), placement, columns)[0])
+    (images,) = load_parts(dataset, folder, form, ("train",), placement, columns)
     train, validation = hold_out(images, share_of(dataset))
     return placement.place(train if name == "train" else validation)
 
 
 def load_parts(
-    dataset: str, folder: str, form: Form, parts: Sequence[Part], placement: Placement
+    dataset: str,
+    folder: str,
+    form: Form,
+    parts: Sequence[Part],
+    placement: Placement,
+    columns: Columns,
 ) -> list[ImageSet]:
     """Load the parts of a data set as they were published. Raises DataError."""
+    if dataset.startswith(HUB):
+        return [*load_hub(dataset, columns, form, parts, placement)]
     sources: dict[str, Callable[[], Sequence[ImageSet]]] = {
         "digits": lambda: digits(parts, form.channels),
         "folder": lambda: from_folder(folder, form, parts, placement),
@@ -104,6 +120,11 @@ def load_parts(
     except (OSError, RuntimeError, ValueError, ImportError, EOFError) as error:
         hint = getattr(error, "hint", "") or HINTS[dataset].format(folder=folder)
         raise DataError(printable(str(error)), printable(hint)) from error
+
+
+def is_resized(dataset: str) -> bool:
+    """Return whether the images of a data set get the size that is asked for."""
+    return dataset in RESIZED or dataset.startswith(HUB)
 
 
 def share_of(dataset: str) -> float:

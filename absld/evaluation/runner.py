@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import torch
 
 from absld.attack import frozen_eval
-from absld.config.files import HUB, read_run_config
-from absld.config.imports import names_code
+from absld.config.datasets import CORRUPTED
+from absld.config.files import read_run_config
+from absld.config.imports import HUB, names_code
 from absld.config.resolve import resolve
 from absld.config.settings import Config, EvaluationConfig
-from absld.data.dataset import ImageSet, describe_images, pixels
-from absld.data.decoding import Form
-from absld.data.placement import Placement
-from absld.data.sources import RESIZED, load_split
+from absld.data.dataset import ImageSet, pixels
+from absld.data.hub_datasets import refuse_unfetched
+from absld.data.sources import is_resized
 from absld.engine.precision import (
     emulation_warnings,
     float32_precision,
@@ -33,6 +33,7 @@ from absld.errors import AbsldError, CheckpointError, NonFiniteError, Stopped, U
 from absld.evaluation.attacks import parse_attacks
 from absld.evaluation.class_names import check_class_names, check_image_shape
 from absld.evaluation.evaluate import Evaluation, paired_differences
+from absld.evaluation.images import describe_data, load_images
 from absld.evaluation.results import (
     SCHEMA,
     describe_network,
@@ -219,9 +220,13 @@ def complete_config(config: Settings, target: str) -> Settings:
         )
     size, resize, channels = config.image_size, config.resize, config.channels
     norm = config.norm or (defaults.norm if defaults else "linf")
-    if defaults is None or config.dataset not in (None, defaults.dataset):
-        defaults = resolve({"dataset": config.dataset, "norm": norm})
+    # Corrupted images count as those of the run.
+    if defaults is None or config.dataset not in (None, defaults.dataset, *CORRUPTED):
+        name = str(config.dataset)
+        defaults = resolve({"dataset": CORRUPTED.get(name, name), "norm": norm})
     else:
+        if config.dataset is None:
+            refuse_unfetched(defaults.dataset, target)
         size = size or defaults.image_size
         resize, channels = resize or defaults.resize, channels or defaults.channels
     epsilon = config.epsilon
@@ -230,11 +235,13 @@ def complete_config(config: Settings, target: str) -> Settings:
         epsilon = defaults.epsilon if defaults.norm == norm else of_norm.epsilon
     return replace(
         config,
-        dataset=defaults.dataset,
+        dataset=config.dataset or defaults.dataset,
         data=config.data or defaults.data,
         image_size=size,
         resize=resize,
         channels=channels,
+        image_column=config.image_column or defaults.image_column,
+        label_column=config.label_column or defaults.label_column,
         norm=norm,
         epsilon=epsilon,
     )
@@ -257,8 +264,10 @@ def load_target(
         observer=observer,
     )
     check_network(network.model, data, target)
-    network = check_class_names(network, data, target, config.class_order)
-    guessed = config.image_size is None and config.dataset in RESIZED
+    # Labels in a file of numbers have no names.
+    order = "by-position" if config.dataset == "corrupted" else config.class_order
+    network = check_class_names(network, data, target, order)
+    guessed = config.image_size is None and is_resized(str(config.dataset))
     network = check_image_shape(network, data, target, refuse=guessed)
     typed = (config.model, name_for(config.model, data.image_shape))
     if config.model and network.architecture not in typed:
@@ -267,31 +276,6 @@ def load_target(
             "leave out --model, or give another file",
         )
     return network
-
-
-def load_images(config: EvaluationConfig, observer: Observer) -> ImageSet:
-    """Load the images to evaluate on and describe them; in the size of the recipe if none was chosen."""
-    size = config.image_size or resolve({"dataset": config.dataset}).image_size
-    form = Form(size, config.resize or "squash", config.channels or 3)
-    placement = Placement(config.in_memory, resolve_device(config.device), observer)
-    data = load_split(str(config.dataset), config.data, form, config.split, placement)
-    for line in describe_images({config.split: data}):
-        observer.note(line)
-    return data
-
-
-def describe_data(
-    config: EvaluationConfig, evaluation: Evaluation, data: ImageSet
-) -> dict[str, Any]:
-    """Return data set, split, number of images, classes, and what reading the images changed."""
-    return {
-        "dataset": config.dataset,
-        "split": config.split,
-        "images": len(evaluation.labels),
-        "of": len(data),
-        "classes": list(data.classes),
-        "notes": list(data.notes),
-    }
 
 
 def sample_outputs(target: str, network: Network, data: ImageSet) -> list[list[float]] | None:

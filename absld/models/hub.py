@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from absld.config.files import HUB
+from absld.config.imports import HUB
 from absld.errors import AbsldError, CheckpointError, UsageError
 from absld.models.hub_config import CONFIG, WEIGHTS, read_config
 from absld.progress import Observer

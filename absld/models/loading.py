@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from absld.config.files import HUB
-from absld.config.imports import REGISTRIES, import_object, names_code
+from absld.config.imports import HUB, REGISTRIES, import_object, names_code
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.models.architectures import (
     KNOWN,

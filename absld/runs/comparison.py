@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from absld.config.datasets import Columns
 from absld.config.files import read_recipe, read_run_config
 from absld.config.imports import names_code
 from absld.config.recipes import METHOD_RECIPES
@@ -16,6 +17,7 @@ from absld.config.resolve import SETTING_GROUPS, resolve
 from absld.config.settings import Config, EvaluationConfig
 from absld.data.dataset import ImageSet
 from absld.data.decoding import Form
+from absld.data.hub_datasets import refuse_unfetched
 from absld.data.placement import Placement
 from absld.data.sources import load_split
 from absld.engine.precision import resolve_device
@@ -166,18 +168,22 @@ def compare_runs(
         configs.append(read_run_config(run.path / "config.toml"))
     labels = label_configs(configs)
     baseline = resolve_baseline(labels, configs, baseline)
-    sources = {(c.dataset, c.data, Form.of(c)) for c in configs}
-    if len({dataset for dataset, _, _ in sources}) > 1:
+    sources = {(c.dataset, c.data, Form.of(c), Columns.of(c)) for c in configs}
+    if len({dataset for dataset, *_ in sources}) > 1:
         raise UsageError(
             f"these runs are of {' and '.join(sorted({s[0] for s in sources}))}",
             "needed: runs on the same images",
         )
+    refuse_unfetched(configs[0].dataset, paths[0])
     placement = Placement(evaluation.in_memory, resolve_device(evaluation.device), observer)
-    images_of = {source: load_split(*source, evaluation.split, placement) for source in sources}
+    images_of = {
+        source: load_split(*source[:3], evaluation.split, placement, source[3])
+        for source in sources
+    }
     members = []
     for number, (label, path, config) in enumerate(zip(labels, paths, configs, strict=True), 1):
         observer.begin_run(label, config.seed, number, len(paths))
-        images = images_of[config.dataset, config.data, Form.of(config)]
+        images = images_of[config.dataset, config.data, Form.of(config), Columns.of(config)]
         members.append(evaluate_run(label, Path(path), config, evaluation, images, observer))
         observer.end_run(members[-1].figures(), members[-1].seconds, True)
     return summarise(members, evaluation, baseline, Path(out or Path(paths[0]).parent))

@@ -17,12 +17,12 @@ from absld.config.settings import ExportConfig
 from absld.data.dataset import ImageSet, stratified
 from absld.engine.precision import float32_precision, resolve_device
 from absld.errors import CheckpointError, UsageError
+from absld.evaluation.images import load_images
 from absld.evaluation.results import describe_network, to_json
 from absld.evaluation.runner import (
     blame_target,
     complete_config,
     config_of_run,
-    load_images,
     load_target,
     sample_outputs,
     short_name,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from absld.config.datasets import Columns
 from absld.config.settings import Config
 from absld.data.augmentation import Views
 from absld.data.dataset import ImageSet
@@ -55,7 +56,9 @@ def fill_logit_cache(config: Config, observer: Observer) -> Iterator[tuple[int, 
         )
     device = resolve_device(config.device)
     placement = Placement(config.in_memory, device, observer)
-    train = load_split(config.dataset, config.data, Form.of(config), "train", placement)
+    train = load_split(
+        config.dataset, config.data, Form.of(config), "train", placement, Columns.of(config)
+    )
     teacher = load_teacher(config, train, observer)
     for text in teacher.notes:
         observer.note(text)

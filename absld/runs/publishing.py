@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from absld.config.fields import group_of
-from absld.config.files import HUB, read_run_config
-from absld.config.imports import names_code
+from absld.config.files import read_run_config
+from absld.config.imports import HUB, names_code
 from absld.config.settings import Config
 from absld.data.sources import RESIZED
 from absld.errors import CheckpointError

@@ -25,6 +25,7 @@ from absld.storage.training_checkpoint import compare_settings
 # Settings that say where things are, not what is computed; weights count by their digests.
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
 PLACES |= {"class_order", "student_weights", "teacher_weights", "pretrained", "in_memory"}
+PLACES |= {"image_column", "label_column"}
 # Settings that count where they are not the default: runs that had none of them keep their names.
 YOUNGER = ("resize", "channels")
 # What the last digits depend on, and with the number of processes more: each has a part of a batch.
@@ -134,8 +135,9 @@ def run_directory(
             "the processes do not have the same settings, images and networks",
             "give all the same files; for one on a hub a commit, hf:owner/name@COMMIT",
         )
-    short = re.sub(r"[^\w-]", "-", kind)  # package.module:Class is a method, too
-    name = f"{config.dataset}-{short}-seed{config.seed}-{key}"
+    # package.module:Class is a method, too, and hf:owner/name a data set.
+    dataset, short = (re.sub(r"[^\w-]", "-", name) for name in (config.dataset, kind))
+    name = f"{dataset}-{short}-seed{config.seed}-{key}"
     out = Path(config.out)
     path = out / name
     return RunDirectory(path, out) if distributed.is_main else ReadOnlyRunDirectory(path)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from absld.config.datasets import Columns
 from absld.config.fields import check_epsilon
 from absld.config.settings import Config, TrainConfig
 from absld.data.dataset import Splits
@@ -106,7 +107,7 @@ def load_splits(config: Config, device: torch.device, observer: Observer) -> Spl
     """Load the images of a run. Raises DataError."""
     form = config.image_size, config.resize, config.channels
     placement = Placement(config.in_memory, device, observer)
-    return load_data(config.dataset, config.data, *form, placement)
+    return load_data(config.dataset, config.data, *form, placement, Columns.of(config))
 
 
 def plan(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from absld.config.files import HUB
+from absld.config.imports import HUB
 from absld.errors import AbsldError, CheckpointError, UsageError
 from absld.models.hub import MAIN, HubName, import_hub, parse
 from absld.text import clip

@@ -80,7 +80,7 @@ def test_a_teacher_is_checked(cuda, tmp_path, monkeypatch):
     data = absld.load_data("digits", "")
     images, labels = data.test.images[:40], data.test.labels[:40]
     few = absld.InMemoryImages(images, labels, data.test.classes)
-    monkeypatch.setattr("absld.evaluation.runner.load_split", lambda *_: few)
+    monkeypatch.setattr("absld.evaluation.images.load_split", lambda *_: few)
     path = tmp_path / "teacher.pt"
     save({"model": absld.build_model("convnet", 10, "teacher").state_dict()}, path)
 

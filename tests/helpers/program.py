@@ -24,23 +24,23 @@ def few_digits():
     )
 
 
-def load_few(dataset, folder, image_size, resize, channels, placement):
+def load_few(dataset, folder, image_size, resize, channels, placement, columns):
     """The data, but of the digits only a few: what is tested here is not how well they learn."""
     if dataset == "digits":
         return Splits(*map(placement.place, few_digits()))
-    return load_data(dataset, folder, image_size, resize, channels, placement)
+    return load_data(dataset, folder, image_size, resize, channels, placement, columns)
 
 
-def load_few_split(dataset, folder, form, name, placement):
+def load_few_split(dataset, folder, form, name, placement, columns):
     """One set of them."""
-    few = load_few(dataset, folder, form.size, form.resize, form.channels, placement)
+    few = load_few(dataset, folder, form.size, form.resize, form.channels, placement, columns)
     return getattr(few, name)
 
 
 def use_few_digits(monkeypatch):
     """Let every command read only a few of the digits."""
     monkeypatch.setattr("absld.runs.training_run.load_data", load_few)
-    for module in ("evaluation.runner", "runs.comparison", "runs.logit_caches"):
+    for module in ("evaluation.images", "runs.comparison", "runs.logit_caches"):
         monkeypatch.setattr(f"absld.{module}.load_split", load_few_split)
 
 

@@ -32,6 +32,8 @@ VALUES = (
     | {k: st.booleans() for k, kind in TYPES.items() if strip_optional(kind) is bool}
     | dict.fromkeys(("data", "student", "teacher", "teacher_model", "out", "device"), text)
     | dict.fromkeys(("student_weights", "teacher_weights"), text)
+    | dict.fromkeys(("image_column", "label_column"), st.just(""))  # of data sets on a hub only
+    | {"dataset": st.sampled_from([*RECIPES, "hf:owner/name@v1/subset"])}
     | {"method": st.sampled_from([*METHOD_RECIPES, "mine.methods:Mart"])}
     | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))
     | dict.fromkeys(("learning_rate", "weight_decay", "kl_scale"), numbers(0, MOST))
@@ -75,7 +77,7 @@ def test_a_recipe_file_reads_back_as_the_same_settings(tmp_path_factory, setting
     path = tmp_path_factory.getbasetemp() / "spaces ünd.toml"
     config = resolve(settings)
     path.write_bytes(to_toml(config).encode())
-    assert resolve(read_recipe(str(path), MAY_NAME_CODE)) == config
+    assert resolve(read_recipe(str(path), (*MAY_NAME_CODE, "dataset"))) == config
 
 
 @given(settings)

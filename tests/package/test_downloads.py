@@ -9,6 +9,7 @@ import threading
 import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -364,3 +365,7 @@ def test_hashes_and_urls_of_the_archives():
     assert [ARCHIVES[f"svhn-{part}"].md5 for part in ("train", "test")] == [
         SVHN.split_list[part][2] for part in ("train", "test")
     ]
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for archive in ARCHIVES.values():
+        row = f"| `{archive.name}` | {archive.size:,} | `{archive.md5}`, `{archive.sha256}` |"
+        assert row in page
