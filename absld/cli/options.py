@@ -30,6 +30,7 @@ RecipeFile = Annotated[
     ),
 ]
 ALIASES = {"epsilon": ["--eps"]}
+COMPLETED = {"dataset": RECIPES, "method": METHOD_RECIPES}  # settings with other values, too
 MAX_METAVAR = 16  # columns; longer lists of choices are in the help text
 
 
@@ -105,6 +106,7 @@ def group_rank(parameter: inspect.Parameter) -> int:
 def option(f: "Field[Any]", kind: Any, meaning: str, *, method_recipes: bool) -> inspect.Parameter:
     """Make the option of a setting: its flag, meaning, choices and defaults."""
     kind, choices = strip_optional(kind), choices_of(kind)
+    words = choices or COMPLETED.get(f.name, ())
     flag = "--" + f.name.replace("_", "-")
     metavar = {str: "TEXT", float: "X"}.get(kind, "N")
     meaning, _, default = meaning.partition(" [default: ")
@@ -123,7 +125,7 @@ def option(f: "Field[Any]", kind: Any, meaning: str, *, method_recipes: bool) ->
         metavar=None if kind is bool else metavar,
         rich_help_panel=group_of(f),
         show_default=False,
-        autocompletion=lambda incomplete: [c for c in choices if c.startswith(incomplete)],
+        autocompletion=lambda incomplete: [c for c in words if c.startswith(incomplete)],
     )
     # The text is parsed by absld.config, as in a recipe file: one place knows what is allowed.
     value: Any = bool if kind is bool else str
