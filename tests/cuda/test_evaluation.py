@@ -61,7 +61,7 @@ def test_an_evaluation_has_the_predictions_of_a_cpu(attacks, cuda, few_iteration
 
 
 def test_the_sanity_checks_have_the_result_of_a_cpu(cuda, monkeypatch):
-    monkeypatch.setattr(sanity_checks, "PGD", parse_attack("pgd3"))
+    monkeypatch.setattr(sanity_checks, "PGD", {"linf": parse_attack("pgd3")})
     monkeypatch.setattr(sanity_checks, "LONGER", parse_attack("pgd5", restarts=2))
     monkeypatch.setattr(sanity_checks, "SEARCH", SquareSearch("square search", queries=10))
 

@@ -83,10 +83,10 @@ MUTANTS = {
         "x_nat - 255 * epsilon, x_nat + 255 * epsilon",
         on_both("test_attack.py::test_projection_is_the_formula"),
     ),
-    "descent": alike(
+    "descent": apart(
         "attack",
-        "step_size * gradient.sign()",
-        "-step_size * gradient.sign()",
+        ("step_size * gradient.sign()", "-step_size * gradient.sign()"),
+        ("step_size * steepest(gradient)", "-step_size * steepest(gradient)"),
         on_both("test_attack.py::test_closed_form_of_a_linear_model"),
     ),
     "natural before adversarial": alike(

@@ -458,6 +458,7 @@ def test_training_attack_is_the_release_s(impl, monkeypatch):
     monkeypatch.setattr(module, "pgd", record)
     x_nat = draw.images(0)
     training_attack(impl, 8 / 255)(network(impl), soft_labels(4), x_nat, x_nat)
+    assert used.pop("norm", "linf") == "linf"
     assert used == {"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10}
 
 
