@@ -28,10 +28,11 @@ from absld.cli.recipe_view import recipe_lines
 from absld.cli.signals import signal_exit_code
 from absld.cli.teacher_commands import teacher_app
 from absld.config.datasets import CORRUPTED
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe
 from absld.config.recipes import METHOD_RECIPES, RECIPES
 from absld.config.resolve import resolve, resolve_evaluation
-from absld.config.settings import Config, EvaluationConfig
+from absld.config.settings import Config
 from absld.errors import AbsldError, UnreliableError, UsageError
 from absld.text import clip
 

@@ -6,9 +6,10 @@ import typer
 
 from absld.cli.options import AsJson, RecipeFile, explicit, seed_list, with_settings
 from absld.cli.output import SAME_COMMAND, command_output
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe
 from absld.config.parsing import parse_all
-from absld.config.settings import Config, EvaluationConfig
+from absld.config.settings import Config
 from absld.errors import UsageError
 
 OF_BOTH = ("device", "class_order", "in_memory")  # trainings and evaluations

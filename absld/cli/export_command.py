@@ -6,8 +6,8 @@ import typer
 
 from absld.cli.options import AsJson, explicit, with_settings
 from absld.cli.output import SAME_COMMAND, command_output
+from absld.config.evaluation_settings import ExportConfig
 from absld.config.parsing import parse_all
-from absld.config.settings import ExportConfig
 
 
 @with_settings(

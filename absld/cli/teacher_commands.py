@@ -6,9 +6,10 @@ import typer
 
 from absld.cli.options import AsJson, Command, CommandGroup, Target, explicit, with_settings
 from absld.cli.output import SAME_COMMAND, command_output
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.parsing import parse_all
 from absld.config.resolve import resolve
-from absld.config.settings import Config, EvaluationConfig
+from absld.config.settings import Config
 from absld.errors import CheckpointError, UsageError
 
 teacher_app = typer.Typer(

@@ -5,10 +5,11 @@ from dataclasses import fields
 from typing import Any
 
 from absld.config.datasets import CORRUPTED
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.fields import group_of
 from absld.config.parsing import parse_all
 from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RECIPES
-from absld.config.settings import Config, EvaluationConfig
+from absld.config.settings import Config
 
 SETTING_GROUPS = {f.name: group_of(f) for f in fields(Config)}
 

@@ -1,15 +1,15 @@
-"""Every setting, once: its default, its meaning and its source. Imports no torch.
+"""Every setting of a training, once: its default, its meaning and its source. Imports no torch.
 
 `TrainConfig` holds what training computes with; `Config` adds what a run from the command line
-needs; `EvaluationConfig` holds the settings of an evaluation. Flags, recipe files,
-`absld recipe show` and the records of runs are all made from these fields.
+needs. Flags, recipe files, `absld recipe show` and the records of runs are all made from these
+fields.
 """
 
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from absld.config.datasets import NAMES, EvaluatedData, HubSettings, check_dataset
+from absld.config.datasets import NAMES, HubSettings, check_dataset
 from absld.config.fields import Settings, group_of, setting
 from absld.config.imports import names_code
 from absld.config.parsing import did_you_mean
@@ -22,7 +22,6 @@ Resize = Literal["squash", "crop"]
 Channels = Literal[1, 3]
 InMemory = Literal["auto", "yes", "no"]
 ClassOrder = Literal["by-name", "by-position"]
-ExportFormat = Literal["onnx", "torch-export", "safetensors"]
 RESIZE = (
     "squash: resize images to squares whatever their aspect ratio; crop: resize the shorter side, "
     "and take the centre"
@@ -280,104 +279,3 @@ class Config(TrainConfig, HubSettings):
         defaults |= {k: value for k, (value, _) in NORM_RECIPES[self.norm].items() if k in defaults}
         changes = defaults | {"method": "trades", "epochs": self.teacher_epochs}
         return replace(self.training(), **changes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(EvaluatedData):
-    """Settings of an evaluation: images, attacks, checks and results."""
-
-    attacks: str = setting(
-        "clean,fgsm,pgd20,cw30",
-        "Attacks",
-        "any of clean, fgsm, pgd20, pgd20-sat, cw30 (or other numbers of steps), autoattack",
-    )
-    norm: Norm | None = setting(
-        None, "Attacks", "norm of the budget [default: the run's, else linf]", RELEASE
-    )
-    epsilon: float | None = setting(
-        None,
-        "Attacks",
-        "budget in the norm; pixels are in [0,1] [default: the run's, else the data set's]",
-        RELEASE,
-        high=1.0,
-    )
-    restarts: int = setting(
-        1,
-        "Attacks",
-        "run each PGD and CW attack N times; an image is robust only if correct after all of them",
-        low=1.0,
-    )
-    each: bool = setting(
-        False,
-        "Attacks",
-        "run every attack on all images that are correct when clean, and report each alone",
-    )
-    seed: int = setting(
-        0, "Attacks", "random seed of attacks, subset and intervals", low=-math.inf, high=math.inf
-    )
-
-    data: str = setting("", "Data", "folder with the images [default: the run's, else ./data]")
-    image_size: int | None = setting(
-        None,
-        "Data",
-        "resize images to N x N pixels (folder and tiny-imagenet only) [default: the run's, else "
-        "the data set's]",
-        low=1.0,
-    )
-    resize: Resize | None = setting(None, "Data", f"{RESIZE} [default: the run's, else squash]")
-    channels: Channels | None = setting(None, "Data", f"{CHANNELS} [default: the run's, else 3]")
-    in_memory: InMemory = setting("auto", "Data", IN_MEMORY)
-    class_order: ClassOrder = setting("by-name", "Data", CLASS_ORDER)
-    split: Literal["test", "validation", "train"] = setting(
-        "test", "Data", "split of the data set to evaluate on"
-    )
-    examples: int | None = setting(
-        None, "Data", "evaluate on N images, stratified by class [default: all]", low=1.0
-    )
-
-    model: str = setting(
-        "",
-        "Network",
-        "architecture, if it cannot be recognised from the file: a name, timm:NAME, "
-        "torchvision:NAME or package.module:factory",
-    )
-    weights: str = setting(
-        "",
-        "Network",
-        "key of the state dict in the file, if the file has several [default: the first of a "
-        "known name]",
-    )
-    precision: Precision = setting(
-        "fp32", "Network", "numeric precision of the network; tf32 has an effect only on CUDA"
-    )
-
-    checks: bool = setting(
-        True, "Run", "run sanity checks for gradient masking and other evaluation failures"
-    )
-    batch_size: int = setting(
-        250, "Run", "images per batch; an interruption loses the current batch", low=1.0
-    )
-    out: str = setting(
-        "", "Run", "folder of the results [default: RUN/evaluations, else ./evaluations]"
-    )
-    device: str = setting("auto", "Run", "torch device; auto: cuda if there is one, else cpu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig(EvaluationConfig):
-    """Settings of an export: the file, and the images on which it is compared with the original."""
-
-    format: ExportFormat = setting(
-        "onnx",
-        "Run",
-        "format of the file; onnx needs absld[onnx], and is compared where onnxruntime is installed",
-    )
-    examples: int | None = setting(
-        None,
-        "Data",
-        "compare on N images, stratified by class [default: all clean ones, 1000 adversarial ones]",
-        low=1.0,
-    )
-    out: str = setting(
-        "", "Run", "file to write [default: in RUN/exports, else in ./exports, named by TARGET]"
-    )

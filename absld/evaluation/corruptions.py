@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from absld.config.settings import EvaluationConfig
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.data.corrupted import list_corruptions
 from absld.evaluation.results import to_json
 from absld.evaluation.runner import EvaluationRun, complete_config, run_evaluation

@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from absld.attack import frozen_eval
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.fields import check_epsilon
 from absld.config.parsing import parse, parse_all
-from absld.config.settings import EvaluationConfig
 from absld.data.dataset import ImageSet, pixels, stratified
 from absld.errors import UsageError
 from absld.evaluation.attacks import Attack, AttackBatch, parse_attacks

@@ -3,8 +3,8 @@
 from typing import Any
 
 from absld.config.datasets import CORRUPTED, FOR_EVALUATION, Columns
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.resolve import resolve
-from absld.config.settings import EvaluationConfig
 from absld.data.corrupted import list_corruptions, load_corrupted
 from absld.data.dataset import ImageSet, InMemoryImages, describe_images
 from absld.data.decoding import Form

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from absld.config.settings import EvaluationConfig
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.data.dataset import ImageSet
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation.attacks import Attack

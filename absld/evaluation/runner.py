@@ -16,10 +16,11 @@ import torch
 
 from absld.attack import frozen_eval
 from absld.config.datasets import CORRUPTED
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_run_config
 from absld.config.imports import HUB, names_code
 from absld.config.resolve import resolve
-from absld.config.settings import Config, EvaluationConfig
+from absld.config.settings import Config
 from absld.data.dataset import ImageSet, pixels
 from absld.data.hub_datasets import refuse_unfetched
 from absld.data.sources import is_resized

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from absld.attack import frozen_eval
-from absld.config.settings import EvaluationConfig
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.data.dataset import ImageSet, pixels
 from absld.engine.precision import (
     emulation_warnings,

@@ -115,9 +115,14 @@ def load_network(
             )
         model, notes = build_network(name, num_classes, key, image_shape, pretrained)
         return Network(model, name, tuple(notes))
+    raise unknown_target(target)
+
+
+def unknown_target(target: str) -> UsageError | CheckpointError:
+    """Build the error for a text that names no network."""
     if target.endswith((".pt", ".pth", ".pkl", ".tar", ".bin")) or os.sep in target:
-        raise CheckpointError(f"{target}: no such file", "check the path")
-    raise UsageError(
+        return CheckpointError(f"{target}: no such file", "check the path")
+    return UsageError(
         f"{target!r} is not a known network, a file or a run directory",
         f"there are: {', '.join(KNOWN)}, timm:NAME, torchvision:NAME, files, run directories, "
         "hf:owner/name, and package.module:factory",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from absld.config.settings import EvaluationConfig
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.data.sources import RESIZED
 from absld.evaluation.attacks import AUTOATTACK_COSTS
 from absld.evaluation.results import warnings

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from absld.config.datasets import Columns
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe, read_run_config
 from absld.config.imports import names_code
 from absld.config.recipes import METHOD_RECIPES
 from absld.config.resolve import SETTING_GROUPS, resolve
-from absld.config.settings import Config, EvaluationConfig
+from absld.config.settings import Config
 from absld.data.dataset import ImageSet
 from absld.data.decoding import Form
 from absld.data.hub_datasets import refuse_unfetched
@@ -30,7 +31,7 @@ from absld.evaluation.runner import (
 )
 from absld.progress import Observer
 from absld.report.summary import budget
-from absld.runs import training_run
+from absld.runs import planning, training_run
 from absld.runs.comparison_results import Comparison, Member, summarise
 from absld.runs.run_record import YOUNGER, deciding_settings
 from absld.storage.run_directory import RunDirectory
@@ -130,13 +131,13 @@ def compare_methods(
     labels = label_configs(configs)
     baseline = resolve_baseline(labels, configs, baseline)
     device = resolve_device(configs[0].device)
-    splits = training_run.load_splits(configs[0], device, observer)
+    splits = planning.load_splits(configs[0], device, observer)
     notes += splits.describe()
     parse_attacks(evaluation.attacks, splits.test.num_classes, 1)  # before hours of training
     members = []
     for number, (label, config) in enumerate(zip(labels, configs, strict=True), 1):
         observer.begin_run(label, config.seed, number, len(configs))
-        run = training_run.plan(config, observer, splits).run
+        run = planning.plan(config, observer, splits).run
         reused = run.exists() and run.status() == "finished"
         if not reused:
             try:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.resolve import SETTING_GROUPS
-from absld.config.settings import Config, EvaluationConfig
+from absld.config.settings import Config
 from absld.engine.precision import resolve_device
 from absld.errors import UsageError
 from absld.evaluation.evaluate import Evaluation, paired_differences
@@ -19,7 +20,7 @@ from absld.evaluation.runner import EvaluationRun
 from absld.metrics import METRICS, present, rho
 from absld.report.comparison_plot import plot
 from absld.report.comparison_tables import csv_text, latex, markdown
-from absld.runs.training_run import SELECTED_ON_TEST
+from absld.runs.planning import SELECTED_ON_TEST
 from absld.storage.environment import environment, read_sessions
 from absld.storage.files import key_of, write_text
 from absld.storage.opening import make_folder

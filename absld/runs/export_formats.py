@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from absld.config.evaluation_settings import ExportFormat
 from absld.config.imports import names_code
-from absld.config.settings import ExportFormat
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.models.loading import load_network
 from absld.storage.environment import version

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from absld.attack import frozen_eval
-from absld.config.settings import ExportConfig
+from absld.config.evaluation_settings import ExportConfig
 from absld.data.dataset import ImageSet, stratified
 from absld.engine.precision import float32_precision, resolve_device
 from absld.errors import CheckpointError, UsageError

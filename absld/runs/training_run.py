@@ -1,44 +1,31 @@
-"""A whole training run: data, teacher, student, test."""
+"""A whole training run: teacher, student, test."""
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
 
-from absld.config.datasets import Columns
-from absld.config.fields import check_epsilon
 from absld.config.settings import Config, TrainConfig
 from absld.data.dataset import Splits
-from absld.data.placement import Placement
-from absld.data.sources import load_data
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
 from absld.engine.logit_cache import LogitCacheSettings
 from absld.engine.precision import (
-    emulation_warnings,
     float32_precision,
-    resolve_device,
     with_precision,
 )
-from absld.engine.techniques import Techniques, describe, with_techniques
-from absld.errors import UsageError
-from absld.evaluation.class_names import check_class_names, check_image_shape
+from absld.engine.techniques import Techniques, with_techniques
 from absld.evaluation.input_scale import check_teacher_scale
-from absld.evaluation.validation import check_network, check_state, check_teacher, validate
-from absld.methods.base import Method
-from absld.methods.registry import build_method
+from absld.evaluation.validation import check_state, check_teacher, validate
 from absld.metrics import ClassAccuracies, fairness
 from absld.models.loading import Network, load_network, load_state
-from absld.models.registries import check_pretrained
 from absld.progress import Observer, Role, plain
-from absld.report.summary import budget
-from absld.runs.logit_caches import cache_folder, describe_cache, load_teacher
+from absld.runs.logit_caches import cache_folder, describe_cache
+from absld.runs.planning import SELECTED_ON_TEST, describe_start, plan
 from absld.runs.run_record import (
     RunRecord,
     changed_conditions,
@@ -57,9 +44,6 @@ from absld.text import printable
 from absld.trainer import fit
 
 WAIT = 0.5  # seconds between two attempts to lock a run directory
-SELECTED_ON_TEST = (
-    "warning: the best epoch is selected on the test images: reported accuracies are optimistic"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,89 +71,6 @@ class TrainingResult:
             "student_sha256": self.student_sha256,
             "warning": self.warning,
         }
-
-
-class Plan(NamedTuple):
-    """The start of a run: device, techniques, images, method, networks, digests of these
-    (`inputs`), and directory."""
-
-    device: torch.device
-    techniques: Techniques
-    splits: Splits
-    method: Method
-    student: Network
-    teacher: Network | None
-    inputs: dict[str, str]
-    run: RunDirectory
-
-
-def load_splits(config: Config, device: torch.device, observer: Observer) -> Splits:
-    """Load the images of a run. Raises DataError."""
-    form = config.image_size, config.resize, config.channels
-    placement = Placement(config.in_memory, device, observer)
-    return load_data(config.dataset, config.data, *form, placement, Columns.of(config))
-
-
-def plan(
-    config: Config,
-    observer: Observer,
-    splits: Splits | None = None,
-    distributed: Distributed = SINGLE_PROCESS,
-) -> Plan:
-    """Load and check all inputs, before hours are spent on a teacher.
-
-    splits: the images, if they are loaded already. Raises AbsldError.
-    """
-    device = resolve_device(distributed.device(config.device))
-    if splits is None:
-        splits = load_splits(config, device, observer)
-    check_epsilon(config.epsilon, config.norm, math.prod(splits.train.image_shape))
-    if config.select_on == "test":
-        splits = splits._replace(validation=splits.test)
-    if config.teacher_weights and not config.teacher:
-        raise UsageError("--teacher-weights is a key in a teacher's file", "add --teacher FILE")
-    if config.pretrained:
-        check_pretrained([config.student, *([] if config.teacher else [config.teacher_model])])
-    method = build_method(config, splits.train.num_classes)
-    student = load_network(
-        config.student,
-        splits.train.num_classes,
-        (config.seed, "student"),
-        weights=config.student_weights,
-        image_shape=splits.train.image_shape,
-        pretrained=config.pretrained,
-        observer=observer,
-    )
-    check_network(student.model, splits.train, config.student)
-    student = check_class_names(student, splits.train, config.student, config.class_order)
-    student = check_image_shape(student, splits.train, config.student)
-    teacher = (
-        load_teacher(config, splits.train, observer)
-        if method.needs_teacher and config.teacher
-        else None
-    )
-    inputs = image_digests(splits) | {"initial_weights": digest(student.model.state_dict())}
-    if teacher:
-        inputs["teacher_weights"] = digest(teacher.model.state_dict())
-    # A student counts by its architecture and weights, not by the file that they came from.
-    identity = deciding_settings(config) | inputs | {"student": student.architecture}
-    run = run_directory(config, config.method, identity, distributed)
-    techniques = techniques_of_run(config, run, device)
-    return Plan(device, techniques, splits, method, student, teacher, inputs, run)
-
-
-def describe_start(
-    config: Config, techniques: Techniques, device: torch.device, splits: Splits
-) -> list[str]:
-    """Describe what a run computes with and on, in lines."""
-    return [
-        f"seed {config.seed}, device {device}, torch {torch.__version__}",
-        f"engine {config.engine}: {describe(techniques)}",
-        f"attack: epsilon {budget(vars(config))}",
-        *emulation_warnings(asdict(techniques).values(), device),
-        *splits.describe(),
-        *([SELECTED_ON_TEST] if config.select_on == "test" else []),
-    ]
 
 
 def train(

@@ -36,9 +36,10 @@ from absld.cli.printing import say, standard_streams
 from absld.cli.signals import StopRequest
 from absld.cli.training_view import temperature_table
 from absld.cli.view import progress_row
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.recipes import RECIPES
 from absld.config.resolve import resolve
-from absld.config.settings import Config, EvaluationConfig
+from absld.config.settings import Config
 from absld.errors import AbsldError, Interrupted, Stopped
 from absld.metrics import ClassAccuracies
 from absld.models.architectures import build_model

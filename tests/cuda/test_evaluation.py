@@ -9,7 +9,7 @@ from helpers.small_networks import network
 
 import absld
 import absld.evaluation.evaluate
-from absld.config.settings import EvaluationConfig
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.data.dataset import InMemoryImages
 from absld.evaluation import sanity_checks
 from absld.evaluation.attacks import SquareSearch, parse_attack

@@ -16,9 +16,9 @@ import absld
 from absld.cli.output import Output
 from absld.cli.signals import StopRequest
 from absld.cli.view import LINE_EVERY, View
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import to_toml
 from absld.config.resolve import resolve
-from absld.config.settings import EvaluationConfig
 from absld.data import placement
 from absld.data.decoding import decode
 from absld.data.mapped import MappedImages

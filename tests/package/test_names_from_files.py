@@ -9,9 +9,9 @@ import torch
 from helpers.image_files import make_folder
 from helpers.program import QUICK, main, refused
 
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import to_toml
 from absld.config.resolve import resolve
-from absld.config.settings import EvaluationConfig
 from absld.data.dataset import InMemoryImages
 from absld.errors import CheckpointError
 from absld.evaluation.class_names import check_class_names

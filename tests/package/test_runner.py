@@ -19,9 +19,9 @@ from helpers.image_files import make_folder
 from helpers.program import main, refused
 
 import absld
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import to_toml
 from absld.config.resolve import resolve
-from absld.config.settings import EvaluationConfig
 from absld.data.sources import load_data
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.evaluation import resuming, runner

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import absld
+from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe, read_run_config, read_techniques
 from absld.config.resolve import resolve
-from absld.config.settings import EvaluationConfig, TrainConfig
+from absld.config.settings import TrainConfig
 from absld.data.dataset import Splits
 from absld.engine import precision, techniques
 from absld.engine.techniques import (

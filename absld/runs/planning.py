@@ -1,0 +1,125 @@
+"""The start of a training run: all its inputs, loaded and checked before anything is computed."""
+
+import math
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+
+from absld.config.datasets import Columns
+from absld.config.fields import check_epsilon
+from absld.config.settings import Config
+from absld.data.dataset import Splits
+from absld.data.placement import Placement
+from absld.data.sources import load_data
+from absld.engine.distributed import SINGLE_PROCESS, Distributed
+from absld.engine.precision import (
+    emulation_warnings,
+    resolve_device,
+)
+from absld.engine.techniques import Techniques, describe
+from absld.errors import UsageError
+from absld.evaluation.class_names import check_class_names, check_image_shape
+from absld.evaluation.validation import check_network
+from absld.methods.base import Method
+from absld.methods.registry import build_method
+from absld.models.loading import Network, load_network
+from absld.models.registries import check_pretrained
+from absld.progress import Observer
+from absld.report.summary import budget
+from absld.runs.logit_caches import load_teacher
+from absld.runs.run_record import (
+    deciding_settings,
+    image_digests,
+    run_directory,
+    techniques_of_run,
+)
+from absld.storage.files import digest
+from absld.storage.run_directory import RunDirectory
+
+SELECTED_ON_TEST = (
+    "warning: the best epoch is selected on the test images: reported accuracies are optimistic"
+)
+
+
+class Plan(NamedTuple):
+    """The start of a run: device, techniques, images, method, networks, digests of these
+    (`inputs`), and directory."""
+
+    device: torch.device
+    techniques: Techniques
+    splits: Splits
+    method: Method
+    student: Network
+    teacher: Network | None
+    inputs: dict[str, str]
+    run: RunDirectory
+
+
+def load_splits(config: Config, device: torch.device, observer: Observer) -> Splits:
+    """Load the images of a run. Raises DataError."""
+    form = config.image_size, config.resize, config.channels
+    placement = Placement(config.in_memory, device, observer)
+    return load_data(config.dataset, config.data, *form, placement, Columns.of(config))
+
+
+def plan(
+    config: Config,
+    observer: Observer,
+    splits: Splits | None = None,
+    distributed: Distributed = SINGLE_PROCESS,
+) -> Plan:
+    """Load and check all inputs, before hours are spent on a teacher.
+
+    splits: the images, if they are loaded already. Raises AbsldError.
+    """
+    device = resolve_device(distributed.device(config.device))
+    if splits is None:
+        splits = load_splits(config, device, observer)
+    check_epsilon(config.epsilon, config.norm, math.prod(splits.train.image_shape))
+    if config.select_on == "test":
+        splits = splits._replace(validation=splits.test)
+    if config.teacher_weights and not config.teacher:
+        raise UsageError("--teacher-weights is a key in a teacher's file", "add --teacher FILE")
+    if config.pretrained:
+        check_pretrained([config.student, *([] if config.teacher else [config.teacher_model])])
+    method = build_method(config, splits.train.num_classes)
+    student = load_network(
+        config.student,
+        splits.train.num_classes,
+        (config.seed, "student"),
+        weights=config.student_weights,
+        image_shape=splits.train.image_shape,
+        pretrained=config.pretrained,
+        observer=observer,
+    )
+    check_network(student.model, splits.train, config.student)
+    student = check_class_names(student, splits.train, config.student, config.class_order)
+    student = check_image_shape(student, splits.train, config.student)
+    teacher = (
+        load_teacher(config, splits.train, observer)
+        if method.needs_teacher and config.teacher
+        else None
+    )
+    inputs = image_digests(splits) | {"initial_weights": digest(student.model.state_dict())}
+    if teacher:
+        inputs["teacher_weights"] = digest(teacher.model.state_dict())
+    # A student counts by its architecture and weights, not by the file that they came from.
+    identity = deciding_settings(config) | inputs | {"student": student.architecture}
+    run = run_directory(config, config.method, identity, distributed)
+    techniques = techniques_of_run(config, run, device)
+    return Plan(device, techniques, splits, method, student, teacher, inputs, run)
+
+
+def describe_start(
+    config: Config, techniques: Techniques, device: torch.device, splits: Splits
+) -> list[str]:
+    """Describe what a run computes with and on, in lines."""
+    return [
+        f"seed {config.seed}, device {device}, torch {torch.__version__}",
+        f"engine {config.engine}: {describe(techniques)}",
+        f"attack: epsilon {budget(vars(config))}",
+        *emulation_warnings(asdict(techniques).values(), device),
+        *splits.describe(),
+        *([SELECTED_ON_TEST] if config.select_on == "test" else []),
+    ]
