@@ -83,18 +83,15 @@ def test_autoattack_as_a_whole_reaches_the_closed_form(classes):
     assert torch.equal(evaluation.robust, is_robust(model, data, 0.04))
 
 
-@pytest.mark.parametrize(
-    ("part", "classes"),
-    [(part, n) for n in (2, 4) for part in autoattack_parts(n) if part.name != "square"],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_gradient_attacks_of_autoattack_reach_the_closed_form_in_the_l2_norm(part, classes):
+@pytest.mark.parametrize("classes", [2, 4])
+def test_gradient_attacks_of_autoattack_reach_the_closed_form_in_the_l2_norm(classes):
+    """Together; the images are too small for its search."""
     pytest.importorskip("pyautoattack")
     model, data = sample(6, classes, n=30, dtype=torch.float32)
-    evaluation = absld.evaluate(model, data, epsilon=0.2, norm="l2", attacks=[part])
+    parts = [part for part in autoattack_parts(classes) if part.name != "square"]
+    evaluation = absld.evaluate(model, data, epsilon=0.2, norm="l2", attacks=parts)
     expected = is_robust(model, data, 0.2, "l2")
-    assert not (expected & ~evaluation.robust).any() and 5 <= int(expected.sum()) <= 25
-    assert int((evaluation.robust & ~expected).sum()) <= 1
+    assert torch.equal(evaluation.robust, expected) and 5 <= int(expected.sum()) <= 25
 
 
 @pytest.mark.parametrize(("norm", "epsilon", "most"), [("linf", 0.05, 2), ("l2", 0.1, 2)])
