@@ -594,7 +594,7 @@ def test_a_signal_behind_another_error_ends_with_its_code(error, code, capfd, mo
         except BaseException as signalled:
             raise RuntimeError("Error calling __set_name__") from signalled
 
-    monkeypatch.setattr("absld.runs.training_run.load_data", interrupted)
+    monkeypatch.setattr("absld.runs.planning.load_data", interrupted)
     assert main("train", *QUICK) == code
     assert capfd.readouterr().err == "Interrupted.\n"
 
@@ -753,7 +753,7 @@ def test_resuming_with_other_images_or_another_teacher_begins_another_run(
     assert train(*flags) == 0
     assert "teacher_weights is '" in capfd.readouterr().out
     other = few_digits()._replace(train=few_digits().test)
-    monkeypatch.setattr(absld.runs.training_run, "load_data", lambda *given: other)
+    monkeypatch.setattr(absld.runs.planning, "load_data", lambda *given: other)
     assert train(*flags) == 0
     assert "train_images is '" in capfd.readouterr().out
     assert len(list(Path("runs").glob("digits-absld-*"))) == 3
@@ -847,7 +847,7 @@ def child(flags, folder, out, err, environment, slow):
         if not path:
             os.close(number)
     torch.set_num_threads(1)
-    absld.runs.training_run.load_data = load_few
+    absld.runs.planning.load_data = load_few
     if slow:
         calls, step = [], absld.stepper.train_step
 

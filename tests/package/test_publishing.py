@@ -19,7 +19,8 @@ from markdown_it import MarkdownIt
 
 import absld
 from absld.errors import CheckpointError, UsageError
-from absld.models.architectures import Normalised, build_model
+from absld.models.architectures import build_model
+from absld.models.layers import Normalised
 from absld.storage.checkpoint import load, save
 from absld.text import printable
 

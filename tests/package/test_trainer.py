@@ -565,7 +565,7 @@ def test_networks_without_a_state_dict_of_dense_tensors_are_refused(message):
 def test_a_teacher_to_train_is_checked_before_anything_is_computed_of_it(monkeypatch, tmp_path):
     """Its digest and its device."""
     given = Network(network("teacher").to("meta"), "mine")
-    monkeypatch.setattr(training_run, "load_network", lambda *described: given)
+    monkeypatch.setattr(training_run, "load_network", lambda *described, **more: given)
     config = Config(teacher_model="mine:make", out=str(tmp_path), device="cpu")
     splits = Splits(TRAIN, VALIDATION, VALIDATION)
     with pytest.raises(CheckpointError, match=r"mine:make: .* in its state dict is Tensor"):

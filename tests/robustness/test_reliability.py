@@ -110,7 +110,7 @@ def program(folder, flags, fault=None, room=0, limit=None):
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
-    absld.runs.training_run.load_data = load_noise
+    absld.runs.planning.load_data = load_noise
     if fault:
         disk = Disk(room, FAULTS[fault])
         Path.open = lambda self, *given, **named: disk.open(self, *given, **named)
