@@ -594,7 +594,7 @@ def test_a_signal_behind_another_error_ends_with_its_code(error, code, capfd, mo
         except BaseException as signalled:
             raise RuntimeError("Error calling __set_name__") from signalled
 
-    monkeypatch.setattr("absld.runs.training_run.load_data", interrupted)
+    monkeypatch.setattr("absld.runs.planning.load_data", interrupted)
     assert main("train", *QUICK) == code
     assert capfd.readouterr().err == "Interrupted.\n"
 

@@ -39,7 +39,7 @@ def load_few_split(dataset, folder, form, name, placement, columns):
 
 def use_few_digits(monkeypatch):
     """Let every command read only a few of the digits."""
-    monkeypatch.setattr("absld.runs.training_run.load_data", load_few)
+    monkeypatch.setattr("absld.runs.planning.load_data", load_few)
     for module in ("evaluation.images", "runs.comparison", "runs.logit_caches"):
         monkeypatch.setattr(f"absld.{module}.load_split", load_few_split)
 

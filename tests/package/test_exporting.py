@@ -16,7 +16,8 @@ from torch import nn
 
 import absld
 from absld.errors import CheckpointError
-from absld.models.architectures import MODELS, Normalised, build_model
+from absld.models.architectures import MODELS, build_model
+from absld.models.layers import Normalised
 from absld.models.loading import load_network
 from absld.runs import parity
 from absld.runs.export_formats import SUFFIXES, decode, encode, trace

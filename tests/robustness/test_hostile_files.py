@@ -407,7 +407,7 @@ def runs(tmp_path_factory, teacher):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("absld.runs.training_run.load_data", load_few)
+        patch.setattr("absld.runs.planning.load_data", load_few)
         for method in ("absld", "rslad"):
             assert main("train", *QUICK, "--teacher", teacher, "--method", method) == 0
     return sorted(folder.glob("runs/digits-*"))
