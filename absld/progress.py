@@ -111,13 +111,10 @@ class Observer:
         """Handle the beginning of a wait, in a line."""
 
     def load(self, name: str, done: int, total: int, unit: str = "bytes") -> None:
-        """Handle the progress of a download or of reading: `done` of `total` bytes or images.
+        """Handle the progress of a download or of reading: `done` of `total` bytes, files or images.
 
         total: 0 if it is not known.
         """
-
-    def decode(self, part: str, done: int, total: int) -> None:
-        """Handle progress in decoding the images of a part of a data set."""
 
     def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
         """Handle the beginning of a training, or its resuming."""

@@ -19,7 +19,7 @@ def export_lines(results: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{network['architecture']} as {file['format']}, {file['bytes'] / 2**20:,.1f} MiB",
         f"weights sha256: {network['weights_sha256']}",
-        f"adversarial: {attack['attack']}, epsilon {budget(attack['epsilon'])}",
+        f"adversarial: {attack['attack']}, epsilon {budget(attack)}",
         "",
         *(parity_lines(results["parity"]) if results["parity"] else ()),
     ]

@@ -30,7 +30,6 @@ class View(Observer):
         self.stream, self.stop = output.stream, output.stop
         self.last_line = time.perf_counter()  # of progress
         self.loading, self.load_began = "", 0.0
-        self.decoding, self.decoding_since = ("", 0), self.last_line  # part and images done
         console = Console(file=self.stream)
         self.live = (
             Live(console=console, refresh_per_second=8, transient=True)
@@ -80,22 +79,12 @@ class View(Observer):
         if name != self.loading:
             self.loading, self.load_began = name, time.perf_counter()
         left = time_left(time.perf_counter() - self.load_began, done, total) if total else ""
-        counts = [f"{n / 2**20:,.1f} MiB" if unit == "bytes" else f"{n:,}" for n in (done, total)]
-        what = name if unit == "bytes" else f"{name}, {unit}"
-        title = f"{what}: {' of '.join(counts[: 2 if total else 1])}"
+        counts = [f"{n / 2**20:,.1f}" if unit == "bytes" else f"{n:,}" for n in (done, total)]
+        unit = "MiB" if unit == "bytes" else unit
+        title = f"{name}: {' of '.join(counts[: 2 if total else 1])} {unit}"
         self.progress(title, done, total, left, end=False)
         if done == total:
             self.loading = ""
-            self.show()
-
-    def decode(self, part: str, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if self.decoding[0] != part or done < self.decoding[1]:
-            self.decoding_since = now
-        self.decoding = part, done
-        left = time_left(now - self.decoding_since, done, total)
-        self.progress(f"reading {part} {done:,}/{total:,}", done, total, left, end=False)
-        if done == total:
             self.show()
 
     def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:

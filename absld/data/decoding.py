@@ -175,7 +175,7 @@ class Decoding:
                 self.colours |= {tuple(low.amin(0).tolist()), tuple(high.amax(0).tolist())}
                 if self.passes is not None:
                     sha.update(raw_bytes(images))
-                self.observer.decode(self.part, numbers.stop, count)
+                self.observer.load(f"reading {self.part}", numbers.stop, count, "images")
                 yield images
         if self.passes is not None:
             sha.update(raw_bytes(self.labels))
@@ -240,8 +240,8 @@ class Decoding:
         import PIL
         import torchvision
 
-        count = len(self.reader)
-        content = self.reader.key(lambda n: self.observer.decode(f"{self.part} files", n, count))
+        name, count = f"reading {self.part}", len(self.reader)
+        content = self.reader.key(lambda n: self.observer.load(name, n, count, "files"))
         if not content:
             self.passes = set()
             for _ in self.chunks():

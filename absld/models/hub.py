@@ -1,14 +1,14 @@
 """Files of weights on the Hugging Face Hub, `hf:owner/name[@revision][/file]`.
 
-huggingface_hub fetches them into its own cache, and finds them there without a network. Nothing but
-tensors, and the plain values of a config.json that this package wrote, is read from a repository.
+huggingface_hub fetches them into its own cache, and finds them there without a network. Nothing else
+is read from a repository.
 """
 
 import errno
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from absld.config.imports import HUB
 from absld.errors import AbsldError, CheckpointError, UsageError
-from absld.models.hub_config import CONFIG, WEIGHTS, read_config
 from absld.progress import Observer
-from absld.storage.checkpoint import load
 from absld.storage.opening import open_regular
 from absld.text import clip, first_of
 
@@ -33,7 +31,6 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 SAFE, OTHERS = ".safetensors", (".pt", ".pth", ".bin")
 TIMEOUT = 10.0  # seconds without an answer
 SHOWN = 10  # files in a message
-MOST_CONFIG = 2**20  # bytes
 DISK = (errno.ENOSPC, errno.EDQUOT)
 LOG_IN = "set HF_TOKEN, or `hf auth login`"
 
@@ -51,21 +48,12 @@ class HubName(NamedTuple):
 
 
 class HubFile(NamedTuple):
-    """A fetched file: its path in the cache, and its origin (repository, revision, commit, file, sha256).
-
-    config: of the network, in plain values; empty if the repository states none.
-    """
+    """A fetched file: its path in the cache, and its origin (repository, revision, commit, file, sha256)."""
 
     path: Path
     name: HubName
     origin: Mapping[str, str]
-    config: Mapping[str, Any]
     notes: tuple[str, ...]
-
-    def read(self) -> Any:
-        """Return the content, as that of a checkpoint. Raises CheckpointError."""
-        content = load(self.path)
-        return {**self.config, "model": content} if self.config else content
 
 
 def parse(target: str) -> HubName:
@@ -109,36 +97,27 @@ def fetch(target: str, observer: Observer) -> HubFile:
         CheckpointError: the file cannot be fetched, or several could be meant.
     """
     name, hub = parse(target), import_hub()
-    sizes, fault = list_files(hub, name)
-    name = name._replace(file=name.file or choose_file(name, sizes))
-    if name.file not in sizes:
+    files, fault = list_files(hub, name)
+    name = name._replace(file=name.file or choose_file(name, files))
+    if name.file not in files:
         raise CheckpointError(
-            f"{name}: no such file{' in the cache' if fault else ''}", f"there are: {listed(sizes)}"
+            f"{name}: no such file{' in the cache' if fault else ''}", f"there are: {listed(files)}"
         )
-
-    def download(file: str, revision: str) -> Path:
-        with explaining(name):
-            path = hub.hf_hub_download(
-                name.repository,
-                file,
-                revision=revision,
-                local_files_only=fault is not None,
-                tqdm_class=progress_bar(lambda done, total: observer.load(str(name), done, total)),
-            )
-        return Path(path)
-
-    path = download(name.file, name.revision)
+    with explaining(name):
+        downloaded: str = hub.hf_hub_download(
+            name.repository,
+            name.file,
+            revision=name.revision,
+            local_files_only=fault is not None,
+            tqdm_class=progress_bar(lambda done, total: observer.load(str(name), done, total)),
+        )
+    path = Path(downloaded)
     commit = path.parents[name.file.count("/")].name
     sha256 = checked_sha256(path)
-    config = config_beside(name.file)
-    stated = None
-    if 0 < sizes.get(config, 0) <= MOST_CONFIG:
-        stated = read_config(download(config, commit))
     return HubFile(
         path,
         name,
         {**name._asdict(), "commit": commit, "sha256": sha256},
-        stated or {},
         (
             *([f"{fault}: what is in the cache is used"] if fault else ()),
             f"{name}: commit {commit}",
@@ -147,41 +126,36 @@ def fetch(target: str, observer: Observer) -> HubFile:
     )
 
 
-def list_files(hub: Any, name: HubName) -> tuple[dict[str, int], str | None]:
-    """List the files of a revision with their sizes in bytes.
+def list_files(hub: Any, name: HubName) -> tuple[set[str], str | None]:
+    """List the files of a revision.
 
     Returns None beside them if they are those on the hub. If they are those in the cache: why the
     hub could not be asked, or "" where it need not be.
     """
     cached = cached_files(hub, name)
-    needed = {name.file, config_beside(name.file) or name.file}
-    if COMMIT.fullmatch(name.revision) and needed <= cached.keys():
+    if COMMIT.fullmatch(name.revision) and name.file in cached:
         return cached, ""
     try:
         with explaining(name):
-            info = hub.HfApi().model_info(
-                name.repository, revision=name.revision, timeout=TIMEOUT, files_metadata=True
-            )
-            return {
-                s.rfilename: s.size or 0 for s in info.siblings if is_relative(s.rfilename)
-            }, None
+            info = hub.HfApi().model_info(name.repository, revision=name.revision, timeout=TIMEOUT)
+            return {s.rfilename for s in info.siblings if is_relative(s.rfilename)}, None
     except CheckpointError as error:
         if not cached:
             raise
         return cached, str(error)
 
 
-def cached_files(hub: Any, name: HubName) -> dict[str, int]:
-    """List the files of a revision that are in the cache of huggingface_hub, with their sizes."""
+def cached_files(hub: Any, name: HubName) -> set[str]:
+    """List the files of a revision that are in the cache of huggingface_hub."""
     from huggingface_hub import constants
     from huggingface_hub.errors import CacheNotFound
 
     try:
         repositories = hub.scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
-        return {}
+        return set()
     return {
-        file.file_path.relative_to(revision.snapshot_path).as_posix(): file.size_on_disk
+        file.file_path.relative_to(revision.snapshot_path).as_posix()
         for repository in repositories
         if (repository.repo_type, repository.repo_id) == ("model", name.repository)
         for revision in repository.revisions
@@ -190,25 +164,19 @@ def cached_files(hub: Any, name: HubName) -> dict[str, int]:
     }
 
 
-def config_beside(file: str) -> str:
-    """Return the name of the config.json of a file by this package; "" for any other file."""
-    folder, _, last = file.rpartition("/")
-    return f"{folder}/{CONFIG}".lstrip("/") if last == WEIGHTS else ""
-
-
-def choose_file(name: HubName, sizes: Mapping[str, int]) -> str:
+def choose_file(name: HubName, files: Collection[str]) -> str:
     """Return the only .safetensors file, else the only other file of weights.
 
     Raises CheckpointError if there is none, or if there are several.
     """
-    safe = [file for file in sizes if file.lower().endswith(SAFE)]
-    others = [file for file in sizes if file.lower().endswith(OTHERS)]
+    safe = [file for file in files if file.lower().endswith(SAFE)]
+    others = [file for file in files if file.lower().endswith(OTHERS)]
     if len(found := safe or others) == 1:
         return found[0]
     if not found:
         raise CheckpointError(
             f"{name}: holds no file of weights ({', '.join((SAFE, *OTHERS))})",
-            f"name one of its files: {listed(sizes)}" if sizes else "needed: another repository",
+            f"name one of its files: {listed(files)}" if files else "needed: another repository",
         )
     raise CheckpointError(
         f"{name}: holds {len(safe + others)} files of weights: {listed(safe + others)}",
@@ -216,7 +184,7 @@ def choose_file(name: HubName, sizes: Mapping[str, int]) -> str:
     )
 
 
-def listed(files: Mapping[str, int] | list[str]) -> str:
+def listed(files: Collection[str]) -> str:
     """Return names of files, the first ones of many."""
     return first_of([clip(file, 80) for file in sorted(files)[: SHOWN + 1]], SHOWN)
 

@@ -104,7 +104,7 @@ def load_network(
         found = fetch(target, observer)
         path = Path(str(found.name))  # for messages
         network = load_weights(
-            found.read(), path, num_classes, key, architecture, weights, image_shape
+            load(found.path), path, num_classes, key, architecture, weights, image_shape
         )
         return network._replace(notes=(*found.notes, *network.notes), hub=found.origin)
     if named or names_code(target):

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from absld.config.imports import names_code
 from absld.errors import CheckpointError, UsageError
-from absld.models.hub_config import CONFIG, SEE_DOCS, WEIGHTS, read_config
-from absld.models.hub_files import network_config, read_network, write_network
+from absld.models.loading import load_state, load_weights
+from absld.models.state_dicts import find_state_dict
+from absld.storage.checkpoint import load
+from absld.storage.safetensors_files import FORMAT, WEIGHTS, describe_weights, write_network
 
 try:
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -59,8 +61,8 @@ class Classifier(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = self.network.state_dict()
-        config = network_config(self.architecture, self.classes, self.image_shape, state)
-        write_network(save_directory, config, state)
+        described = describe_weights(self.architecture, self.classes, self.image_shape, state)
+        write_network(save_directory, described, state)
 
     @classmethod
     def _from_pretrained(
@@ -78,16 +80,16 @@ class Classifier(
         """Load a folder or a repository. Only safetensors are read, and no code is imported.
 
         model: the network, if its architecture is not one that is known by its name.
-        described: what the mixin has read from config.json, which is checked and read here.
+        described: what the mixin has read from config.json; the file of the weights counts.
         """
-
-        def find(name: str) -> Path:
-            if os.path.isdir(model_id):
-                return Path(model_id, name)
-            return Path(
+        if unknown := described.keys() - {"network", "architecture", "classes", "image_shape"}:
+            raise TypeError(f"from_pretrained has no argument {min(unknown)!r}")
+        path = Path(model_id, WEIGHTS)
+        if not os.path.isdir(model_id):
+            path = Path(
                 hf_hub_download(
                     model_id,
-                    name,
+                    WEIGHTS,
                     revision=revision,
                     cache_dir=cache_dir,
                     force_download=force_download,
@@ -95,17 +97,20 @@ class Classifier(
                     token=token,
                 )
             )
-
-        if unknown := described.keys() - {"network", "architecture", "classes", "image_shape"}:
-            raise TypeError(f"from_pretrained has no argument {min(unknown)!r}")
-        config = read_config(find(CONFIG))
-        if config is None:
-            raise CheckpointError(f"{model_id}: its {CONFIG} is not of absld", SEE_DOCS)
-        if model is None and names_code(config["architecture"]):
+        content = load(path)
+        if content.get("format") != FORMAT:
             raise CheckpointError(
-                f"{model_id}: its network is {config['architecture']!r}, and no name in a file is "
-                "imported",
+                f"{model_id}: its {WEIGHTS} describes no network",
+                "needed: a repository by `absld push`, see docs/publishing.md",
+            )
+        architecture, classes = content["architecture"], content["classes"]
+        if model is not None:
+            load_state(model, find_state_dict(content, path).tensors, path)
+        elif names_code(architecture):
+            raise CheckpointError(
+                f"{model_id}: its network is {architecture!r}, and no name in a file is imported",
                 "if you trust that code, make the network by it: from_pretrained(..., model=...)",
             )
-        read = read_network(config, find(WEIGHTS), model)
-        return cls(read.model, read.architecture, read.classes, read.image_shape).eval()
+        else:
+            model, architecture, *_ = load_weights(content, path, len(classes), ("pretrained",))
+        return cls(model, architecture, classes, content["image_shape"]).eval()

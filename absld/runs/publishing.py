@@ -15,16 +15,16 @@ from absld.config.settings import Config
 from absld.data.sources import RESIZED
 from absld.errors import CheckpointError
 from absld.evaluation.results import read_evaluations, read_results, to_json
-from absld.models.hub_config import CONFIG, WEIGHTS
-from absld.models.hub_files import network_config, write_network
 from absld.models.state_dicts import find_state_dict, stated_classes, stated_image_shape
 from absld.report import model_card
+from absld.report.summary import budget
 from absld.runs.run_record import deciding_settings
 from absld.storage.checkpoint import load
 from absld.storage.environment import read_sessions
 from absld.storage.files import write_text
 from absld.storage.opening import COPY_AGAIN, open_regular
 from absld.storage.run_directory import RunDirectory
+from absld.storage.safetensors_files import CONFIG, WEIGHTS, describe_weights, write_network
 
 CARD, EVALUATION = "README.md", "evaluation.json"
 FILES = (WEIGHTS, CONFIG, CARD, EVALUATION)
@@ -68,7 +68,7 @@ def write_files(
     architecture, shape = str(content.get("architecture", "")), stated_image_shape([content])
     if not (architecture and classes and shape):
         raise CheckpointError(f"{run}: its network states no classes or images", COPY_AGAIN)
-    config = network_config(architecture, classes, shape, state)
+    config = describe_weights(architecture, classes, shape, state)
     path, results, notes = choose_evaluation(run, recipe, config["sha256"], evaluation)
     if results["data"]["classes"] != list(classes):
         raise CheckpointError(
@@ -141,8 +141,8 @@ def limits(results: Mapping[str, Any], recipe: Config) -> list[str]:
         f"is on the {data['split']} images": data["split"] != "test",
         f"is on {data['images']:,} of {data['of']:,} images": data["images"] != data["of"],
         "is without attacks": not settings["attacks"],
-        f"has another budget than the training, {settings['epsilon']:g}": settings["epsilon"]
-        != recipe.epsilon,
+        f"has another budget than the training, {budget(settings)}": budget(settings)
+        != budget(vars(recipe)),
     }
     return [text for text, holds in checks.items() if holds]
 

@@ -4,6 +4,7 @@ The description is a JSON document, the text `absld` of the file's metadata. Not
 imported.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -12,11 +13,12 @@ from torch import Tensor
 
 import absld
 from absld.errors import CheckpointError
-from absld.storage.files import digest
+from absld.storage.files import digest, replacing, write_text
 from absld.storage.json_files import parse_json
-from absld.storage.opening import COPY_AGAIN, file_size
+from absld.storage.opening import COPY_AGAIN, file_size, make_folder
 from absld.storage.pickles import RefusedContentError
 
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # as hubs name them
 KEY = "absld"  # of the description, in the metadata of a file
 FORMAT = "absld-network-1"
 MOST_LISTED = 2**22  # bytes of the header, which lists the tensors; 20,000 take 3 MB
@@ -26,8 +28,13 @@ SCHEMA = {
     "required": ["format", "architecture", "classes", "image_shape", "sha256"],
     "properties": {
         "format": {"const": FORMAT},
-        "architecture": {"type": "string", "maxLength": 200},
-        "classes": {"type": "array", "items": {"type": "string"}, "minItems": 2},
+        "architecture": {"type": "string", "minLength": 1, "maxLength": 200},
+        "classes": {
+            "type": "array",
+            "items": {"type": "string"},
+            "minItems": 2,
+            "maxItems": 100_000,  # the last layer is made for them
+        },
         "image_shape": {
             "type": "array",
             "items": {"type": "integer", "minimum": 1},
@@ -65,8 +72,18 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
     # The format has neither strides nor storages that two tensors share.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content: bytes = save(own, {"format": "pt", **metadata})
+    content: bytes = save(own, dict(metadata))  # several texts are in no fixed order
     return content
+
+
+def write_network(
+    folder: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """Write weights with their description into a folder, and a config.json for readers."""
+    make_folder(folder)
+    with replacing(folder / WEIGHTS) as file:
+        file.write(safetensors_bytes(state, {KEY: json.dumps(description)}))
+    write_text(folder / CONFIG, json.dumps(description, indent=1) + "\n")
 
 
 def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Any]:

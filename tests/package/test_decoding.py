@@ -353,24 +353,25 @@ def test_progress_counts_the_images_of_each_part(tmp_path, monkeypatch):
     seen = []
 
     class Seen(Observer):
-        def decode(self, part, done, total):
-            seen.append((part, done, total))
+        def load(self, name, done, total, unit="bytes"):
+            seen.append((name, done, total, unit))
 
     make_folder(tmp_path / "data")
     load_data("folder", str(tmp_path / "data"), placement=Placement(observer=Seen()))
-    assert seen == [("train", 10, 24), ("train", 20, 24), ("train", 24, 24), ("test", 8, 8)]
+    done = [("train", 10, 24), ("train", 20, 24), ("train", 24, 24), ("test", 8, 8)]
+    assert seen == [(f"reading {part}", n, total, "images") for part, n, total in done]
 
 
 def test_progress_of_reading_is_a_line_now_and_then(tmp_path):
     path = tmp_path / "output"
     with path.open("w") as stream, View(Output(stream, StopRequest(), as_json=False)) as view:
-        view.decode("train", 1, 8)
+        view.load("reading train", 1, 8, "images")
         view.last_line -= LINE_EVERY
-        view.decode("train", 2, 8)
-        view.decode("train", 8, 8)
-        view.decode("test", 4, 4)
+        view.load("reading train", 2, 8, "images")
+        view.load("reading train", 8, 8, "images")
+        view.load("reading test", 4, 4, "images")
     (line,) = path.read_text().splitlines()
-    assert line.startswith("reading train 2/8, 0:0") and line.endswith(" left")
+    assert line.startswith("reading train: 2 of 8 images, 0:0") and line.endswith(" left")
 
 
 # --- Data sets ---

@@ -14,7 +14,6 @@ import torch
 from helpers.hub_server import Handler, Repository, hub_server, use_hub
 from helpers.program import QUICK, main, refused, the_run
 from helpers.weight_files import Payload
-from safetensors.torch import save as safetensors
 
 from absld.config.files import to_toml
 from absld.config.resolve import resolve
@@ -23,11 +22,11 @@ from absld.errors import CheckpointError, UsageError
 from absld.evaluation.results import read_results
 from absld.models.architectures import build_model
 from absld.models.hub import HubName, fetch, parse
-from absld.models.hub_config import FORMAT
 from absld.models.loading import load_network
 from absld.progress import SILENT, Observer
 from absld.runs.run_record import run_directory
 from absld.storage.files import digest
+from absld.storage.safetensors_files import describe_weights, safetensors_bytes
 
 DIGITS = [*("--dataset", "digits", "--device", "cpu", "--attacks", "clean", "--no-checks")]
 TOKEN = "hf_allowed"
@@ -44,11 +43,9 @@ def torch_file(content):
 
 
 def published(state, **changes):
-    """The files that this package publishes of a network."""
-    config = {"format": FORMAT, "architecture": "convnet", "classes": list("0123456789")}
-    config |= {"image_shape": [3, 8, 8], "normalisation": None, "sha256": digest(state)}
-    text = json.dumps(config | {"absld": "0.2.0"} | changes)
-    return {"model.safetensors": safetensors(state), "config.json": text.encode()}
+    """The weights that this package publishes of a network."""
+    described = describe_weights("convnet", "0123456789", (3, 8, 8), state) | changes
+    return {"model.safetensors": safetensors_bytes(state, {"absld": json.dumps(described)})}
 
 
 @pytest.fixture
@@ -147,13 +144,12 @@ def test_a_branch_a_tag_and_a_commit_are_revisions(hub):
         assert digest(state) == digest(weights(seed)), revision
 
 
-def test_a_config_that_this_package_did_not_write_is_not_read(hub):
-    files = published(weights()) | {
-        "config.json": b'{"architecture": "resnet18", "classes": ["a"]}'
-    }
-    hub.repositories["o/n"] = Repository(files)
-    network = load_from("hf:o/n")
-    assert network.architecture == "convnet" and not network.classes
+def test_nothing_but_the_file_is_fetched(hub):
+    files = {"config.json": b'{"architecture": "resnet18", "classes": ["a"]}'}
+    hub.repositories["o/n"] = Repository(published(weights()) | files)
+    assert load_from("hf:o/n").classes == tuple("0123456789")
+    fetched = {path.rpartition("/")[2] for _, path in hub.requests if "/resolve/" in path}
+    assert fetched == {"model.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +160,7 @@ def test_a_config_that_this_package_did_not_write_is_not_read(hub):
         ({"classes": "abc"}, "classes"),
     ],
 )
-def test_a_config_that_names_code_or_does_not_fit_is_refused(changes, cause, hub):
+def test_a_description_that_names_code_or_does_not_fit_is_refused(changes, cause, hub):
     hub.repositories["o/n"] = Repository(published(weights(), **changes))
     with pytest.raises(CheckpointError, match=cause):
         load_from("hf:o/n")
@@ -269,7 +265,7 @@ def test_processes_that_got_other_weights_do_not_train_together():
         ("hf:o/private", "no such repository on 127.0.0.1, or a private one", "`hf auth login`"),
         ("hf:o/gated", "its owner must grant access", "HF_TOKEN"),
         ("hf:o/n@v9", "no revision 'v9'", "a branch, a tag or a whole commit"),
-        ("hf:o/n/a.pt", "no such file", "there are: config.json, model.safetensors"),
+        ("hf:o/n/a.pt", "no such file", "there are: model.safetensors"),
         ("hf:o/empty", "holds no file of weights", "README.md"),
         ("hf:o/..n", "not a name of a repository", "hf:owner/name"),
     ],

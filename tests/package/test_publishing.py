@@ -22,6 +22,7 @@ from absld.errors import CheckpointError, UsageError
 from absld.models.architectures import build_model
 from absld.models.layers import Normalised
 from absld.storage.checkpoint import load, save
+from absld.storage.safetensors_files import describe_weights, safetensors_bytes
 from absld.text import printable
 
 PAGE = Path(absld.__file__).parents[1] / "docs/publishing.md"
@@ -281,10 +282,20 @@ def test_a_classifier_keeps_its_normalisation(tmp_path):
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.1])
     network = Normalised(build_model("convnet", 3, 0), mean, std).eval()
     absld.Classifier(network, "convnet", ("a", "b", "c"), (3, 8, 8)).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["normalisation"] == {"mean": mean.tolist(), "std": std.tolist()}
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(absld.Classifier.from_pretrained(tmp_path)(x), network(x))
+
+
+def test_the_weights_describe_themselves(tmp_path):
+    network, classes = build_model("convnet", 3, 0).eval(), ("a", "b", "c")
+    absld.Classifier(network, "convnet", classes, (3, 8, 8)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == describe_weights("convnet", classes, (3, 8, 8), network.state_dict())
+    edit_json(tmp_path / "config.json", lambda config: config.update(architecture="os:abort"))
+    assert absld.Classifier.from_pretrained(tmp_path).architecture == "convnet"
+    (tmp_path / "config.json").unlink()
+    assert absld.Classifier.from_pretrained(tmp_path).classes == classes
+    assert absld.load_network(str(tmp_path / "model.safetensors"), 3, ()).classes == classes
 
 
 def test_code_of_the_page_and_of_a_card_runs(run, hub, capfd):
@@ -307,20 +318,20 @@ def test_code_that_a_repository_names_is_not_imported(tmp_path):
     assert torch.equal(own(x), network(x)) and own.architecture == "os:abort"
 
 
-@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"classes": ["a"]}, {"format": "other"}])
-def test_a_description_that_does_not_fit_is_refused(tmp_path, change):
-    network = build_model("convnet", 3, 0)
-    absld.Classifier(network, "convnet", ("a", "b", "c"), (3, 8, 8)).save_pretrained(tmp_path)
-    edit_json(tmp_path / "config.json", lambda config: config.update(change))
+@pytest.mark.parametrize(
+    "change", [{"sha256": "0" * 64}, {"classes": ["a"]}, {"format": "other"}, {}]
+)
+def test_a_description_that_does_not_fit_or_is_missing_is_refused(tmp_path, change):
+    state = build_model("convnet", 3, 0).state_dict()
+    described = describe_weights("convnet", "abc", (3, 8, 8), state) | change
+    texts = {"absld": json.dumps(described)} if change else {}
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(state, texts))
     with pytest.raises(CheckpointError):
         absld.Classifier.from_pretrained(tmp_path)
 
 
 def test_a_pickle_in_a_repository_is_not_read(hub):
-    config = {"format": "absld-network-1", "architecture": "convnet", "classes": ["a", "b"]}
-    config |= {"image_shape": [3, 8, 8], "normalisation": None, "sha256": "0" * 64}
-    files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": b"\x80\x02."}
-    hub.repositories["me/net"] = Repository(files)
+    hub.repositories["me/net"] = Repository({"pytorch_model.bin": b"\x80\x02."})
     with pytest.raises(huggingface_hub.errors.EntryNotFoundError):
         absld.Classifier.from_pretrained("me/net")
     assert not any("pytorch_model.bin" in path for _, path in hub.requests)
