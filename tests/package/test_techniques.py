@@ -158,7 +158,9 @@ def test_emulated_bfloat16_is_warned_of(hardware, tmp_path):
     observer = Notes()
     result = run_of(tmp_path, observer, teacher_precision="bf16")
     assert warning in observer.notes
-    evaluation = EvaluationConfig(attacks="fgsm", precision="bf16", epsilon=0.1, checks=False)
+    evaluation = EvaluationConfig(
+        attacks="fgsm", precision="bf16", epsilon=0.1, norm="linf", checks=False
+    )
     network = load_network(str(result.run), 3, ("any",))
     observer = Notes()
     run_network_evaluation(str(result.run), network, VALIDATION, evaluation, observer)
