@@ -63,9 +63,11 @@ def normalize_l2(gradient: Float[Tensor, "n *shape"]) -> Float[Tensor, "n *shape
     """Divide each image by its L2 norm; one that is zero stays zero.
 
     The largest entry is divided out first: else squares of tiny gradients would vanish, and a
-    network could hide by small logits.
+    network could hide by small logits. An entry that is NaN counts as 0, and one that is infinite
+    as the largest: a network cannot hide an image by one of its pixels.
     """
     dims = pixel_dims(gradient)
+    gradient = gradient.nan_to_num()
     largest = gradient.abs().amax(dims, keepdim=True)
     scaled = torch.where(largest == 0, 0.0, gradient / largest)
     norm: Tensor = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True)

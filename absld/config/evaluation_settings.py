@@ -61,7 +61,7 @@ class EvaluationConfig(EvaluatedData):
     image_size: int | None = setting(
         None,
         "Data",
-        "resize images to N x N pixels (folder and tiny-imagenet only) [default: the run's, else "
+        "resize images to N x N pixels (folder, tiny-imagenet, hf: only) [default: the run's, else "
         "the data set's]",
         low=1.0,
     )

@@ -194,10 +194,10 @@ class Config(TrainConfig, HubSettings):
     image_size: int = setting(
         32,
         "Data",
-        "resize images to N x N pixels (folder and tiny-imagenet only)",
+        "resize images to N x N pixels (folder, tiny-imagenet, hf: only)",
         low=1.0,
     )
-    resize: Resize = setting("squash", "Data", f"{RESIZE} (folder and tiny-imagenet only)")
+    resize: Resize = setting("squash", "Data", f"{RESIZE} (folder, tiny-imagenet, hf: only)")
     channels: Channels = setting(3, "Data", CHANNELS)
     in_memory: InMemory = setting("auto", "Data", IN_MEMORY)
     class_order: ClassOrder = setting("by-name", "Data", CLASS_ORDER)

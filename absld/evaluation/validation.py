@@ -117,10 +117,12 @@ def check_network(model: nn.Module, data: ImageSet, name: str) -> None:
     except (CheckpointError, Stopped):
         raise
     except (Exception, SystemExit) as error:  # whatever somebody's network raises
-        cause = str(error) if isinstance(error, Exception) else repr(error)
+        cause = str(error) if isinstance(error, Exception) and str(error) else repr(error)
         dtypes = {tensor.dtype for tensor in weights if tensor.is_floating_point()}
         hint = (
-            "needed: another network" if dtypes <= {x.dtype} else f"its weights must be {x.dtype}"
+            "needed: another network, or images of another size (--image-size)"
+            if dtypes <= {x.dtype}
+            else f"its weights must be {x.dtype}"
         )
         raise CheckpointError(
             f"{name} does not take images {tuple(x.shape)} of {x.dtype}: {cause}", hint

@@ -24,6 +24,7 @@ from absld.models.architectures import (
     name_for,
     seeded,
 )
+from absld.models.fitting import check_fit, load_state
 from absld.models.hub import fetch
 from absld.models.layers import Normalised
 from absld.models.recognition import describe_nearest, has_shapes_of, recognise_architecture
@@ -232,9 +233,9 @@ def load_weights(
     if len(stated) == 3:  # some networks have weights of the size of their images
         image_shape = (image_shape[0], *stated[1:])
     name, how = choose_architecture(around, raw, path, architecture, image_shape)
-    if is_named(name):  # a file can name a network much larger than it: no memory is taken yet
-        with torch.device("meta"):
-            own = build_network(name, num_classes, key, image_shape)[0].state_dict()
+    # A file can name a network much larger than it: no memory is taken yet.
+    own = state_without_memory(name, num_classes, key, image_shape) if is_named(name) else None
+    if own:
         check_fit(own, complete(read_names(raw, own.keys()), own).state, path)
     model, _ = build_network(name, num_classes, key, image_shape)
     own = model.state_dict()
@@ -305,36 +306,17 @@ def refuse_named_code(target: str, name: str, instead: str = "") -> CheckpointEr
     )
 
 
-def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError with the first names or shapes of `state` that are not a network's."""
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{path}: missing {missing[:5]}, unexpected {unexpected[:5]}",
-            describe_nearest(state, len(own.keys() & state.keys()))
-            or "the file is damaged, or of another network",
-        )
-    for name, tensor in own.items():
-        given = state[name]
-        if tensor.shape != given.shape:
-            raise CheckpointError(
-                f"{path}: {name} is {tuple(given.shape)}, needed is {tuple(tensor.shape)}",
-                "the number of classes or channels, or the network, is another",
-            )
-        if tensor.is_floating_point() and not given.is_floating_point():
-            raise CheckpointError(
-                f"{path}: {name} is {given.dtype}, needed is {tensor.dtype}",
-                "export the weights as floating-point numbers, not quantised",
-            )
+def state_without_memory(
+    name: str, num_classes: int, key: Key, image_shape: Shape
+) -> dict[str, Tensor] | None:
+    """Return names and shapes of a network's weights, as a state dict on the meta device.
 
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load `state` into `model`. Raises CheckpointError with the first names or shapes at fault."""
-    own = model.state_dict()
-    check_fit(own, state, path)
-    model.load_state_dict(state)
-    for name, tensor in own.items():  # which are the network's, filled now
-        if tensor.dtype != state[name].dtype and not tensor.isfinite().all():
-            raise CheckpointError(
-                f"{path}: {name} holds numbers too large for {tensor.dtype}", "train it anew"
-            )
+    None for the networks of torchvision that read numbers while they are built, the RegNets.
+    """
+    try:
+        with torch.device("meta"):
+            return build_network(name, num_classes, key, image_shape)[0].state_dict()
+    except UsageError as error:
+        if isinstance(error.__cause__, NotImplementedError):
+            return None
+        raise

@@ -43,7 +43,7 @@ def build_from_registry(
     except Exception as error:  # whatever the library raises
         hint = f"it is to take images of {'x'.join(map(str, image_shape))}"
         if pretrained:
-            hint = "leave out --pretrained, which downloads weights, to train from random ones"
+            hint = "leave out --pretrained, which downloads weights, to train from random ones; or --image-size N"
         raise UsageError(f"{target}: {type(error).__name__}: {error}", hint) from error
 
 

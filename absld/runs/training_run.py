@@ -22,7 +22,8 @@ from absld.engine.techniques import Techniques, with_techniques
 from absld.evaluation.input_scale import check_teacher_scale
 from absld.evaluation.validation import check_state, check_teacher, validate
 from absld.metrics import ClassAccuracies, fairness
-from absld.models.loading import Network, load_network, load_state
+from absld.models.fitting import load_state
+from absld.models.loading import Network, load_network
 from absld.progress import Observer, Role, plain
 from absld.runs.logit_caches import cache_folder, describe_cache
 from absld.runs.planning import SELECTED_ON_TEST, describe_start, plan

@@ -122,6 +122,14 @@ def test_an_image_without_a_gradient_makes_no_step():
     assert moved.tolist() == [True, False, True, False] and x_adv.isfinite().all()
 
 
+def test_entries_that_are_not_finite_hide_no_image():
+    nan, inf = math.nan, math.inf
+    gradient = torch.tensor([[nan, 3.0, 4.0], [inf, 1.0, 0.0], [-inf, nan, inf], [nan, nan, nan]])
+    half = 0.5**0.5
+    expected = torch.tensor([[0, 0.6, 0.8], [1, 0, 0], [-half, 0, half], [0, 0, 0]])
+    assert torch.allclose(attack.normalize_l2(gradient), expected)
+
+
 @given(draw.seeds)
 def test_an_image_is_attacked_alike_in_any_batch(seed):
     x_nat, net = draw.images(seed), absld.build_model("convnet", 3, "test", seed).double().eval()

@@ -142,6 +142,14 @@ def test_a_small_file_that_names_a_large_network_takes_no_memory(name, tmp_path,
         load_network(str(tmp_path / "best.pt"), C, KEY, image_shape=(3, 224, 224))
 
 
+def test_a_network_that_is_not_built_without_memory_is_read(tmp_path):
+    name = "torchvision:regnet_y_400mf"
+    state = load_network(name, C, KEY).model.state_dict()
+    save({"model": state, "architecture": name}, tmp_path / "best.pt")
+    loaded = load_network(str(tmp_path / "best.pt"), C, KEY).model.state_dict()
+    assert digest(loaded) == digest(state)
+
+
 def test_a_network_of_a_hub_in_a_file_is_not_fetched(tmp_path):
     save({"model": {"w": torch.zeros(1)}, "architecture": "timm:hf-hub:a/b"}, tmp_path / "best.pt")
     with pytest.raises(UsageError, match="has no network"):
