@@ -75,10 +75,15 @@ def load_corrupted(
     root = find_folder(dataset, folder)
     images, labels = (read_array(root / f"{name}.npy") for name in (corruption, "labels"))
     count = len(labels)
-    if images.dtype != np.uint8 or images.shape[:1] != (count,) or images.ndim != 4:
+    if (
+        images.dtype != np.uint8
+        or images.shape[:1] != (count,)
+        or images.ndim != 4
+        or images.shape[3] not in (1, 3)
+    ):
         raise DataError(
             f"{root / corruption}.npy: {images.dtype} of shape {images.shape}",
-            f"needed: uint8 of shape ({count}, height, width, channels), as labels.npy has {count}",
+            f"needed: uint8 of shape ({count}, height, width, 1 or 3), as labels.npy has {count}",
         )
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or count % SEVERITIES or not count:
         raise DataError(
@@ -92,8 +97,9 @@ def load_corrupted(
     numbers = torch.from_numpy(labels[part].astype(np.int64))
     classes: Sequence[str] = CLASSES.get(dataset) or [*map(str, range(int(labels.max()) + 1))]
     # Only these images are read from the file; the copy is in the order of torch.
-    pixels = torch.from_numpy(np.ascontiguousarray(images[part].transpose(0, 3, 1, 2)))
-    return InMemoryImages(pixels, numbers, tuple(classes))
+    pixels = torch.from_numpy(np.array(images[part].transpose(0, 3, 1, 2), order="C"))
+    notes = () if dataset in CLASSES else (f"labels.npy names {len(classes)} classes",)
+    return InMemoryImages(pixels, numbers, tuple(classes), notes)
 
 
 def read_array(path: Path) -> Any:

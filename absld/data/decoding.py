@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, get_args
 
 import torch
 from jaxtyping import UInt8
@@ -67,20 +67,36 @@ def decode(
         resize: squash them, or resize the shorter side and take the centre.
         channels: 3 for RGB, 1 for grey.
         in_memory: keep the images in memory, or in a memory-mapped file; see `--in-memory`.
-        key: names the content, such as a fingerprint, so that its file is used again. Without one,
-            the content is found by decoding.
+        key: names the content, such as a fingerprint, so that its file is used again: one key for
+            each set. Without one, the content is found by decoding.
         part: names the set in messages.
         device: of the batches.
         observer: receives the progress.
 
     Raises:
-        DataError: with the images at fault.
+        DataError: with the option or the images at fault.
     """
     check_classes(classes)
+    form = Form(size, resize, channels)
+    check_options(form, in_memory)
     placement = Placement(in_memory, torch.device(device), observer or Observer())
-    reader = DatasetReader(source, len(classes), channels, key)
-    data = decode_all(reader, classes, Form(size, resize, channels), part, placement)
-    return placement.place(data).to(device)
+    # Two sets by mistake of one key mostly differ in these, and in what the reader adds.
+    content = repr((key, part, tuple(classes))) if key else ""
+    reader = DatasetReader(source, len(classes), channels, content)
+    return placement.place(decode_all(reader, classes, form, part, placement)).to(device)
+
+
+def check_options(form: Form, in_memory: str) -> None:
+    """Raise DataError for values that options of `decode` cannot have."""
+    for name, value, known in (
+        ("resize", form.resize, get_args(Resize)),
+        ("channels", form.channels, get_args(Channels)),
+        ("in_memory", in_memory, get_args(InMemory)),
+    ):
+        if value not in known:
+            raise DataError(f"{name}={value!r}", f"one of {', '.join(map(repr, known))}")
+    if form.size is not None and (type(form.size) is not int or form.size < 1):
+        raise DataError(f"size={form.size!r}", "a number of pixels, 1 or more, or None")
 
 
 def decode_all(
@@ -103,7 +119,8 @@ def decode_all(
         return InMemoryImages(images, header.labels, tuple(classes), notes)
     observer = placement.observer
     path = cache_folder() / f"{decoding.key()}.images"
-    observer.note(f"{part}: {len(reader):,} images, {size_text(size)} in {path}")
+    file_name = f"{path.parent}/{path.stem[:8]}..."
+    observer.note(f"{part}: {len(reader):,} images, {size_text(size)} in {file_name}")
 
     def write(file: IO[bytes]) -> Header:
         for chunk in decoding.chunks():
@@ -193,7 +210,9 @@ class Decoding:
                 )
         except Exception as error:  # Pillow raises many kinds, and seldom names the file
             name = self.reader.name(number)
-            cause = str(error) or type(error).__name__  # a MemoryError says nothing
+            cause = str(error)
+            if isinstance(error, LookupError) or not cause:  # a key alone, or nothing, says little
+                cause = f"{type(error).__name__}: {cause}".removesuffix(": ")
             return Decoded(None, None, f"{printable(name)}: {cause.replace(f' {name!r}', '')}")
         return Decoded(pixels, picture)
 

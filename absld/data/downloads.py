@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
@@ -57,6 +57,8 @@ def download(source: str, path: Path, size: int, sha256: str, observer: Observer
 
 def transfer(source: str, file: IO[bytes], bar: Transfer) -> None:
     """Copy a source into a file. Raises Refused if it cannot be had."""
+    if source.startswith("file://"):
+        source = unquote(source.removeprefix("file://"))
     if not source.startswith(("http://", "https://")):
         copy(Path(source).expanduser(), file, bar)
         return

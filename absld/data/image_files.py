@@ -5,7 +5,7 @@ Only this module opens images. What it changes or skips is said in the notes of 
 
 import io
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -52,8 +52,9 @@ def convert(image: "Image.Image", channels: int = 3) -> tuple["Image.Image", lis
     check_size(*image.size)  # before the pixels are decoded
     if getattr(image, "is_animated", False):
         traits.append("of several frames, of which the first is read")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF; a turned image has none
     if image.getexif().get(ORIENTATION) in range(2, 9):  # others mean nothing
-        ImageOps.exif_transpose(image, in_place=True)
+        image = ImageOps.exif_transpose(image)  # a copy: the image may be somebody's
         traits.append("turned upright, as EXIF says")
     if Image.getmodebase(image.mode) == "L":
         if mode != "L":
@@ -64,7 +65,7 @@ def convert(image: "Image.Image", channels: int = 3) -> tuple["Image.Image", lis
         traits.append("whose transparency is dropped")
     if image.mode[0] in "IF":
         traits.append(f"of more than 8 bits ({image.mode}), scaled to 8")
-        image = to_8_bits(image)
+        image = to_8_bits(image, tags)
     return image.convert(mode), traits
 
 
@@ -105,16 +106,15 @@ def check_size(width: int, height: int) -> None:
         raise ValueError(f"{height}x{width} pixels, more than {limits}")
 
 
-def to_8_bits(image: "Image.Image") -> "Image.Image":
+def to_8_bits(image: "Image.Image", tags: Mapping[int, Any]) -> "Image.Image":
     """Scale a grey image of 16 bits, or of floats in [0,1], to 8 bits.
 
-    By the range of its type, not that of its values: the same for every image of a set. Raises
-    ValueError for types without a range, and for values outside it.
+    By the range of its type, not that of its values: the same for every image of a set. tags: of a
+    TIFF. Raises ValueError for types without a range, and for values outside it.
     """
     import numpy as np
     from PIL import Image
 
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
     if image.mode == "I" and tags:
         raise ValueError("mode I, integers of 32 bits, which have no range of grey")
     values = np.array(image, dtype=np.float64)

@@ -1,7 +1,8 @@
 """Images in a memory-mapped file: sets that need not fit in memory, decoded once.
 
 A cache is two files: NAME.images has the pixels, one image after another, and NAME.header what is
-known of them, sealed with its SHA-256. The header is written last: without it there is no cache.
+known of them and when they were written, sealed with its SHA-256. The header is written last:
+without it there is no cache.
 """
 
 import contextlib
@@ -174,14 +175,15 @@ class Header:
 
 
 def open_cache(path: Path) -> tuple[ImageFile, Header] | None:
-    """Open a cache; None if it is not there, not whole, damaged, or of another version."""
+    """Open a cache; None if it is not there, not whole, changed, or of another version."""
     try:
         content = load(path.with_suffix(".header"), sealed=True)
         shape, labels = tuple(map(int, content["shape"])), content["labels"]
         if content["version"] != VERSION or labels.shape != shape[:1] or min(shape) < 1:
             return None
         with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size != math.prod(shape):
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != (math.prod(shape), content["written"]):
                 return None
             pixels = np.memmap(file, np.uint8, mode="r", shape=shape)
     except (AbsldError, OSError, AttributeError, KeyError, TypeError, ValueError):
@@ -205,7 +207,8 @@ def open_or_write(
                 header_path.unlink(missing_ok=True)
                 with replacing(path) as file:
                     header = write(file)
-                save(asdict(header) | {"version": VERSION}, header_path)
+                written = path.stat().st_mtime_ns
+                save(asdict(header) | {"version": VERSION, "written": written}, header_path)
                 found = open_cache(path)
     except CheckpointError as error:
         raise DataError(f"image cache: {error}", ELSEWHERE) from error
@@ -220,7 +223,9 @@ def open_or_write(
 def locked(path: Path, observer: Observer) -> Iterator[None]:
     """Hold the lock of a cache, after the process that holds it now."""
     folder = path.parent
-    make_folder(folder, folder.parent)
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder}: a link, not a folder")
+    make_folder(folder)
     open_regular(path, "ab").close()  # the library may write through links
     lock = FileLock(path)
     try:

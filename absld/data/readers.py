@@ -119,18 +119,38 @@ class DatasetReader:
 
     def read(self, number: int) -> Picture:
         """Read an image. Raises whatever the dataset raises, and ValueError."""
-        image, given = self.source[number]
-        label = operator.index(given)
+        item = self.source[number]
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+            raise ValueError(f"{printable(type(item).__name__)}{size}, not (image, label)")
+        image, given = item
+        try:
+            label = operator.index(given)
+        except TypeError as error:
+            shown = printable(repr(given)[:40])
+            raise ValueError(f"label {shown} is not a whole number") from error
         if not 0 <= label < self.num_classes:
             raise ValueError(f"label {label} is not in 0..{self.num_classes - 1}")
         converted, traits = convert(to_picture(image), self.channels)
+        if isinstance(image, Tensor) and image.is_floating_point():
+            traits.append("of floats, rounded to 8 bits")
         return Picture(converted, label, traits)
 
     def name(self, number: int) -> str:
         return f"image {number}"
 
     def key(self, on_read: OnRead) -> str:
-        return self.content
+        """Compute the SHA-256 of `content`, the number of images, and the first and last of them."""
+        if not self.content:
+            return ""
+        sha = hashlib.sha256(f"{self.content} {len(self)}".encode())
+        try:
+            for number in (0, len(self) - 1):
+                image, label, _ = self.read(number)
+                sha.update(f"{label} {image.size} ".encode() + image.tobytes())
+        except Exception:  # a dataset raises anything; decoding it names the images at fault
+            return ""
+        return sha.hexdigest()
 
 
 def to_picture(image: Any) -> "Image.Image":

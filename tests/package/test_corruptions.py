@@ -54,8 +54,17 @@ def test_the_corruptions_of_published_means_are_taken_unless_others_are_named(tm
 
 def test_classes_without_names_are_numbers(tmp_path):
     root = str(make_corrupted(tmp_path / "C", "fog", classes=4))
-    assert load_corrupted("corrupted", root, "fog", 1).classes == ("0", "1", "2", "3")
+    data = load_corrupted("corrupted", root, "fog", 1)
+    assert data.classes == ("0", "1", "2", "3") and data.notes == ("labels.npy names 4 classes",)
     assert len(load_corrupted("cifar100-c", root, "fog", 1).classes) == 100
+
+
+@pytest.mark.filterwarnings("error")
+def test_grey_images_are_a_copy_of_their_file(tmp_path):
+    root = make_corrupted(tmp_path / "C", "fog")
+    np.save(root / "fog.npy", np.load(root / "fog.npy")[..., :1])
+    images = load_corrupted("cifar10-c", str(root), "fog", 2).images
+    assert images.shape == (20, 1, 8, 8) and (images.add_(1) == 3).all()
 
 
 class Evil:
@@ -74,6 +83,7 @@ FAULTS = {
     "an archive": (save_archive, "magic string is not correct"),
     "floats": (lambda p: np.save(p, np.zeros((100, 8, 8, 3))), "float64 of shape"),
     "too few": (lambda p: np.save(p, np.zeros((90, 8, 8, 3), np.uint8)), "(90, 8, 8, 3)"),
+    "four channels": (lambda p: np.save(p, np.zeros((100, 8, 8, 4), np.uint8)), "(100, 8, 8, 4)"),
     "no image": (lambda p: np.save(p, np.zeros(100, np.uint8)), "uint8 of shape (100,)"),
     "a claim": (
         lambda p: p.write_bytes(p.read_bytes()[:128].replace(b"(100,", b"(9" + b"9" * 9 + b",")),

@@ -133,7 +133,7 @@ def test_a_large_set_is_decoded_once_and_read_from_its_file(monkeypatch):
     monkeypatch.setattr("absld.data.decoding.LARGE", 100)
     source = items()
     sets = [decode(source, CLASSES, key="content", size=6, in_memory="yes") for _ in range(2)]
-    assert source.read == len(source)
+    assert source.read == len(source) + 2 * 2  # the first and the last one, to find the file
     assert sets[0].digest() == sets[1].digest() and sets[0].storage == "in memory"
 
 
@@ -191,7 +191,7 @@ def test_crop_resizes_the_shorter_side_and_takes_the_centre():
         (arrays(1, side=5)[0], 0, "image 9: 5x5 pixels, the first image has 6x6"),
         (arrays(1)[0], 3, "image 9: label 3 is not in 0..2"),
         (arrays(1)[0], -1, "image 9: label -1"),
-        (arrays(1)[0], 1.0, "image 9: 'float' object cannot be interpreted as an integer"),
+        (arrays(1)[0], 1.0, "image 9: label 1.0 is not a whole number"),
         (arrays(1)[0].astype(float), 0, "image 9: float64 of shape (6, 6, 3) is not an image"),
         (arrays(1, channels=2)[0], 0, "uint8 of shape (6, 6, 2) is not an image"),
         (torch.full((3, 6, 6), 1.5), 0, "pixels in 1.5..1.5, not in [0,1]"),
@@ -202,6 +202,34 @@ def test_crop_resizes_the_shorter_side_and_takes_the_centre():
 )
 def test_an_item_that_is_not_an_image_with_a_label(image, label, cause):
     refused(Items([*items(), (image, label)]), cause, "needed: (image, label)")
+
+
+@pytest.mark.parametrize("item", [{"image": 1, "label": 2}, (1, 2, 3), "ab", None])
+def test_an_item_that_is_not_a_pair(item):
+    size = " of 3" if isinstance(item, tuple) else ""
+    refused(Items([*items(), item]), f"image 9: {type(item).__name__}{size}, not (image, label)")
+
+
+def test_an_error_that_says_only_a_key_gets_its_name():
+    class Faulty(Items):
+        def __getitem__(self, index):
+            raise KeyError("image")
+
+    refused(Faulty(items()), "image 0: KeyError: 'image'")
+
+
+def test_an_image_of_the_caller_is_not_turned():
+    images = [Image.fromarray(array[:, :4]) for array in arrays()]
+    for image in images:
+        image.getexif()[0x0112] = 6
+    data = decode(items(images), CLASSES)
+    assert data.image_shape == (3, 4, 6) and "turned upright" in data.notes[0]
+    assert all(image.size == (4, 6) and image.getexif()[0x0112] == 6 for image in images)
+
+
+def test_floats_that_are_rounded_are_said():
+    data = decode(items(torch.rand(9, 3, 6, 6)), CLASSES)
+    assert data.notes == ("images: 9 images, images of 6x6; 9 of floats, rounded to 8 bits",)
 
 
 def test_all_items_at_fault_are_named_at_once():
@@ -259,19 +287,54 @@ def without_header(path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def replaced(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 def unreadable(path):
     path.with_suffix(".header").write_bytes(b"nothing")
 
 
-@pytest.mark.parametrize("damage", [truncated, changed, without_header, unreadable])
+@pytest.mark.parametrize("damage", [truncated, changed, without_header, unreadable, replaced])
 def test_a_file_that_is_not_whole_is_decoded_anew(damage, cache):
     expected = decode(items(), CLASSES, key="content", in_memory="no").rows(slice(None))
     (path,) = cache.glob("*.images")
     damage(path)
     source = items()
     again = decode(source, CLASSES, key="content", in_memory="no")
-    assert source.read == len(source) + 1
+    assert source.read == len(source) + 3  # one for the shape, two to find the file
     assert torch.equal(again.rows(slice(None)), expected)
+
+
+@pytest.mark.parametrize("other", [arrays(6), arrays()[:8], 255 - arrays()])
+def test_sets_that_share_a_key_by_mistake_are_told_apart(other):
+    for images in (arrays(), other):
+        data = decode(items(images), CLASSES, key="mine", in_memory="no")
+        assert data.digest() == decode(items(images), CLASSES).digest()
+
+
+def test_a_set_with_a_key_names_its_image_at_fault():
+    faulty = Items([("x", 0), *items()])
+    refused(faulty, "image 0: str is not", key="mine", in_memory="no", size=6)
+
+
+def test_a_cache_folder_that_is_a_link(cache, tmp_path):
+    cache.parent.mkdir()
+    cache.symlink_to(tmp_path, target_is_directory=True)
+    said = refused(items(), f"image cache: {cache}: a link", "ABSLD_CACHE", in_memory="no")
+    assert "of a run" not in said
+
+
+def test_where_a_mapped_set_is_takes_a_short_line(cache):
+    notes = []
+
+    class Seen(Observer):
+        def note(self, text):
+            notes.append(text)
+
+    decode(items(), CLASSES, in_memory="no", observer=Seen())
+    (path,) = cache.glob("*.images")
+    assert notes == [f"images: 9 images, 0.0 MiB in {cache}/{path.name[:8]}..."]
 
 
 def test_a_kept_digest_that_is_not_one_is_computed_anew(cache):
@@ -321,8 +384,9 @@ def test_one_process_decodes_and_another_one_waits_for_it(monkeypatch):
 
     class Slow(Items):
         def __getitem__(self, index):
-            reading.set()
-            assert go_on.wait(30)
+            if index == 1:  # the first and the last one are read to find the file
+                reading.set()
+                assert go_on.wait(30)
             return super().__getitem__(index)
 
     class Waiting(Observer):
@@ -345,7 +409,7 @@ def test_one_process_decodes_and_another_one_waits_for_it(monkeypatch):
     threads[1].start()
     for thread in threads:
         thread.join(60)
-    assert waits.is_set() and found[0] == found[1] and (first.read, second.read) == (9, 0)
+    assert waits.is_set() and found[0] == found[1] and (first.read, second.read) == (11, 2)
 
 
 def test_progress_counts_the_images_of_each_part(tmp_path, monkeypatch):
@@ -426,6 +490,20 @@ def child(code, **values):
     return subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+
+
+def test_options_without_meaning_are_refused():
+    code = """
+from absld import decode
+from absld.errors import DataError
+for name, value in (("resize", "Crop"), ("channels", 4), ("in_memory", False), ("size", 0),
+                    ("size", 32.0), ("size", True)):
+    try:
+        decode([], ("a", "b"), **{name: value})
+    except DataError as error:
+        print(str(error) == f"{name}={value!r}" and error.hint != "")
+"""  # without the type checks of tests
+    assert child(code).communicate()[0] == 6 * "True\n"
 
 
 @pytest.mark.slow

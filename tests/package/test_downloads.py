@@ -203,14 +203,15 @@ def test_a_connection_that_breaks_off_is_tried_again(server, archive):
     assert path.read_bytes() == CONTENT and len(server.asked) == 2
 
 
-@pytest.mark.parametrize("kind", ["url", "folder", "password"])
+@pytest.mark.parametrize("kind", ["url", "folder", "file", "password"])
 def test_the_mirror_of_the_environment_is_asked_first(kind, server, archive, tmp_path, monkeypatch):
     path, seen = archive(f"{server.url}/missing/x.mat"), Notes()
     url = server.url.replace("//", "//me:secret@") if kind == "password" else server.url
-    monkeypatch.setenv("ABSLD_DATA_MIRROR", str(tmp_path) if kind == "folder" else f"{url}/whole/")
+    mirrors = {"folder": str(tmp_path), "file": tmp_path.as_uri()}
+    monkeypatch.setenv("ABSLD_DATA_MIRROR", mirrors.get(kind, f"{url}/whole/"))
     provide(["svhn-test"], str(path.parent), seen)
     assert path.read_bytes() == CONTENT
-    assert server.asked == ([] if kind == "folder" else ["/whole/x.mat"])
+    assert server.asked == ([] if kind in mirrors else ["/whole/x.mat"])
     assert "secret" not in "".join(seen.notes)
 
 

@@ -256,6 +256,13 @@ def test_values_without_a_range_are_refused_by_their_mode(mode, value, cause, ro
     refused(root, f"x.png: {cause}")
 
 
+def test_a_turned_tiff_keeps_the_range_of_its_type(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("I", (9, 9), 70).save(root / "test" / "cat" / "x.tif", exif=exif)
+    refused(root, "x.tif: mode I, integers of 32 bits")
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_as_their_exif_says(form, orientation, tmp_path):
