@@ -35,7 +35,7 @@ def export(
     The network in the file takes pixels in [0,1], any number of images. It is
     read back and must predict what the original does, on test images and on
     adversarial images, which are stored beside it. FILE.parity.json tells how
-    near it is. The exit code is 4, and no file is written, if predictions differ.
+    near it is. The exit code is 4, and no network is written, if predictions differ.
     """
     config = ExportConfig(**parse_all(explicit(settings), ExportConfig))
 

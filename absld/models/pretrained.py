@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from absld.config.imports import names_code
 from absld.errors import CheckpointError, UsageError
-from absld.models.loading import load_state, load_weights
+from absld.models.fitting import load_state
+from absld.models.loading import load_weights
 from absld.models.state_dicts import find_state_dict
 from absld.storage.checkpoint import load
 from absld.storage.safetensors_files import FORMAT, WEIGHTS, describe_weights, write_network
@@ -104,6 +105,8 @@ class Classifier(
                 "needed: a repository by `absld push`, see docs/publishing.md",
             )
         architecture, classes = content["architecture"], content["classes"]
+        channels, height, width = content["image_shape"]
+        shape = (channels, height, width)
         if model is not None:
             load_state(model, find_state_dict(content, path).tensors, path)
         elif names_code(architecture):
@@ -112,5 +115,7 @@ class Classifier(
                 "if you trust that code, make the network by it: from_pretrained(..., model=...)",
             )
         else:
-            model, architecture, *_ = load_weights(content, path, len(classes), ("pretrained",))
-        return cls(model, architecture, classes, content["image_shape"]).eval()
+            model, architecture, *_ = load_weights(
+                content, path, len(classes), ("pretrained",), image_shape=shape
+            )
+        return cls(model, architecture, classes, shape).eval()

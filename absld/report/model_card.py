@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from absld.config.evaluation_settings import EvaluationConfig
-from absld.data.sources import RESIZED
+from absld.data.sources import is_resized
 from absld.evaluation.attacks import AUTOATTACK_COSTS
 from absld.evaluation.results import warnings
 from absld.report import summary
@@ -114,8 +114,14 @@ def evaluation_command(subject: Subject, results: Mapping[str, Any]) -> str:
     flags = {"dataset": data["dataset"], "split": data["split"], **settings}
     flags["attacks"] = ",".join(dict.fromkeys(["clean", *attacks]))
     flags["epsilon"] = f"{levels}/255" if levels / 255 == epsilon else repr(epsilon)
-    if data["dataset"] in RESIZED:
-        flags["image_size"] = subject.config["image_shape"][1]
+    channels, size, _ = subject.config["image_shape"]
+    if channels != 3:
+        flags["channels"] = channels
+    if is_resized(data["dataset"]):
+        flags["image_size"] = size
+        resize = subject.recipe.get("resize", "squash")
+        if data["dataset"] == subject.recipe["dataset"] and resize != "squash":
+            flags["resize"] = resize
     if data["dataset"] == "folder":
         flags["data"] = "DIR"
     if not subject.by_name:

@@ -14,6 +14,7 @@ from absld.evaluation.attacks import AttackBatch, parse_attack
 from absld.evaluation.surrogates import Images, surrogates
 from absld.norms import Norm
 from absld.progress import AttackProgress, Observer
+from absld.runs.parity import RELATIVE_TOLERANCE, device_of, network_logits
 from absld.storage.checkpoint import load
 from absld.storage.files import replacing
 from absld.storage.safetensors_files import safetensors_bytes
@@ -42,11 +43,12 @@ def stored_adversarial(
     model: in eval mode, on the device of the attack. clean: all images to attack, on the CPU.
     path: named by all that decides the images.
 
-    Raises CheckpointError for a file of anything but images in the ball around the clean ones.
+    Raises CheckpointError for a file of anything but images in the ball around the clean ones, with
+    their labels and numbers, and the logits that the network gives.
     """
     if path.exists():
         observer.note(f"adversarial images, made before: {path}")
-        return read_adversarial(path, clean)
+        return read_adversarial(path, model, clean, batch_size)
     x_adv, logits = attack_network(model, clean, batch_size, observer)
     tensors = {"images": x_adv, "labels": clean.labels, "index": clean.index, "logits": logits}
     texts = {"attack": ATTACK, "norm": clean.norm, "epsilon": json.dumps(clean.epsilon)}
@@ -76,29 +78,36 @@ def attack_network(
                 norm=clean.norm,
             )
             x_adv = project(attack.perturb(attacked, batch), batch.x_nat, batch.epsilon)
-            parts.append((x_adv.cpu(), model(x_adv).cpu()))
+            parts.append((x_adv.cpu(), model(x_adv).float().cpu()))
             done = int(chosen[-1]) + 1
             observer.attack_batch(AttackProgress(ATTACK, done, total, (done, total)))
     x_adv, logits = map(torch.cat, zip(*parts, strict=True))
     return x_adv, logits
 
 
-def read_adversarial(path: Path, clean: AttackBatch) -> Images:
-    """Read adversarial images of these images. Raises CheckpointError for anything else."""
+def read_adversarial(path: Path, model: nn.Module, clean: AttackBatch, batch_size: int) -> Images:
+    """Read adversarial images of these images and network. Raises CheckpointError for others."""
     hint = "remove it: it is made anew"
     try:
-        x_adv = load(path).get("images")
+        content = load(path)
     except CheckpointError as error:
         raise CheckpointError(str(error), hint) from error
-    x_nat = clean.x_nat
+    x_adv, x_nat = content.get("images"), clean.x_nat
     if not isinstance(x_adv, Tensor) or (x_adv.dtype, x_adv.shape) != (x_nat.dtype, x_nat.shape):
         raise CheckpointError(f"{path}: holds no images {tuple(x_nat.shape)}", hint)
     moved = (geometry(clean.norm).project(x_adv, x_nat, clean.epsilon) - x_adv).abs().max()
     if not moved <= ROUNDING:  # NaN is not
         raise CheckpointError(f"{path}: its images are not in the ball around the clean ones", hint)
+    for name, ours in (("labels", clean.labels), ("index", clean.index)):
+        found = content.get(name)
+        if not isinstance(found, Tensor) or not torch.equal(found, ours):
+            raise CheckpointError(f"{path}: its {name} are not those of the clean images", hint)
+    expected, logits = network_logits(model, torch.split(x_adv, batch_size)), content.get("logits")
+    tolerance = RELATIVE_TOLERANCE * expected.abs().max()
+    if not (
+        isinstance(logits, Tensor)
+        and (logits.dtype, logits.shape) == (expected.dtype, expected.shape)
+        and (logits - expected).abs().max() <= tolerance  # NaN is not
+    ):
+        raise CheckpointError(f"{path}: its logits are not those of the network", hint)
     return x_adv
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a network's weights; the CPU if it has none."""
-    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))

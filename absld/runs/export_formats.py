@@ -107,7 +107,10 @@ def trace(
         try:
             with quiet():
                 program = torch.export.export(
-                    network, (example,), dynamic_shapes=({0: batch},), strict=strict
+                    giving_float32(network, example),
+                    (example,),
+                    dynamic_shapes=({0: batch},),
+                    strict=strict,
                 )
         except Stopped:
             raise
@@ -118,6 +121,20 @@ def trace(
     raise CheckpointError(
         f"{name}: torch.export cannot trace it: {in_short(errors[0])}", ANY_BATCH
     ) from errors[0]
+
+
+def giving_float32(network: nn.Module, example: Tensor) -> nn.Module:
+    """Return a network whose logits are float32: itself, or one with a cast at its end."""
+    with torch.no_grad():
+        dtype = network(example).dtype
+    return network if dtype == torch.float32 else nn.Sequential(network, ToFloat32()).eval()
+
+
+class ToFloat32(nn.Module):
+    """Logits (N,C) of any precision to float32."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits.float()
 
 
 def without_traces(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -195,7 +212,9 @@ def decode(
         return cast(Forward, module)
     architecture, num_classes = description["architecture"], len(description["classes"])
     typed = architecture if names_code(architecture) else ""
-    return load_network(str(path), num_classes, ("export",), typed).model.eval()
+    channels, height, width = description["image_shape"]
+    shape = (channels, height, width)
+    return load_network(str(path), num_classes, ("export",), typed, image_shape=shape).model.eval()
 
 
 def open_onnx(content: bytes) -> Forward:

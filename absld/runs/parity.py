@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from absld.data.dataset import ImageSet, pixels
 from absld.errors import AbsldError, CheckpointError, NonFiniteError
 from absld.evaluation.surrogates import Images
-from absld.runs.adversarial_images import device_of
 from absld.runs.export_formats import Forward, in_short
 
 # Of the largest logit: float32 in another order of sums. Source: decided here.
 RELATIVE_TOLERANCE = 1e-4
-NOT_WRITTEN = "no file was written; another --format may hold this network"
+NOT_WRITTEN = "no network was written; another --format may hold this network"
 
 
 class LabelledImages(NamedTuple):
@@ -62,6 +61,12 @@ def compute_logits(forward: Forward, batches: Iterable[Images], name: str) -> Fl
     return logits
 
 
+def network_logits(model: nn.Module, batches: Iterable[Images]) -> Float[Tensor, "n c"]:
+    """Compute the logits of the original, on its device. Raises NonFiniteError."""
+    device = device_of(model)
+    return compute_logits(lambda x: model(x.to(device)), batches, "the network")
+
+
 def compare_logits(
     ours: Float[Tensor, "n c"],
     theirs: Float[Tensor, "n c"],
@@ -99,13 +104,17 @@ def compare_networks(
     classes: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     """Compare a network with its export, by kind of image."""
-    device = device_of(ours)
     results = {}
     for kind, (batches, labels) in images.items():
-        expected = compute_logits(lambda x: ours(x.to(device)), batches(), "the network")
+        expected = network_logits(ours, batches())
         found = compute_logits(theirs, first_alone(batches()), "the export")
         results[kind] = compare_logits(expected, found, labels, classes)
     return results
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a network's weights; the CPU if it has none."""
+    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from absld.config.fields import group_of
 from absld.config.files import read_run_config
 from absld.config.imports import HUB, names_code
 from absld.config.settings import Config
-from absld.data.sources import RESIZED
+from absld.data.sources import is_resized
 from absld.errors import CheckpointError
 from absld.evaluation.results import read_evaluations, read_results, to_json
 from absld.models.state_dicts import find_state_dict, stated_classes, stated_image_shape
@@ -112,7 +112,7 @@ def choose_evaluation(
 
     Of those with attacks on all test images with the budget of the run, the one with the lowest
     robust average: each is an upper bound, and this one is the nearest. If there are none, the
-    newest other one.
+    newest other one, if possible with attacks, and with that budget.
 
     Raises CheckpointError if there is no evaluation of these weights.
     """
@@ -128,7 +128,11 @@ def choose_evaluation(
             whole, key=lambda each: each[1]["robust"]["metrics"]["average"]["value"]
         )
     else:
-        path, results = max(own, key=lambda each: str(each[1]["environment"]["started"]))
+        attacked = [each for each in own if each[1]["settings"]["attacks"]]
+        of_budget = [each for each in attacked if has_budget(each[1], recipe)]
+        path, results = max(
+            of_budget or attacked or own, key=lambda each: str(each[1]["environment"]["started"])
+        )
     return path, results, tuple(f"{path}: {note}" for note in notes[path])
 
 
@@ -141,10 +145,16 @@ def limits(results: Mapping[str, Any], recipe: Config) -> list[str]:
         f"is on the {data['split']} images": data["split"] != "test",
         f"is on {data['images']:,} of {data['of']:,} images": data["images"] != data["of"],
         "is without attacks": not settings["attacks"],
-        f"has another budget than the training, {budget(settings)}": budget(settings)
-        != budget(vars(recipe)),
+        f"has another budget than the training, {budget(settings)}": not has_budget(
+            results, recipe
+        ),
     }
     return [text for text, holds in checks.items() if holds]
+
+
+def has_budget(results: Mapping[str, Any], recipe: Config) -> bool:
+    """Return whether an evaluation has the norm and the epsilon of a training."""
+    return budget(results["settings"]) == budget(vars(recipe))
 
 
 def without_places(results: Mapping[str, Any], subject: model_card.Subject) -> dict[str, Any]:
@@ -162,7 +172,7 @@ def without_places(results: Mapping[str, Any], subject: model_card.Subject) -> d
 def training_settings(recipe: Config) -> dict[str, Any]:
     """Return the settings that decided a training; networks, which may be paths, are left out."""
     skipped = {f.name for f in fields(Config) if group_of(f) == "Networks"}
-    if recipe.dataset not in RESIZED:
+    if not is_resized(recipe.dataset):
         skipped |= {"image_size"}
     values = deciding_settings(recipe)
     return {k: v for k, v in values.items() if k not in skipped and v is not None}

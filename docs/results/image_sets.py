@@ -16,8 +16,8 @@ CLASSES = 10
 MEASURE = """
 import json, sys, time
 import pooch, PIL.JpegImagePlugin, sklearn.model_selection, torch, torchvision.transforms.v2
+from torch import nn
 import absld
-from absld.data.augmentation import Views, batches
 from absld.data.placement import Placement
 
 def memory(name):
@@ -26,22 +26,17 @@ def memory(name):
 
 folder, side, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
-network = absld.build_model("convnet", 10, "image sets")
+torch.manual_seed(0)
+layers = nn.Conv2d(3, 16, 16, stride=16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU()
+network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 before, start = memory("VmHWM"), time.perf_counter()
 data = absld.load_data("folder", folder, side, placement=Placement(where))
 data.train.digest()
 figures = {"load": time.perf_counter() - start, "load_memory": memory("VmHWM") - before}
-
-config = absld.TrainConfig(method="sat", epochs=1, batch_size=32, attack_steps=1, max_steps=5)
-few = data.validation.subset(torch.arange(10))
-(report,) = absld.fit(network, None, data.train, few, config)
-figures |= {"step": report.seconds / 5, "weights": absld.digest(network.state_dict())}
-
-start = time.perf_counter()
-for _ in batches(Views(data.train, 4), 0, batch_size=32, flip=0.5, radius=0.001, steps=50):
-    pass
-figures |= {"batch": (time.perf_counter() - start) / 50, "memory": memory("VmHWM") - before,
-            "private": memory("RssAnon")}
+config = absld.TrainConfig(method="sat", epochs=1, batch_size=32, attack_steps=1)
+(report,) = absld.fit(network, None, data.train, data.validation, config)
+figures |= {"epoch": report.seconds, "weights": absld.digest(network.state_dict()),
+            "memory": memory("VmHWM") - before, "private": memory("RssAnon")}
 print(json.dumps(figures))
 """
 
@@ -62,7 +57,7 @@ def make_images(folder: Path, images: int, side: int) -> None:
 
 
 def measure(folder: Path, side: int, where: str) -> dict[str, float]:
-    """Return the figures of a process that loads the images, and trains for some steps."""
+    """Return the figures of a process that loads the images, and trains for an epoch."""
     command = [sys.executable, "-c", MEASURE, str(folder / "images"), str(side), where]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ABSLD_CACHE": str(folder / "cache")}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
@@ -81,25 +76,22 @@ def main() -> None:
             f"{images:,} images of {side}x{side}: {size / 2**20:,.0f} MiB of files, "
             f"{images * side * side * 3 / 2**20:,.0f} MiB decoded; "
             f"made in {time.perf_counter() - start:.0f} s\n\n"
-            "| images | loading, s | its peak, MiB | step, s | of it the batch, s | peak, MiB | "
-            "private, MiB |\n|---|---|---|---|---|---|---|",
+            "| images | loading, s | its peak, MiB | epoch, s | peak, MiB | private, MiB |\n"
+            "|---|---|---|---|---|---|",
             flush=True,
         )
         weights = set()
-        rows = {
-            "mapped, decoded": "no",
-            "mapped, from the file": "no",
-            "in memory, from the file": "yes",
-        }
-        for row, where in rows.items():
+        rows = [("mapped, decoded", "no")]
+        rows += 2 * [("mapped, from the file", "no"), ("in memory, from the file", "yes")]
+        for row, where in rows:
             found = measure(folder, side, where)
             weights.add(found["weights"])
             print(
-                f"| {row} | {found['load']:.1f} | {found['load_memory']:.0f} | {found['step']:.2f} | "
-                f"{found['batch']:.3f} | {found['memory']:,.0f} | {found['private']:,.0f} |",
+                f"| {row} | {found['load']:.1f} | {found['load_memory']:.0f} | {found['epoch']:.1f} | "
+                f"{found['memory']:,.0f} | {found['private']:,.0f} |",
                 flush=True,
             )
-        print(f"\n{len(weights)} different weights after the steps")
+        print(f"\n{len(weights)} different weights after the epoch")
 
 
 if __name__ == "__main__":

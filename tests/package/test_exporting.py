@@ -16,7 +16,7 @@ from torch import nn
 
 import absld
 from absld.errors import CheckpointError
-from absld.models.architectures import build_model
+from absld.models.architectures import build_exactly, build_model
 from absld.models.layers import Normalised
 from absld.models.loading import load_network
 from absld.runs import parity
@@ -49,6 +49,7 @@ NETS = """
     def in_numpy(): return Linear(lambda net, x: net(torch.from_numpy(x.detach().numpy())))
     def random(): return Linear(lambda net, x: net(x + torch.randn_like(x)))
     def of_the_batch(): return nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), dropout())
+    def half(): return Linear(lambda net, x: net(x).half())
     def shared():
         net = dropout()
         net.twice = net.layers[2]
@@ -134,6 +135,40 @@ def test_other_channels_and_sizes(shape, tmp_path):
 def test_a_normalisation_is_in_the_file(tmp_path):
     model = Normalised(build_model("convnet", 10, "net"), torch.full((3,), 0.3), torch.ones(3) / 5)
     check_formats(model.eval(), "convnet", (3, 8, 8), tmp_path, ["torch-export", "safetensors"])
+
+
+@pytest.mark.parametrize("file_format", SUFFIXES)
+def test_a_network_of_grey_images_is_exported(file_format, tmp_path):
+    model = build_exactly("convnet", 10, 1, ("grey",)).eval()
+    check_formats(model, "convnet", (1, 8, 8), tmp_path, [file_format])
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "torch-export"])
+def test_logits_are_float32_whatever_the_network_gives(file_format, capfd):
+    path, report = exported(capfd, "nets:half", "--format", file_format)
+    described = {"image_shape": (3, 8, 8), "architecture": "nets:half", "classes": LETTERS}
+    forward = decode(path.read_bytes(), path, described, file_format)
+    assert forward(torch.rand(2, 3, 8, 8)).dtype == torch.float32
+    assert report["verdict"].startswith("same")
+
+
+@pytest.mark.parametrize(
+    ("flags", "budget"),
+    [
+        (["--norm", "l2", "--epsilon", "0.5"], "epsilon 0.5 in the L2 norm"),
+        (["--norm", "linf", "--epsilon", "8/255"], "epsilon 8/255 (0.03137) in the L-infinity"),
+    ],
+    ids=["l2", "linf"],
+)
+@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
+def test_the_command_prints_the_export_and_its_budget(flags, budget, as_json, teacher, capfd):
+    command = ["export", teacher, "--dataset", "digits", "--format", "safetensors", *flags]
+    assert main(*command, "--device", "cpu", *as_json) == 0
+    printed = capfd.readouterr().out
+    if as_json:
+        assert json.loads(printed)["adversarial"]["norm"] == flags[1]
+    else:
+        assert budget in printed and "verdict: same predictions" in printed
 
 
 def check_formats(model, name, shape, folder, formats=tuple(SUFFIXES)):
@@ -245,6 +280,17 @@ def test_stored_images_that_do_not_fit_are_refused(content, teacher, capfd):
     refused(capfd, 4, stored, "remove it", "export", teacher, *flags, "--format", "safetensors")
 
 
+@pytest.mark.parametrize("name", ["labels", "index", "logits"])
+def test_stored_images_of_other_labels_numbers_or_logits_are_refused(name, teacher, capfd):
+    _, report = exported(capfd, teacher, "--format", "safetensors")
+    stored = report["adversarial"]["path"]
+    kept = load_file(stored)
+    for other in (kept[name] + 1, torch.zeros(3)):
+        save_file(kept | {name: other}, stored)
+        flags = ["--dataset", "digits", "--device", "cpu", "--format", "safetensors"]
+        refused(capfd, 4, f"its {name} are not", "remove it", "export", teacher, *flags)
+
+
 # --- Parity ---
 
 
@@ -268,7 +314,7 @@ def test_a_file_that_predicts_otherwise_gets_no_name(file_format, teacher, capfd
 
     monkeypatch.setattr("absld.runs.exporting.decode", other)
     flags = ["export", teacher, "--dataset", "digits", "--format", file_format]
-    refused(capfd, 4, "40 of 40 clean and 40 of 40 adversarial", "no file was written", *flags)
+    refused(capfd, 4, "40 of 40 clean and 40 of 40 adversarial", "no network was written", *flags)
     assert [path.name[:12] for path in Path("exports").iterdir()] == ["adversarial-"]
 
 

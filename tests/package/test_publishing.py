@@ -19,8 +19,9 @@ from markdown_it import MarkdownIt
 
 import absld
 from absld.errors import CheckpointError, UsageError
-from absld.models.architectures import build_model
+from absld.models.architectures import build_exactly, build_model
 from absld.models.layers import Normalised
+from absld.report.model_card import Subject, evaluation_command
 from absld.storage.checkpoint import load, save
 from absld.storage.safetensors_files import describe_weights, safetensors_bytes
 from absld.text import printable
@@ -204,6 +205,33 @@ def test_the_nearest_bound_on_all_test_images_is_shown(run, capfd):
     assert "Measured on a part of the images: 20 of 40" in card
 
 
+def test_an_evaluation_with_the_budget_of_the_training_is_preferred(run, capfd):
+    def other_budget(results):
+        results["environment"]["started"] = "9999"
+        results["settings"] |= {"norm": "l2", "epsilon": 0.5}
+
+    other = strongest(run)
+    edit_json(other, other_budget)
+    card_of(run)
+    assert "is on 20 of 40 images" in capfd.readouterr().out
+    card_of(run, "--evaluation", other)
+    assert "has another budget than the training, 0.5 in the L2 norm" in capfd.readouterr().out
+
+
+def test_the_command_of_a_card_has_the_form_of_the_images():
+    results = {"data": {"dataset": "folder", "split": "test"}}
+    results["settings"] = {"attacks": ["fgsm"], "norm": "linf", "epsilon": 8 / 255}
+    config, recipe = {"image_shape": (1, 32, 32)}, {"dataset": "folder", "resize": "crop"}
+    subject = Subject("me/net", config, recipe, "", "", by_name=True)
+    command = evaluation_command(subject, results)
+    for flag in ("--channels 1", "--resize crop", "--image-size 32"):
+        assert flag in command
+    usual = recipe | {"resize": "squash"}
+    usual = subject._replace(config={"image_shape": (3, 32, 32)}, recipe=usual)
+    command = evaluation_command(usual, results)
+    assert "--channels" not in command and "--resize" not in command
+
+
 def test_a_card_is_of_the_weights_that_are_pushed(run, capfd):
     for path in run.glob("evaluations/*/evaluation.json"):
         edit_json(path, lambda results: results["network"].update(weights_sha256="ab" * 32))
@@ -283,6 +311,13 @@ def test_a_classifier_keeps_its_normalisation(tmp_path):
     network = Normalised(build_model("convnet", 3, 0), mean, std).eval()
     absld.Classifier(network, "convnet", ("a", "b", "c"), (3, 8, 8)).save_pretrained(tmp_path)
     x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(absld.Classifier.from_pretrained(tmp_path)(x), network(x))
+
+
+def test_a_classifier_of_grey_images_comes_back(tmp_path):
+    network = build_exactly("convnet", 3, 1, ("grey",)).eval()
+    absld.Classifier(network, "convnet", ("a", "b", "c"), (1, 8, 8)).save_pretrained(tmp_path)
+    x = torch.rand(2, 1, 8, 8)
     assert torch.equal(absld.Classifier.from_pretrained(tmp_path)(x), network(x))
 
 
