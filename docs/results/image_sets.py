@@ -81,9 +81,12 @@ def main() -> None:
             flush=True,
         )
         weights = set()
-        rows = [("mapped, decoded", "no")]
-        rows += 2 * [("mapped, from the file", "no"), ("in memory, from the file", "yes")]
-        for row, where in rows:
+        rows = {
+            "mapped, decoded": "no",
+            "mapped, from the file": "no",
+            "in memory, from the file": "yes",
+        }
+        for row, where in rows.items():
             found = measure(folder, side, where)
             weights.add(found["weights"])
             print(
