@@ -105,6 +105,28 @@ def preact(state, x, activated_shortcut, large=False, train=False):
     return net.linear("linear", net.norm("bn", out).relu() if net.has("bn") else out)
 
 
+def resnet(state, x, depths, train=False):
+    """ResNet for small images; blocks of two convolutions, or of three where there is a third."""
+    net = Reader(state, train)
+    out = net.norm("bn1", net.conv("conv1", x, padding=1)).relu()
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            at, stride = f"layer{stage + 1}.{block}", 2 if stage and not block else 1
+            three = net.has(f"{at}.conv3")
+            first = net.conv(f"{at}.conv1", out, *((1, 0) if three else (stride, 1)))
+            inner = net.conv(
+                f"{at}.conv2", net.norm(f"{at}.bn1", first).relu(), stride if three else 1, 1
+            )
+            inner = net.norm(f"{at}.bn2", inner)
+            if three:
+                inner = net.norm(f"{at}.bn3", net.conv(f"{at}.conv3", inner.relu()))
+            passed = out
+            if net.has(f"{at}.downsample"):
+                passed = net.norm(f"{at}.downsample.1", net.conv(f"{at}.downsample.0", out, stride))
+            out = (inner + passed).relu()
+    return net.linear("linear", out)
+
+
 def mobilenet(state, x, strides, train=False):
     """MobileNetV2; strides: of the stem, and of the first block of each of the seven stages."""
     net = Reader(state, train)
