@@ -178,7 +178,7 @@ def test_the_next_source_is_asked_when_one_fails(fault, server, archive):
     assert (
         seen.notes[1].startswith(f"{server.url}/{fault}/x.mat: ") and FAULTS[fault] in seen.notes[1]
     )
-    assert not [*path.parent.glob("*.partial")]
+    assert not [*path.parent.glob(".partial-*")]
 
 
 def test_all_sources_with_their_causes_are_named_when_none_has_the_file(server, archive):
