@@ -90,7 +90,8 @@ def label_configs(configs: Sequence[Config]) -> list[str]:
 def resolve_baseline(labels: Sequence[str], configs: Sequence[Config], baseline: str) -> str:
     """Return the baseline, the first label where it is empty.
 
-    Raises UsageError if there is no such label, nothing to compare, a run twice, or no one budget.
+    Raises UsageError if there is no such label, nothing to compare, a run twice,
+    or runs of different budgets.
     """
     distinct = list(dict.fromkeys(labels))
     if len(distinct) < 2:

@@ -53,7 +53,7 @@ def parse_license(text: str) -> str | None:
 def require_token() -> None:
     """Raise UsageError if huggingface_hub has no token."""
     if import_hub().get_token() is None:
-        raise UsageError("there is no token of the hub", LOG_IN)
+        raise UsageError("no token for the Hugging Face Hub is set", LOG_IN)
 
 
 def upload(folder: Path, names: Sequence[str], repository: str, *, public: bool) -> Upload:
