@@ -112,7 +112,8 @@ class ClassTemperature(nn.Module):
     Args:
         num_classes: C, 2 or more.
         rate: how far the farthest class moves in an epoch.
-        lower, upper: bounds of the temperatures; 1 is in between.
+        lower: lower bound of the temperatures, at most 1.
+        upper: upper bound of the temperatures, at least 1.
         fidelity: "paper" reads D1 as published; "released" as the authors' script computes it: it
             divides one buffer in place by both temperatures, so both labels use their product.
         dtype: of temperatures and risks.

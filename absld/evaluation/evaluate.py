@@ -203,7 +203,8 @@ def evaluate(
     Args:
         model: takes images in [0,1] and gives logits (N,C).
         data: the images.
-        epsilon, norm: radius of the ball, pixels in [0,1], and its norm.
+        epsilon: radius of the ball; pixels are in [0,1].
+        norm: of the ball, "linf" or "l2".
         attacks: names, as "fgsm,pgd20,cw30,autoattack", or objects (`Attack`). A misclassified
             image is not attacked again.
         restarts: attempts of the named PGD and CW.

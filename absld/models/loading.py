@@ -78,7 +78,7 @@ def load_network(
     Args:
         target: a known name (see `absld.models.architectures`); `timm:NAME`, `torchvision:NAME`;
             `package.module:factory`, also of the current folder; a run directory; a file of
-            weights; or one on the Hugging Face Hub, hf:owner/name[@revision][/file], which is
+            weights; or one on the Hugging Face Hub, `hf:owner/name[@revision][/file]`, which is
             downloaded unless it is in the cache.
         num_classes: number of logits.
         key: of the initial weights, where `target` brings none.

@@ -5,6 +5,7 @@ import doctest
 import pkgutil
 import re
 import runpy
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -41,7 +42,9 @@ FLAGS = flags_of_commands(typer.main.get_command(absld.cli.app.app)) | {
     "absld_min.py": {"--" + f.name.replace("_", "-") for f in fields(absld_min.Config)}
     | {"--help"},
     "torchrun": {"--nproc-per-node"},
-    "pip install": {"--upgrade", "--group"},
+    "pip install": {"--upgrade", "--group", "--index-url"},
+    "pip wheel": {"--no-deps"},
+    "mkdocs build": {"--strict"},
     "mypy": {"--strict"},
     "device_step_times.py": {"--student", "--rounds", "--steps"},
 }
@@ -112,12 +115,20 @@ def functions_of(file):
     }
 
 
-def test_the_index_has_every_page():
-    linked = {
-        (DOCS / target).resolve()
-        for target in re.findall(r"\]\(([^)]+)\)", read(DOCS / "index.md"))
-    }
-    assert {path.resolve() for path in PAGES if path.name != "index.md"} <= linked
+def test_every_public_name_has_an_entry_in_the_reference():
+    text = "".join(read(path) for path in sorted((DOCS / "api").glob("*.md")))
+    public = re.findall(
+        r"^from \.\S+\.?\S* import (\w+) as", read(ROOT / "absld/__init__.pyi"), re.M
+    )
+    entries = re.findall(r"^::: absld\.(.+)$", text, re.MULTILINE)
+    assert len(public) > 30 and set(public) <= set(entries)
+    assert all(pkgutil.resolve_name(f"absld.{entry}") is not None for entry in entries)
+
+
+def test_the_installation_names_every_extra():
+    rows = re.findall(r"^\| `(\w+)` \|", read(DOCS / "installation.md"), re.MULTILINE)
+    project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
+    assert sorted(rows) == sorted(project["optional-dependencies"])
 
 
 def test_readme_names_every_part_of_the_file():
