@@ -52,6 +52,11 @@ class Links(HTMLParser):
         self.loaded += [part.split()[0] for part in given.get("srcset", "").split(",") if part]
         self.loaded += LOADED_BY_CSS.findall(given.get("style", ""))
 
+    def handle_data(self, data: str) -> None:
+        """Take note of the text of a script or a style sheet in the page."""
+        pattern = {"style": LOADED_BY_CSS, "script": NAMED_BY_SCRIPTS}.get(self.cdata_elem or "")
+        self.loaded += pattern.findall(data) if pattern else []
+
 
 def on_post_build(config: MkDocsConfig) -> None:
     """Fail the build with all faults that are found."""

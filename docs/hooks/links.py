@@ -1,6 +1,7 @@
-"""Make links of the pages work on the site, which work on GitHub: those that lead out of docs/.
+"""Make links that work on GitHub work on the site, too.
 
-SECURITY.md and CHANGELOG.md become pages; any other file of the repository is linked there.
+SECURITY.md and CHANGELOG.md become pages; any other file outside of docs/ is linked in the
+repository. A link that shows the name of a page's file shows the page's title.
 """
 
 import re
@@ -13,7 +14,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 PAGES = {ROOT / "SECURITY.md": "security.md", ROOT / "CHANGELOG.md": "changelog.md"}
-LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
+LINK = re.compile(r"\[([^\[\]]*)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -28,15 +29,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = Path(page.file.abs_src_path or config.docs_dir)
     pages = PAGES | {Path(config.docs_dir, uri): uri for uri in files.src_uris}
 
-    def target(link: str) -> str:
+    def adapted(match: re.Match[str]) -> str:
+        text, link, anchor = match.groups()
         path = Path(source.parent, link).resolve()
         if ":" in link or not path.exists():
-            return link  # elsewhere, or MkDocs reports it
-        if path in pages and not files.src_uris[pages[path]].inclusion.is_excluded():
-            return relpath(pages[path], dirname(page.file.src_uri) or ".")
-        return f"{config.repo_url}/blob/main/{path.relative_to(ROOT).as_posix()}"
+            return match[0]  # elsewhere, or MkDocs reports it
+        file = files.src_uris.get(pages.get(path, ""))
+        if file is None or file.inclusion.is_excluded():
+            url = f"{config.repo_url}/blob/main/{path.relative_to(ROOT).as_posix()}"
+            return f"[{text}]({url}{anchor})"
+        if text.endswith(path.name) and file.page and file.page.title:
+            text = file.page.title
+        return f"[{text}]({relpath(file.src_uri, dirname(page.file.src_uri) or '.')}{anchor})"
 
-    return LINK.sub(lambda m: m[1] + target(m[2]) + m[3], markdown)
+    return LINK.sub(adapted, markdown)
 
 
 def on_post_page(output: str, **_: object) -> str:

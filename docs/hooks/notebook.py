@@ -24,4 +24,4 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     if page.file.src_uri != "tutorial.md":
         return markdown
     title, text = markdown.split("\n", 1)
-    return f"{title}\n\n[As a notebook](tutorial.ipynb){{ .md-button download }}\n{text}"
+    return f"{title}\n\n[As a notebook](tutorial.ipynb){{ .md-button .md-button--primary download }}\n{text}"

@@ -138,6 +138,37 @@ def test_readme_names_every_part_of_the_file():
     assert all(hasattr(absld_min, name) for name in names)
 
 
+# --- The site ---
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "<a href='a/#none'>",
+        "<a href='b/'>",
+        "<a href='/a/'>",
+        "<script src='none.js'>",
+        "<img src='//else.org/a.png'>",
+        "<img srcset='https://else.org/a.png 2x'>",
+        "<iframe src='https://else.org'>",
+        "<link rel='preconnect' href='https://else.org'>",
+        "<p style='background: url(https://else.org/a.png)'>",
+        "<style>@import 'https://else.org/a.css'",
+        "<script>fetch('https://else.org')",
+    ],
+)
+def test_the_check_of_the_site_finds(fault, tmp_path):
+    pytest.importorskip("mkdocs", reason="pip install --group docs")
+    faults_of_pages = runpy.run_path(str(DOCS / "hooks" / "checks.py"))["faults_of_pages"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "index.html").write_text("<h1 id='x'></h1><a href='mailto:a@b.org'></a>")
+    good = "<a href='a/#x'></a><a href='/absld/a/'></a><a href='https://else.org'></a>"
+    (tmp_path / "index.html").write_text(good)
+    assert not list(faults_of_pages(tmp_path, "/absld/"))
+    (tmp_path / "index.html").write_text(good + fault)
+    assert len(list(faults_of_pages(tmp_path, "/absld/"))) == 1
+
+
 # --- docs/contributing.md ---
 
 
