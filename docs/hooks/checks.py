@@ -39,6 +39,7 @@ class Links(HTMLParser):
         super().__init__()
         self.anchors, self.links, self.loaded = {""}, list[str](), list[str]()
         self.feed(page.read_text(encoding="utf-8"))
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Take note of an element."""
@@ -72,16 +73,17 @@ def faults_of_pages(site: Path, root: str) -> Iterator[str]:
     for path, page in pages.items():
         name = path.relative_to(site).as_posix()
         base = urljoin(f"http://site{root}", name.removesuffix("index.html"))
-        for link in page.links + page.loaded:
+        found = [(link, "links") for link in page.links] + [(url, "loads") for url in page.loaded]
+        for link, verb in found:
             parts = urlsplit(urljoin(base, link))
             if parts.netloc != "site":
-                if link in page.loaded and parts.scheme != "data":
+                if verb == "loads" and parts.scheme != "data":
                     yield f"{name} loads {link}"
                 continue
             target = site / unquote(parts.path).removeprefix(root).lstrip("/")
             target = target / "index.html" if target.is_dir() else target
             if not parts.path.startswith(root) or not target.exists():
-                yield f"{name} links {link}, which does not exist"
+                yield f"{name} {verb} {link}, which does not exist"
             elif target in pages and unquote(parts.fragment) not in pages[target].anchors:
                 yield f"{name} links {link}, where there is no such anchor"
 
