@@ -39,7 +39,6 @@ class Links(HTMLParser):
         super().__init__()
         self.anchors, self.links, self.loaded = {""}, list[str](), list[str]()
         self.feed(page.read_text(encoding="utf-8"))
-        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Take note of an element."""

@@ -153,8 +153,8 @@ def test_readme_names_every_part_of_the_file():
         "<iframe src='https://else.org'>",
         "<link rel='preconnect' href='https://else.org'>",
         "<p style='background: url(https://else.org/a.png)'>",
-        "<style>@import 'https://else.org/a.css'",
-        "<script>fetch('https://else.org')",
+        "<style>@import 'https://else.org/a.css'</style>",
+        "<script>fetch('https://else.org')</script>",
     ],
 )
 def test_the_check_of_the_site_finds(fault, tmp_path):
