@@ -331,12 +331,17 @@ def test_the_command_for_the_release_sets_the_released_variant():
     assert (config.fidelity, config.kl_scale, config.select_on) == ("released", 0.1, "test")
 
 
-def test_figures_of_the_deviations_are_reproduced(capsys):
-    path = DOCS / "deviations.md"
+# --- Pages that compute their figures ---
+
+WITH_FIGURES = [path for path in PAGES if "```pycon" in read(path)]
+
+
+@pytest.mark.parametrize("path", WITH_FIGURES, ids=lambda path: path.name)
+def test_figures_of_a_page_are_reproduced(path, capsys):
     blocks = re.findall(r"^```pycon\n(.*?)^```$", read(path), re.DOTALL | re.MULTILINE)
     examples = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, path.name, str(path), 0)
     runner = doctest.DocTestRunner()
     with torch.random.fork_rng(devices=[]):
         runner.run(examples)
     assert runner.failures == 0, capsys.readouterr().out
-    assert runner.tries > 30
+    assert runner.tries >= len(blocks) > 0
