@@ -189,7 +189,7 @@ def evaluate(
     if strict and result.warnings:
         raise UnreliableError(
             f"{len(result.warnings)} checks warn: {'; '.join(result.warnings)}",
-            "docs/evaluation.md explains each check",
+            "docs/gradient-masking.md explains each check",
         )
 
 

@@ -140,24 +140,6 @@ def test_the_tables_of_the_code_have_every_folder_and_module(head, folder):
     assert sorted(re.findall(r"`(.*?)`", rows)) == sorted(parts)
 
 
-# --- docs/evaluation.md ---
-
-
-def test_the_table_of_sanity_checks_has_every_check():
-    (table,) = re.findall(
-        r"^\| check \|.*\n\|.*\n((?:\|.*\n)+)", read(DOCS / "evaluation.md"), re.MULTILINE
-    )
-    calls = [
-        node
-        for node in ast.walk(ast.parse(read(ROOT / "absld" / "evaluation" / "sanity_checks.py")))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Check"
-    ]
-    assert calls
-    assert re.findall(r"^\| (.*?) \|", table, re.MULTILINE) == [
-        call.args[0].value for call in sorted(calls, key=lambda call: call.lineno)
-    ]
-
-
 # --- docs/your-own-loop.md ---
 
 
@@ -208,6 +190,43 @@ def test_code_of_the_readme_runs():
     }
     assert len(list(run_python(ROOT / "README.md", given))) == 1
     assert given["loss"] > 0 and (given["temperature"].nat == 1).all()
+
+
+# --- docs/gradient-masking.md ---
+
+
+def test_the_list_of_sanity_checks_has_every_check_in_order():
+    listed = re.findall(
+        r"^\d+\. \*\*(.*?)\.\*\* ", read(DOCS / "gradient-masking.md"), re.MULTILINE
+    )
+    calls = [
+        node
+        for node in ast.walk(ast.parse(read(ROOT / "absld" / "evaluation" / "sanity_checks.py")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Check"
+    ]
+    assert calls
+    assert listed == [call.args[0].value for call in sorted(calls, key=lambda call: call.lineno)]
+
+
+@pytest.mark.slow
+def test_the_networks_that_fool_an_attack_are_found_by_the_checks_that_the_page_names():
+    given = {}
+    with torch.random.fork_rng(devices=[]):
+        assert len(list(run_python(DOCS / "gradient-masking.md", given))) == 1
+    named = {
+        "as it is": set(),
+        "rounds its pixels": {
+            "no input gradient is zero",
+            "a search without gradients finds nothing more",
+            "accuracy falls with epsilon, to about zero",
+        },
+        "large logits": {"no input gradient is zero", "accuracy falls with epsilon, to about zero"},
+        "softmax at its end": {"the outputs are logits"},
+    }
+    assert {name: set(given["warnings"][name]) for name in named} == named
+    assert {"repeated forwards agree", "an image's output is its own"} <= set(
+        given["warnings"]["random"]
+    )
 
 
 # --- docs/reading.md ---
