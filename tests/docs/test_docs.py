@@ -43,6 +43,7 @@ FLAGS = flags_of_commands(typer.main.get_command(absld.cli.app.app)) | {
     "torchrun": {"--nproc-per-node"},
     "pip install": {"--upgrade", "--group"},
     "mypy": {"--strict"},
+    "#SBATCH": {"--time", "--signal", "--requeue", "--open-mode"},
     "device_step_times.py": {"--student", "--rounds", "--steps"},
 }
 PROGRAMS = "|".join(map(re.escape, sorted(FLAGS, key=len, reverse=True)))
