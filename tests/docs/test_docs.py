@@ -42,7 +42,8 @@ FLAGS = flags_of_commands(typer.main.get_command(absld.cli.app.app)) | {
     | {"--help"},
     "torchrun": {"--nproc-per-node"},
     "pip install": {"--upgrade", "--group"},
-    "mypy": {"--strict"},
+    "uv pip install": {"--python", "--resolution"},
+    "uv venv": {"--python"},
     "device_step_times.py": {"--student", "--rounds", "--steps"},
 }
 PROGRAMS = "|".join(map(re.escape, sorted(FLAGS, key=len, reverse=True)))
