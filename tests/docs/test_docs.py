@@ -44,6 +44,8 @@ FLAGS = flags_of_commands(typer.main.get_command(absld.cli.app.app)) | {
     "pip install": {"--upgrade", "--group"},
     "mypy": {"--strict"},
     "#SBATCH": {"--time", "--signal", "--requeue", "--open-mode"},
+    "uv pip install": {"--python", "--resolution"},
+    "uv venv": {"--python"},
     "device_step_times.py": {"--student", "--rounds", "--steps"},
 }
 PROGRAMS = "|".join(map(re.escape, sorted(FLAGS, key=len, reverse=True)))
