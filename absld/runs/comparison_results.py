@@ -13,7 +13,8 @@ from absld.config.resolve import SETTING_GROUPS
 from absld.config.settings import Config
 from absld.engine.precision import resolve_device
 from absld.errors import UsageError
-from absld.evaluation.evaluate import Evaluation, paired_differences
+from absld.evaluation.differences import paired_differences
+from absld.evaluation.evaluate import Evaluation
 from absld.evaluation.intervals import Interval, over_seeds
 from absld.evaluation.results import to_json
 from absld.evaluation.runner import EvaluationRun

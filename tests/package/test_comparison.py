@@ -21,7 +21,8 @@ import absld
 from absld.config.files import read_run_config, to_toml
 from absld.config.resolve import resolve
 from absld.errors import Interrupted
-from absld.evaluation.evaluate import Evaluation, paired_differences
+from absld.evaluation.differences import paired_differences
+from absld.evaluation.evaluate import Evaluation
 from absld.evaluation.intervals import over_seeds
 from absld.metrics import METRICS
 from absld.report import comparison_tables
