@@ -42,7 +42,7 @@ class Example(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """How its prediction came about, after the predicted class."""
+        """Words that follow the predicted class: by which attack."""
         if self.attack == "clean":
             return "without an attack"
         if self.name == self.predicted:
