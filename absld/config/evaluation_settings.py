@@ -98,6 +98,9 @@ class EvaluationConfig(EvaluatedData):
     batch_size: int = setting(
         250, "Run", "images per batch; an interruption loses the current batch", low=1.0
     )
+    save_adversarial: bool = setting(
+        False, "Run", "store the adversarial images of all images beside the results"
+    )
     out: str = setting(
         "", "Run", "folder of the results [default: RUN/evaluations, else ./evaluations]"
     )

@@ -25,7 +25,8 @@ from absld.config.resolve import resolve
 from absld.data.sources import load_data
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.evaluation import resuming, runner
-from absld.evaluation.evaluate import evaluate, paired_differences
+from absld.evaluation.differences import paired_differences
+from absld.evaluation.evaluate import evaluate
 from absld.evaluation.results import difference_results, read_results
 from absld.models.architectures import build_model
 from absld.progress import Observer
