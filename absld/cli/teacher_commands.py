@@ -53,7 +53,7 @@ def list_published(
 
 
 NOT_OF_A_CHECK = (
-    *("attacks", "split", "restarts", "each", "checks", "out", "corruption", "severity"),
+    *("attacks", "split", "restarts", "each", "checks", "out", "corruption", "severity", "track"),
 )
 
 
