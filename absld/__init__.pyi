@@ -21,6 +21,7 @@ from . import shapes as shapes
 from . import stepper as stepper
 from . import storage as storage
 from . import temperature as temperature
+from . import tracking as tracking
 from . import trainer as trainer
 from .attack import TrainingAttack as TrainingAttack
 from .attack import frozen_eval as frozen_eval

@@ -54,7 +54,7 @@ def list_published(
 
 NOT_OF_A_CHECK = (
     *("attacks", "split", "restarts", "each", "checks", "out", "corruption", "severity"),
-    "save_adversarial",
+    *("save_adversarial", "track"),
 )
 
 

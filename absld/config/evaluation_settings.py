@@ -18,13 +18,14 @@ from absld.config.settings import (
     Precision,
     Resize,
 )
+from absld.config.tracking import TrackingSettings
 from absld.norms import Norm
 
 ExportFormat = Literal["onnx", "torch-export", "safetensors"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(EvaluatedData):
+class EvaluationConfig(EvaluatedData, TrackingSettings):
     """Settings of an evaluation: images, attacks, checks and results."""
 
     attacks: str = setting(

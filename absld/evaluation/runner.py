@@ -144,6 +144,7 @@ def run_network_evaluation(
             results["seconds"] = time.perf_counter() - start
         if results != before:
             directory.write(path.name, to_json(results))
+    observer.end_evaluation(path, results)
     return EvaluationRun(path, evaluation, results)
 
 
