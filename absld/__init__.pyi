@@ -21,6 +21,7 @@ from . import shapes as shapes
 from . import stepper as stepper
 from . import storage as storage
 from . import temperature as temperature
+from . import tracking as tracking
 from . import trainer as trainer
 from .attack import TrainingAttack as TrainingAttack
 from .attack import frozen_eval as frozen_eval
@@ -40,9 +41,9 @@ from .errors import DataError as DataError
 from .errors import Interrupted as Interrupted
 from .errors import NonFiniteError as NonFiniteError
 from .errors import UsageError as UsageError
+from .evaluation.differences import paired_differences as paired_differences
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
-from .evaluation.evaluate import paired_differences as paired_differences
 from .evaluation.validation import validate as validate
 from .loss import absld_loss as absld_loss
 from .loss import soft_label_kl as soft_label_kl

@@ -1,13 +1,16 @@
 """Reports of trainings, evaluations and comparisons while they run, and their observer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from absld.config.settings import TrainConfig
 from absld.metrics import ClassAccuracies, Fairness, fairness
+from absld.storage.run_directory import RunDirectory
 
 Role = Literal["student", "teacher"]
 
@@ -20,9 +23,6 @@ class StepReport:
     phase: Literal["training", "validation"]
     done: int
     total: int
-
-
-OnStep = Callable[[StepReport], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +110,16 @@ class Check:
     numbers: str
 
 
+@dataclass(frozen=True)
+class TrainingStart:
+    """A training that begins or goes on; `run`, if it has a directory, holds the epochs so far."""
+
+    role: Role
+    config: TrainConfig
+    classes: tuple[str, ...]
+    run: RunDirectory | None = None
+
+
 class Observer:
     """Receives what trainings, evaluations and comparisons report; override what you show.
 
@@ -118,6 +128,9 @@ class Observer:
 
     def note(self, text: str) -> None:
         """Handle a line worth knowing."""
+
+    def warn(self, text: str) -> None:
+        """Handle a line that must not be missed."""
 
     def wait(self, text: str) -> None:
         """Handle the beginning of a wait, in a line."""
@@ -128,7 +141,7 @@ class Observer:
         total: 0 if it is not known.
         """
 
-    def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
+    def begin_training(self, start: TrainingStart) -> None:
         """Handle the beginning of a training, or its resuming."""
 
     def step(self, report: StepReport) -> None:
@@ -140,6 +153,9 @@ class Observer:
     def end_training(self) -> None:
         """Handle the end of the training that began last."""
 
+    def test(self, accuracies: ClassAccuracies) -> None:
+        """Handle the accuracies on the test images of the network that was trained last."""
+
     def begin_evaluation(self) -> None:
         """Handle the beginning of the evaluation of a network, or its resuming."""
 
@@ -148,6 +164,9 @@ class Observer:
 
     def check(self, check: Check) -> None:
         """Handle a sanity check."""
+
+    def end_evaluation(self, path: Path, results: Mapping[str, Any]) -> None:
+        """Handle the results of an evaluation, which are in the file `path`."""
 
     def begin_run(self, label: str, seed: int, number: int, total: int) -> None:
         """Handle the beginning of run `number` of `total` of a comparison."""
@@ -160,3 +179,18 @@ class Observer:
 
 
 SILENT = Observer()
+
+
+class Observers(Observer):
+    """Several observers as one: each receives every report, in their order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        for name in vars(Observer):
+            if not name.startswith("_"):
+                setattr(self, name, partial(call_each, [getattr(o, name) for o in observers]))
+
+
+def call_each(methods: Sequence[Callable[..., None]], *args: Any, **kwargs: Any) -> None:
+    """Call each method with the same arguments."""
+    for method in methods:
+        method(*args, **kwargs)

@@ -24,7 +24,7 @@ from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError
 from absld.evaluation.class_names import list_difference
 from absld.evaluation.validation import check_network, validate
 from absld.metrics import ClassAccuracies
-from absld.progress import EpochReport, OnStep, Role, StepReport
+from absld.progress import SILENT, EpochReport, Observer, Role, StepReport, TrainingStart
 from absld.stepper import Stepper, check_modes, check_roles
 from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
@@ -65,7 +65,7 @@ def fit(
     run: RunDirectory | None = None,
     role: Role = "student",
     about: Mapping[str, Any] | None = None,
-    on_step: OnStep = lambda report: None,
+    observer: Observer = SILENT,
     logit_cache: LogitCacheSettings | None = None,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> Iterator[EpochReport]:
@@ -85,8 +85,7 @@ def fit(
             before it is reported, and an interrupted training resumes, bit-equal on the CPU.
         role: part of the keys of all random numbers.
         about: plain values that go into the checkpoints.
-        on_step: receives a report of every batch; it may raise Interrupted: the training so far is
-            then saved, to the step.
+        observer: its `step` may raise Interrupted: the training so far is then saved, to the step.
         logit_cache: where the teacher's logits of clean views are cached; by default nowhere.
         distributed: the processes that share every batch and yield the same reports.
 
@@ -100,13 +99,12 @@ def fit(
     stepper = Stepper(
         student, teacher, train, config, role=role, logit_cache=logit_cache, distributed=distributed
     )
-    training, checkpoint = Training(stepper, validation, on_step), None
+    training, checkpoint = Training(stepper, validation, observer), None
     if run is not None:
         identity = training_identity(student, teacher, train, validation, stepper.config, role)
         checkpoint = TrainingCheckpoint(run, about or {}, identity)
-        if state := checkpoint.load():
-            training.load_state(state, run.last)
-        training.best = checkpoint.load_best(training.progress.epoch - 1, student.state_dict())
+        training.resume(checkpoint)
+    observer.begin_training(TrainingStart(role, stepper.config, train.classes, run))
     while training.progress.epoch <= config.epochs:
         try:
             report = training.epoch()
@@ -117,9 +115,11 @@ def fit(
         if checkpoint:
             best = training.best if report.is_best else None
             checkpoint.save_epoch(report.record(), best, training.gather_state())
+        observer.epoch(report)
         yield report
     if training.best:
         student.load_state_dict(training.best)
+    observer.end_training()
 
 
 def check_classes(train: ImageSet, validation: ImageSet) -> None:
@@ -164,8 +164,8 @@ class Position:
 class Training:
     """A training in progress: its position, metrics and best weights, and validation."""
 
-    def __init__(self, stepper: Stepper, validation: ImageSet, on_step: OnStep) -> None:
-        self.stepper, self.on_step, self.config = stepper, on_step, stepper.config
+    def __init__(self, stepper: Stepper, validation: ImageSet, observer: Observer) -> None:
+        self.stepper, self.observer, self.config = stepper, observer, stepper.config
         self.validation = validation.to(stepper.device)
         check_classes(stepper.views.data, validation)
         check_network(stepper.student, self.validation, "student")
@@ -231,7 +231,7 @@ class Training:
         """Report a batch; if the observer of one process stops, all stop at this step."""
         signal_number = 0
         try:
-            self.on_step(report)
+            self.observer.step(report)
         except Interrupted as request:
             signal_number = request.signal_number
         if signal_number := self.stepper.distributed.all_reduce_max(signal_number):
@@ -252,6 +252,13 @@ class Training:
             )
         except NonFiniteError as error:
             raise NonFiniteError(f"validation: {error}", error.hint) from error
+
+    def resume(self, checkpoint: TrainingCheckpoint) -> None:
+        """Continue from a checkpoint, if there is one. Raises CheckpointError."""
+        student = self.stepper.student
+        if state := checkpoint.load():
+            self.load_state(state, checkpoint.run.last)
+        self.best = checkpoint.load_best(self.progress.epoch - 1, student.state_dict())
 
     def gather_state(self) -> dict[str, Any]:
         """Gather all that the rest of the training depends on; every process must call this."""

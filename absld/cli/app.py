@@ -4,6 +4,7 @@ import errno
 import sys
 import traceback
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -118,6 +119,7 @@ def train(
     import absld.runs.training_run
     from absld.cli.training_view import TrainingView, training_lines
     from absld.engine.distributed import init_distributed
+    from absld.tracking.start import tracked
 
     with (
         init_distributed(config.device) as distributed,
@@ -125,9 +127,12 @@ def train(
             as_json, world_size=distributed.world_size, is_main=distributed.is_main
         ) as output,
     ):
-        with TrainingView(output) as view:
+        with (
+            TrainingView(output) as view,
+            tracked(config.track, config.out, view, is_main=distributed.is_main) as observer,
+        ):
             result = absld.runs.training_run.train(
-                config, view, resume=resume, distributed=distributed
+                config, observer, resume=resume, distributed=distributed
             )
         output.present(result.to_dict() | {"config": asdict(config)}, training_lines(result))
 
@@ -170,27 +175,43 @@ def evaluate(
     finished evaluation again. `absld report` makes a page of it.
     """
     config = resolve_evaluation(explicit(settings))
-    if strict and not config.checks:
-        raise UsageError("--strict needs the checks, which are left out", "--checks")
+    check_evaluation(target, config, strict=strict)
 
     from absld.cli.evaluation_view import EvaluationView, evaluation_lines
     from absld.evaluation import corruptions, runner
+    from absld.tracking.start import tracked
 
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
-        with EvaluationView(output) as view:
+        with (
+            EvaluationView(output) as view,
+            tracked(config.track, Path(target).parent, view) as observer,
+        ):
             if against is None and config.dataset in CORRUPTED:
-                result = corruptions.run_corruptions(target, config, view)
+                result = corruptions.run_corruptions(target, config, observer)
             elif against is None:
-                result = runner.run_evaluation(target, config, view)
+                result = runner.run_evaluation(target, config, observer)
             else:
                 base = {"model": against_model, "weights": against_weights}
-                result = runner.run_paired_evaluation(target, against, base, config, view)
+                result = runner.run_paired_evaluation(target, against, base, config, observer)
         output.present(result.results, evaluation_lines(result))
     if strict and result.warnings:
         raise UnreliableError(
             f"{len(result.warnings)} checks warn: {'; '.join(result.warnings)}",
-            "docs/evaluation.md explains each check",
+            "docs/gradient-masking.md explains each check",
         )
+
+
+def check_evaluation(target: str, config: EvaluationConfig, *, strict: bool) -> None:
+    """Raise UsageError for settings that do not go together."""
+    if strict and not config.checks:
+        raise UsageError("--strict needs the checks, which are left out", "--checks")
+    if config.track and not (Path(target) / "config.toml").exists():
+        raise UsageError(
+            f"--track adds an evaluation to the training that it is of, and {target} is not a run",
+            "leave out --track, or evaluate a run directory",
+        )
+    if config.track and config.dataset in CORRUPTED:
+        raise UsageError("evaluations on corrupted images are not tracked", "leave out --track")
 
 
 app.command(cls=Command)(compare)

@@ -1,5 +1,7 @@
 """`absld compare`: methods under the same conditions."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,10 +11,11 @@ from absld.cli.output import SAME_COMMAND, command_output
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe
 from absld.config.parsing import parse_all
+from absld.config.resolve import resolve
 from absld.config.settings import Config
 from absld.errors import UsageError
 
-OF_BOTH = ("device", "class_order", "in_memory")  # trainings and evaluations
+OF_BOTH = ("device", "class_order", "in_memory", "track")  # trainings and evaluations
 EVALUATION_OF_COMPARISON = ("attacks", "examples", "checks", "model")
 MODEL_OF_COMPARISON = (
     "networks of the finished runs that are factories: package.module:factory, separated by commas"
@@ -54,35 +57,47 @@ def compare(
     baseline with confidence intervals. Settings apply to all methods. Finished
     runs are used again; the same command continues after an interruption.
     """
-    if bool(runs) == bool(methods):
-        raise UsageError("compare takes either --methods or finished runs", "see --help")
     flags = explicit(settings)
-    if methods and "model" in flags:
-        raise UsageError("--model is for finished runs", "--student sets the network to train")
+    check_use(runs, methods, flags | {"seeds": seeds, "recipe": recipe})
     evaluation = take_evaluation(flags)
-    training_flags = (
-        flags | ({"seeds": seeds} if seeds else {}) | ({"recipe": recipe} if recipe else {})
-    )
-    if runs and (extra := sorted(training_flags.keys() - {"out", *OF_BOTH})):
-        raise UsageError(
-            f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
-        )
 
     from absld.cli.comparison_view import ComparisonView, comparison_lines
     from absld.runs import comparison
+    from absld.tracking.start import tracked
 
+    of_all = (read_recipe(recipe, flags) if recipe else {}) | flags
+    place = Path(runs[0]).parent if runs else resolve(of_all).out
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
-        with ComparisonView(output) as view:
+        with (
+            ComparisonView(output) as view,
+            tracked(of_all.get("track", ""), place, view) as observer,
+        ):
             if runs:
                 out = flags.get("out", "")
-                result = comparison.compare_runs(runs, evaluation, baseline, out, view)
+                result = comparison.compare_runs(runs, evaluation, baseline, out, observer)
             else:
                 names = [name.strip() for name in methods.split(",") if name.strip()]
-                of_all = (read_recipe(recipe, flags) if recipe else {}) | flags
                 result = comparison.compare_methods(
-                    names, seed_list(seeds), of_all, evaluation, baseline, view
+                    names, seed_list(seeds), of_all, evaluation, baseline, observer
                 )
         output.present(result.results, comparison_lines(result))
+
+
+def check_use(runs: list[str] | None, methods: str, flags: Mapping[str, Any]) -> None:
+    """Raise UsageError for flags that finished runs, or trainings, do not take."""
+    if bool(runs) == bool(methods):
+        raise UsageError("compare takes either --methods or finished runs", "see --help")
+    if methods and "model" in flags:
+        raise UsageError("--model is for finished runs", "--student sets the network to train")
+    taken = {"out", *OF_BOTH, *EVALUATION_OF_COMPARISON}
+    if runs and (
+        extra := sorted(
+            name for name, value in flags.items() if value not in (None, "") and name not in taken
+        )
+    ):
+        raise UsageError(
+            f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
+        )
 
 
 def take_evaluation(flags: dict[str, Any]) -> EvaluationConfig:

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 from absld.cli.output import Output
 from absld.cli.view import View, epochs_done, progress_row, time_left
-from absld.config.settings import TrainConfig
-from absld.progress import AttackProgress, Check, Role, StepReport
+from absld.progress import AttackProgress, Check, StepReport, TrainingStart
 from absld.report.comparison_tables import terminal_lines
 from absld.report.summary import number
 from absld.runs.comparison_results import Comparison
@@ -29,9 +28,9 @@ class ComparisonView(View):
         self.started = time.perf_counter()
         self.show_progress("starting", 0.0)
 
-    def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
-        super().begin_training(role, config, classes)
-        self.role, self.epochs = role, config.epochs
+    def begin_training(self, start: TrainingStart) -> None:
+        super().begin_training(start)
+        self.role, self.epochs = start.role, start.config.epochs
 
     def step(self, report: StepReport) -> None:
         done = epochs_done(report) / self.epochs

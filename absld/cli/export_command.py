@@ -12,7 +12,7 @@ from absld.config.parsing import parse_all
 
 @with_settings(
     ExportConfig,
-    without=("attacks", "restarts", "each", "precision", "checks"),
+    without=("attacks", "restarts", "each", "precision", "checks", "save_adversarial", "track"),
     meanings={"batch_size": "images per batch"},
 )
 def export(

@@ -54,6 +54,7 @@ def list_published(
 
 NOT_OF_A_CHECK = (
     *("attacks", "split", "restarts", "each", "checks", "out", "corruption", "severity"),
+    *("save_adversarial", "track"),
 )
 
 

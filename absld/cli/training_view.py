@@ -11,7 +11,7 @@ from absld.cli.output import Output
 from absld.cli.view import View, epochs_done, progress_row, time_left
 from absld.config.settings import TrainConfig
 from absld.metrics import fairness, worst_tenth
-from absld.progress import EpochReport, Role, StepReport
+from absld.progress import EpochReport, StepReport, TrainingStart
 from absld.runs.training_run import TrainingResult
 from absld.text import clip, column
 
@@ -26,11 +26,12 @@ class TrainingView(View):
         super().__init__(output)
         self.title = ""
 
-    def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
-        super().begin_training(role, config, classes)
-        self.role, self.config, self.classes = role, config, classes
+    def begin_training(self, start: TrainingStart) -> None:
+        super().begin_training(start)
+        self.role, self.config, self.classes = start.role, start.config, start.classes
         # Printed with the first epoch: a training that was finished before has none.
-        self.title = f"{role} by {config.method}, {config.epochs} epochs, seed {config.seed}"
+        method, epochs, seed = self.config.method, self.config.epochs, self.config.seed
+        self.title = f"{self.role} by {method}, {epochs} epochs, seed {seed}"
         self.temperatures: Table | str = ""
         self.started, self.first = time.perf_counter(), 0.0
 

@@ -12,8 +12,7 @@ from rich.text import Text
 
 from absld.cli.output import Output
 from absld.cli.printing import say
-from absld.config.settings import TrainConfig
-from absld.progress import Observer, Role, StepReport
+from absld.progress import Observer, StepReport, TrainingStart
 from absld.text import printable
 
 Own = TypeVar("Own", bound="View")  # Self, which beartype cannot check in a method
@@ -72,6 +71,9 @@ class View(Observer):
     def note(self, text: str) -> None:
         self.line(text)
 
+    def warn(self, text: str) -> None:
+        self.line(text)
+
     def wait(self, text: str) -> None:
         self.line(text)
 
@@ -87,7 +89,7 @@ class View(Observer):
             self.loading = ""
             self.show()
 
-    def begin_training(self, role: Role, config: TrainConfig, classes: tuple[str, ...]) -> None:
+    def begin_training(self, start: TrainingStart) -> None:
         self.stop.training = True
         self.stop.epoch = 1
 

@@ -18,13 +18,14 @@ from absld.config.settings import (
     Precision,
     Resize,
 )
+from absld.config.tracking import TrackingSettings
 from absld.norms import Norm
 
 ExportFormat = Literal["onnx", "torch-export", "safetensors"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(EvaluatedData):
+class EvaluationConfig(EvaluatedData, TrackingSettings):
     """Settings of an evaluation: images, attacks, checks and results."""
 
     attacks: str = setting(
@@ -97,6 +98,9 @@ class EvaluationConfig(EvaluatedData):
     )
     batch_size: int = setting(
         250, "Run", "images per batch; an interruption loses the current batch", low=1.0
+    )
+    save_adversarial: bool = setting(
+        False, "Run", "store the adversarial images of all images beside the results"
     )
     out: str = setting(
         "", "Run", "folder of the results [default: RUN/evaluations, else ./evaluations]"

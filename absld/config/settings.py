@@ -14,6 +14,7 @@ from absld.config.fields import Settings, group_of, setting
 from absld.config.imports import names_code
 from absld.config.parsing import did_you_mean
 from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RELEASE
+from absld.config.tracking import TrackingSettings
 from absld.errors import UsageError
 from absld.norms import Norm
 
@@ -188,7 +189,7 @@ class TrainConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig, HubSettings):
+class Config(TrainConfig, HubSettings, TrackingSettings):
     """Settings of a whole run: its training, data, networks and results."""
 
     dataset: str = setting("digits", "Data", f"data set: {NAMES}; digits needs no download")

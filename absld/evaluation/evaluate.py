@@ -8,7 +8,6 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +24,7 @@ from absld.evaluation.intervals import Interval, bootstrap, resample, wilson
 from absld.evaluation.predictions import fastest_memory_format, predict, predict_under_attack
 from absld.evaluation.surrogates import surrogates
 from absld.evaluation.validation import check_network
-from absld.metrics import METRICS, present, rho
+from absld.metrics import METRICS, present
 from absld.norms import Norm
 from absld.progress import AttackProgress
 from absld.seeding import generator
@@ -113,71 +112,11 @@ class Evaluation:
         return (self.labels * count + worst).bincount(minlength=count * count).view(count, count)
 
 
-class Differences(NamedTuple):
-    """Differences of two networks in each metric, clean and robust, and rho, with intervals."""
-
-    clean: dict[str, Interval]
-    robust: dict[str, Interval]
-    rho: Interval
-
-
-def paired_differences(
-    ours: "Evaluation | Sequence[Evaluation]", theirs: "Evaluation | Sequence[Evaluation]"
-) -> Differences:
-    """Compute ours minus theirs in each metric, with paired bootstrap intervals over images.
-
-    With several evaluations, such as those of seeds, the differences are means over the pairs. A
-    resampled image counts for all networks. Source of rho: arXiv 2401.12532.
-
-    Raises:
-        UsageError: the images are not the same.
-    """
-    ours = [ours] if isinstance(ours, Evaluation) else ours
-    theirs = [theirs] if isinstance(theirs, Evaluation) else theirs
-    first = ours[0]
-    check_same_images(*ours, *theirs)
-
-    def accuracies(correct_of: Callable[[Evaluation], Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute class accuracies (2,pairs,p), and (2,pairs,r,p) of resampled images."""
-        correct = torch.stack([correct_of(evaluation) for evaluation in (*ours, *theirs)])
-        accuracy = torch.stack([present(first.class_accuracy(row)) for row in correct])
-        replicates = resample(correct, first.labels, generator("bootstrap", first.seed))
-        replicates = replicates.transpose(0, 1)
-        return (
-            accuracy.view(2, len(ours), *accuracy.shape[1:]),
-            replicates.view(2, len(ours), *replicates.shape[1:]),
-        )
-
-    def differences(accuracy: Tensor, replicates: Tensor) -> dict[str, Interval]:
-        intervals = {}
-        for name, metric in METRICS.items():
-            difference = metric(accuracy[0]) - metric(accuracy[1])
-            resampled = metric(replicates[0]) - metric(replicates[1])
-            intervals[name] = bootstrap(difference.mean().item(), resampled.mean(0))
-        return intervals
-
-    accuracy, replicates = accuracies(lambda evaluation: evaluation.robust)
-    return Differences(
-        clean=differences(*accuracies(lambda evaluation: evaluation.correct[0])),
-        robust=differences(accuracy, replicates),
-        rho=bootstrap(rho(*accuracy).mean().item(), rho(*replicates).mean(0)),
-    )
-
-
-def check_same_images(first: Evaluation, *others: Evaluation) -> None:
-    """Raise UsageError if evaluations are of different images."""
-    for other in others:
-        if not torch.equal(first.index, other.index) or not torch.equal(first.labels, other.labels):
-            raise UsageError(
-                "the networks were not evaluated on the same images",
-                "give all the same --dataset, --data, --split and --examples",
-            )
-
-
 # --- Running the attacks ---
 
 
 OnBatch = Callable[[AttackProgress, Evaluation], None]
+OnImages = Callable[[Evaluation, int, Int[Tensor, " m"], Float[Tensor, "m ch h w"]], None]
 
 
 @torch.inference_mode(False)  # attacks need gradients
@@ -195,6 +134,7 @@ def evaluate(
     batch_size: int = 500,
     before: Int[Tensor, "a n"] | None = None,
     on_batch: OnBatch = lambda progress, evaluation: None,
+    on_images: OnImages = lambda evaluation, row, chosen, images: None,
 ) -> Evaluation:
     """Attack a classifier in eval mode; it is as before afterwards.
 
@@ -214,6 +154,8 @@ def evaluate(
         batch_size: number of images in a batch.
         before: predictions of an interrupted evaluation, to continue from.
         on_batch: receives the progress and the evaluation so far; may raise.
+        on_images: receives, before, the evaluation, its row, the positions of the images of a batch
+            in it, and the images in [0,1] that were classified there.
 
     Raises:
         CheckpointError: the network does not take the images, writes to them, or gives no logits.
@@ -229,7 +171,7 @@ def evaluate(
     check_network(model, data, "the network")
     evaluation = start_evaluation(data, settings, [attack.name for attack in attacks], before)
     with frozen_eval(model), torch.no_grad():
-        run_attacks(model, data, evaluation, attacks, settings.batch_size, on_batch)
+        run_attacks(model, data, evaluation, attacks, settings.batch_size, on_batch, on_images)
     return evaluation
 
 
@@ -291,6 +233,7 @@ def run_attacks(
     attacks: Sequence[Attack],
     batch_size: int,
     on_batch: OnBatch,
+    on_images: OnImages,
 ) -> None:
     """Fill in the predictions that are pending, row by row, batch by batch."""
     memory_format = fastest_memory_format(model, pixels(data.rows(slice(2))))
@@ -310,10 +253,11 @@ def run_attacks(
                 norm=evaluation.norm,
             )
             if attack is None:
-                classes = predict(model, batch.x_nat, "of clean images")
+                classes, images = predict(model, batch.x_nat, "of clean images"), batch.x_nat
             else:
-                classes = predict_under_attack(model, networks, batch, attack)
+                classes, images = predict_under_attack(model, networks, batch, attack)
             evaluation.predictions[row, chosen] = classes.cpu()
+            on_images(evaluation, row, chosen, images)
             on_batch(progress(evaluation, row, attacks), evaluation)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import product
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from absld.attack import geometry
@@ -28,13 +28,13 @@ def fastest_memory_format(model: nn.Module, images: Tensor) -> torch.memory_form
 
 def predict_under_attack(
     model: nn.Module, networks: list[nn.Module], batch: AttackBatch, attack: Attack
-) -> Int[Tensor, " n"]:
-    """Predict the classes of the worst of an attack's attempts.
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "n ch h w"]]:
+    """Predict the classes of the worst of an attack's attempts; return them, and its images.
 
     networks: those to attack in place of `model`; each attempt is for the images that are still
     correct. The restart of `batch` is not used.
     """
-    predictions = batch.labels.clone()
+    predictions, worst = batch.labels.clone(), batch.x_nat.clone()
     for restart, network in product(range(attack.restarts), networks):
         left = (predictions == batch.labels).nonzero().squeeze(1)
         if not len(left):
@@ -51,8 +51,9 @@ def predict_under_attack(
         # Only images in the ball count, whatever an attack returns; NaN is the clean image.
         x_adv = torch.where(x_adv.isfinite(), x_adv, x_left)
         x_adv = geometry(batch.norm).project(x_adv, x_left, batch.epsilon)
+        worst[left] = x_adv
         predictions[left] = predict(model, x_adv, f"under {attack.name}")
-    return predictions
+    return predictions, worst
 
 
 def as_images(returned: object, x_nat: Tensor, attack: str) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from absld.errors import CheckpointError
 from absld.evaluation.attacks import Attack
-from absld.evaluation.evaluate import Differences, Evaluation
+from absld.evaluation.differences import Differences
+from absld.evaluation.evaluate import Evaluation
 from absld.evaluation.intervals import Interval
 from absld.models.loading import Network
 from absld.storage.files import digest

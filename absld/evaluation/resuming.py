@@ -1,16 +1,21 @@
 """Predictions of an evaluation in a file, from which an interrupted one is continued."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from absld.config.evaluation_settings import EvaluationConfig
-from absld.data.dataset import ImageSet
+from absld.data.dataset import ImageSet, stratified
 from absld.errors import CheckpointError, UsageError
+from absld.evaluation.adversarial_images import (
+    Recorder,
+    begin_recording,
+    finish_recording,
+)
 from absld.evaluation.attacks import Attack
 from absld.evaluation.evaluate import Evaluation, evaluate, start_evaluation
 from absld.progress import AttackProgress, Observer
@@ -35,11 +40,44 @@ def resume_attacks(
     Predictions are saved every few seconds, and when the observer or an error ends the evaluation.
     """
     path = directory.path / "predictions.pt"
+    before = read_predictions(path, identity, config, data) if path.exists() else None
+    if not attacks:  # and so no adversarial images
+        return attack_and_save(model, data, config, attacks, path, identity, before, None, observer)
+    index = stratified(data.labels, data.num_classes, config.examples, "examples", config.seed)
+    recorder, before = begin_recording(
+        directory.path, data, index, before, observer, save_all=config.save_adversarial
+    )
+    with recorder or contextlib.nullcontext():
+        evaluation = attack_and_save(
+            model, data, config, attacks, path, identity, before, recorder, observer
+        )
+        if recorder:
+            save_all, size = config.save_adversarial, config.batch_size
+            finish_recording(
+                recorder, model, data, evaluation, identity, size, observer, save_all=save_all
+            )
+    return evaluation
+
+
+def attack_and_save(
+    model: nn.Module,
+    data: ImageSet,
+    config: EvaluationConfig,
+    attacks: Sequence[Attack],
+    path: Path,
+    identity: dict[str, Any],
+    before: Tensor | None,
+    recorder: Recorder | None,
+    observer: Observer,
+) -> Evaluation:
+    """Evaluate from the predictions `before`, and save them now and then, and at the end."""
     latest: Evaluation | None = None
     last_save = time.perf_counter()
 
     def save_predictions(evaluation: Evaluation) -> None:
         nonlocal last_save
+        if recorder:
+            recorder.flush()  # an image is there before its prediction is
         record = {"identity": identity, "attacks": list(evaluation.attacks)}
         tensors = {"index": evaluation.index, "labels": evaluation.labels}
         save(record | tensors | {"predictions": evaluation.predictions}, path)
@@ -52,7 +90,7 @@ def resume_attacks(
             save_predictions(evaluation)
         observer.attack_batch(progress)
 
-    before = read_predictions(path, identity, config, data) if path.exists() else None
+    settings: dict[str, Any] = {"on_images": recorder.keep} if recorder else {}
     try:
         return evaluate(
             model,
@@ -66,6 +104,7 @@ def resume_attacks(
             batch_size=config.batch_size,
             before=before,
             on_batch=on_batch,
+            **settings,
         )
     finally:
         if latest:
@@ -74,7 +113,7 @@ def resume_attacks(
 
 def read_predictions(
     path: Path, identity: dict[str, Any], config: EvaluationConfig, data: ImageSet
-) -> torch.Tensor:
+) -> Tensor:
     """Read the predictions of an interrupted evaluation. Raises CheckpointError if not this one's."""
     try:
         saved = load(path, sealed=True)

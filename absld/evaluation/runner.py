@@ -31,9 +31,11 @@ from absld.engine.precision import (
     with_precision,
 )
 from absld.errors import AbsldError, CheckpointError, NonFiniteError, Stopped, UsageError
+from absld.evaluation.adversarial_images import FLAG
 from absld.evaluation.attacks import parse_attacks
 from absld.evaluation.class_names import check_class_names, check_image_shape
-from absld.evaluation.evaluate import Evaluation, paired_differences
+from absld.evaluation.differences import paired_differences
+from absld.evaluation.evaluate import Evaluation
 from absld.evaluation.images import describe_data, load_images
 from absld.evaluation.results import (
     SCHEMA,
@@ -94,6 +96,8 @@ def run_network_evaluation(
     device = resolve_device(config.device)
     assert config.norm is not None  # complete_config
     attacks = parse_attacks(config.attacks, data.num_classes, config.restarts, config.norm)
+    if config.save_adversarial and not attacks:
+        raise UsageError(f"{FLAG} needs an attack: there is none", "--attacks pgd20, for example")
     for note in [*network.notes, *emulation_warnings([config.precision], device)]:
         observer.note(note)
     settings = {name: getattr(config, name) for name in DECIDING}
@@ -140,6 +144,7 @@ def run_network_evaluation(
             results["seconds"] = time.perf_counter() - start
         if results != before:
             directory.write(path.name, to_json(results))
+    observer.end_evaluation(path, results)
     return EvaluationRun(path, evaluation, results)
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation.results import read_evaluations, read_results, warnings
 from absld.report import figures, summary
+from absld.report.examples import Section, example_section
 from absld.report.picture import picture
 from absld.storage.environment import read_sessions
 from absld.storage.files import replacing
@@ -45,7 +46,8 @@ def write_report(source: str, out: str | None = None) -> Path:
     in_run = not out and Path(source) in target.parents
     make_folder(target.parent, Path(source) if in_run else None)
     if suffix == ".html":
-        content = render_page(results, records, counts).encode()
+        examples = example_section(path.parent, results)
+        content = render_page(results, records, counts, examples).encode()
     else:
         content = picture(results, records, suffix[1:])
     with replacing(target) as file:
@@ -92,11 +94,12 @@ def render_page(
     results: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
     training_counts: Sequence[int] = (),
+    examples: Section | None = None,
 ) -> str:
     """Return the report as HTML.
 
     records: those of metrics.jsonl, if there are any. training_counts: images of each class (C,),
-    if they are to be shown.
+    if they are to be shown. examples: of adversarial images, if they were kept.
     """
     count = len(results["data"]["classes"])
     trajectories = summary.trajectories(records, count)
@@ -104,6 +107,7 @@ def render_page(
         results=results,
         failed=warnings(results),
         training_counts=training_counts,
+        examples=examples,
         wide=count > NARROW,
         class_charts=class_charts(results),
         confusion_chart=confusion_chart(results) if count <= summary.MANY else None,

@@ -13,17 +13,19 @@ from absld.config.resolve import SETTING_GROUPS
 from absld.config.settings import Config
 from absld.engine.precision import resolve_device
 from absld.errors import UsageError
-from absld.evaluation.evaluate import Evaluation, paired_differences
+from absld.evaluation.differences import paired_differences
+from absld.evaluation.evaluate import Evaluation
 from absld.evaluation.intervals import Interval, over_seeds
 from absld.evaluation.results import to_json
 from absld.evaluation.runner import EvaluationRun
 from absld.metrics import METRICS, present, rho
-from absld.report.comparison_plot import plot
+from absld.report.comparison_plot import plot, plot_classes
 from absld.report.comparison_tables import csv_text, latex, markdown
 from absld.runs.planning import SELECTED_ON_TEST
 from absld.storage.environment import environment, read_sessions
 from absld.storage.files import key_of, write_text
 from absld.storage.opening import make_folder
+from absld.storage.run_directory import RunDirectory
 
 SCHEMA = "absld-comparison-1"
 FIGURES = [f"{kind}_{name}" for kind in ("clean", "robust") for name in METRICS]
@@ -96,6 +98,7 @@ def summarise(
     for name, text in texts.items():
         write_text(folder / name, text)
     plot(results, folder / "average-worst.png")
+    plot_classes(results, folder / "classes.png")
     return Comparison(folder, results)
 
 
@@ -133,6 +136,50 @@ def method_results(label: str, members: Sequence[Member], pairs: Pairs) -> dict[
         "warnings": sorted({w for member in members for w in member.evaluation_run.warnings}),
         "figures": {name: summary([row[name] for row in rows]) for name in rows[0]},
         "differences": differences(pairs) if pairs else None,
+        "classes": class_results(members),
+        "temperatures": temperatures(members),
+    }
+
+
+def class_results(members: Sequence[Member]) -> list[dict[str, Any]]:
+    """Return the robust accuracy of each class, in the mean over the seeds.
+
+    The interval is over seeds by Student's t, or, of a single seed, over images by Wilson.
+    """
+    evaluations = [member.evaluation_run.evaluation for member in members]
+    if len(evaluations) == 1:
+        shares = evaluations[0].class_intervals(evaluations[0].robust)
+    else:
+        accuracies = torch.stack([each.robust_accuracy for each in evaluations])
+        shares = [over_seeds(of_class) for of_class in accuracies.T]
+    names = evaluations[0].classes
+    return [
+        {"class": name} | {key: finite(value) for key, value in share._asdict().items()}
+        for name, share in zip(names, shares, strict=True)
+    ]
+
+
+def temperatures(members: Sequence[Member]) -> dict[str, Any] | None:
+    """Return the temperatures of each class in the selected epoch, in the mean over the seeds.
+
+    None for a method without, or whose temperatures stay 1.
+    """
+    kinds = {"adv": "temperature_adv", "nat": "temperature_nat"}
+    count = len(members[0].evaluation_run.evaluation.classes)
+    selected = []
+    for member in members:
+        best = [record for record in RunDirectory(member.run).records() if record.get("is_best")]
+        selected.append({kind: (best or [{}])[-1].get(key) or [] for kind, key in kinds.items()})
+    values = [value for each in selected for of_kind in each.values() for value in of_kind]
+    if len(values) != 2 * count * len(members) or None in values or set(values) == {1}:
+        return None
+    config = members[0].config
+    return {
+        **{
+            kind: torch.tensor([each[kind] for each in selected]).mean(0).tolist() for kind in kinds
+        },
+        "lower": config.temperature_lower,
+        "upper": config.temperature_upper,
     }
 
 

@@ -25,7 +25,7 @@ from absld.storage.training_checkpoint import compare_settings
 # Settings that say where things are, not what is computed; weights count by their digests.
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
 PLACES |= {"class_order", "student_weights", "teacher_weights", "pretrained", "in_memory"}
-PLACES |= {"image_column", "label_column"}
+PLACES |= {"image_column", "label_column", "track"}
 # Settings that count where they are not the default: runs that had none of them keep their names.
 YOUNGER = ("resize", "channels")
 # What the last digits depend on, and with the number of processes more: each has a part of a batch.

@@ -126,7 +126,7 @@ def train(
             run=run.path,
             classes=splits.train.classes,
             accuracies=accuracies_on_test(
-                student.model, splits, config, techniques.precision, distributed
+                student.model, splits, config, techniques.precision, distributed, observer
             ),
             teacher_sha256=teacher_sha,
             student_sha256=digest(student.model.state_dict()),
@@ -234,9 +234,7 @@ def train_network(
     logit_cache: LogitCacheSettings | None = None,
 ) -> None:
     """Train a network in its run directory, and report to the observer."""
-    classes = splits.train.classes
-    observer.begin_training(role, config, classes)
-    for report in fit(
+    for _ in fit(
         network.model,
         teacher,
         splits.train,
@@ -246,21 +244,25 @@ def train_network(
         role=role,
         about={
             "architecture": network.architecture,
-            "classes": list(classes),
+            "classes": list(splits.train.classes),
             "image_shape": list(splits.train.image_shape),
         },
-        on_step=observer.step,
+        observer=observer,
         logit_cache=logit_cache,
         distributed=distributed,
     ):
-        observer.epoch(report)
-    observer.end_training()
+        pass  # the observer has the reports
 
 
 def accuracies_on_test(
-    student: nn.Module, splits: Splits, config: Config, precision: str, distributed: Distributed
+    student: nn.Module,
+    splits: Splits,
+    config: Config,
+    precision: str,
+    distributed: Distributed,
+    observer: Observer,
 ) -> ClassAccuracies:
-    """Compute the accuracies of the classes on the test images, on the CPU."""
+    """Compute the accuracies of the classes on the test images, on the CPU, and report them."""
     with float32_precision(precision):
         clean, robust = validate(
             with_precision(student, precision),
@@ -270,4 +272,6 @@ def accuracies_on_test(
             batch_size=config.batch_size,
             distributed=distributed,
         )
-    return ClassAccuracies(clean.cpu(), robust.cpu())
+    accuracies = ClassAccuracies(clean.cpu(), robust.cpu())
+    observer.test(accuracies)
+    return accuracies

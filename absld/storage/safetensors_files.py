@@ -4,16 +4,19 @@ The description is a JSON document, the text `absld` of the file's metadata. Not
 imported.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import absld
 from absld.errors import CheckpointError
-from absld.storage.files import digest, replacing, write_text
+from absld.storage.files import digest, raw_bytes, replacing, write_text
 from absld.storage.json_files import parse_json
 from absld.storage.opening import COPY_AGAIN, file_size, make_folder
 from absld.storage.pickles import RefusedContentError
@@ -76,6 +79,38 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return content
 
 
+DTYPES = {torch.uint8: "U8", torch.int64: "I64", torch.float32: "F32"}  # those of a `Column`
+
+
+class Column(NamedTuple):
+    """A tensor that is written in parts: those of its first dimension."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Iterable[Tensor]
+
+
+def write_columns(
+    file: IO[bytes], columns: Mapping[str, Column], metadata: Mapping[str, str]
+) -> None:
+    """Write a file of tensors of which only a part is in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, column in columns.items():
+        start, end = end, end + column.dtype.itemsize * math.prod(column.shape)
+        header[name] = {
+            "dtype": DTYPES[column.dtype],
+            "shape": list(column.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the first tensor is aligned
+    file.write(len(text).to_bytes(8, "little") + text)
+    for column in columns.values():
+        for part in column.parts:
+            file.write(raw_bytes(part))
+
+
 def write_network(
     folder: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> None:
@@ -91,6 +126,25 @@ def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Any]:
 
     Raises CheckpointError if the description is damaged, and others for a damaged file.
     """
+    with opened_safetensors(file, path) as content:
+        metadata = content.metadata() or {}
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    if KEY not in metadata:
+        return tensors
+    try:
+        return {**parse_json(metadata[KEY].encode(), SCHEMA), "model": tensors}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: its description of the network: {error}", COPY_AGAIN
+        ) from error
+
+
+@contextlib.contextmanager
+def opened_safetensors(file: IO[bytes], path: Path) -> Iterator[Any]:
+    """Open an open file by the library, once its header is known to be there and not huge.
+
+    path: of the file. Raises RefusedContentError, ValueError, and what the library raises.
+    """
     from safetensors import safe_open
 
     length = int.from_bytes(file.read(8), "little")
@@ -103,13 +157,4 @@ def read_safetensors(file: IO[bytes], path: Path) -> dict[str, Any]:
         )
     opened = Path(f"/dev/fd/{file.fileno()}")  # the file that was looked at; not on Windows
     with safe_open(opened if opened.exists() else path, framework="pt") as content:
-        metadata = content.metadata() or {}
-        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    if KEY not in metadata:
-        return tensors
-    try:
-        return {**parse_json(metadata[KEY].encode(), SCHEMA), "model": tensors}
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: its description of the network: {error}", COPY_AGAIN
-        ) from error
+        yield content

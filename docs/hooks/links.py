@@ -9,7 +9,7 @@ from pathlib import Path
 from posixpath import dirname, relpath
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if ":" in link or not path.exists():
             return match[0]  # elsewhere, or MkDocs reports it
         file = files.src_uris.get(pages.get(path, ""))
-        if file is None or file.inclusion.is_excluded():
+        if file is None or file.inclusion is InclusionLevel.EXCLUDED:
             url = f"{config.repo_url}/blob/main/{path.relative_to(ROOT).as_posix()}"
             return f"[{text}]({url}{anchor})"
         if text.endswith(path.name) and file.page and file.page.title:

@@ -23,7 +23,7 @@ CASES = {
 }
 
 
-def coverage(accuracy, images, random):
+def coverage(accuracy: list[float], images: int, random: torch.Generator) -> dict[str, list[float]]:
     """Return per metric the coverage of our intervals, and of percentile intervals."""
     truth = torch.tensor(accuracy, dtype=torch.double)
     labels = torch.arange(len(truth)).repeat_interleave(images)
@@ -41,7 +41,7 @@ def coverage(accuracy, images, random):
     return {name: [count / TRIALS for count in counts] for name, counts in covered.items()}
 
 
-def main():
+def main() -> None:
     random = torch.Generator().manual_seed(0)
     print(f"| |{'|'.join(METRICS)}|\n|---|{'---|' * len(METRICS)}")
     for case, (accuracy, images) in CASES.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.cuda_steps import StepRecords
 from helpers.pretend_cuda import DeviceFault
-from helpers.small_training import CONFIG, TRAIN, VALIDATION, network
+from helpers.small_training import CONFIG, TRAIN, VALIDATION, OnStep, network
 
 import absld
 import absld.data.augmentation
@@ -17,7 +17,7 @@ def train(cuda):
     """Train for an epoch; return the records of its steps."""
     student, teacher = (network(role).to(cuda.device) for role in ("student", "teacher"))
     records = StepRecords(cuda)
-    next(absld.fit(student, teacher, TRAIN, VALIDATION, CONFIG, on_step=records))
+    next(absld.fit(student, teacher, TRAIN, VALIDATION, CONFIG, observer=OnStep(records)))
     return records
 
 

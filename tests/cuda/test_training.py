@@ -9,7 +9,7 @@ import torch
 from helpers.cuda_steps import AS_ON_CUDA, StepRecords, assert_clean
 from helpers.image_files import make_cifar
 from helpers.program import few_digits, main
-from helpers.small_training import CONFIG, bytes_of, image_set, network
+from helpers.small_training import CONFIG, OnStep, bytes_of, image_set, network
 from torch import nn
 
 import absld
@@ -44,7 +44,7 @@ def trained(device, on_step=lambda report: None, teacher=None, fit=None, data=DA
     config = replace(CONFIG, epochs=2, **{"max_steps": 2} | settings)
     student = network("student").to(device)
     teacher = (network("teacher") if teacher is None else teacher).to(device)
-    given = {"on_step": on_step, **(fit or {})}
+    given = {"observer": OnStep(on_step), **(fit or {})}
     reports = list(absld.fit(student, teacher, *data, config, **given))
     return absld.digest(student.state_dict()), [report.loss for report in reports]
 

@@ -17,7 +17,8 @@ from torch import nn
 import absld
 from absld.errors import NonFiniteError, UsageError
 from absld.evaluation.attacks import SquareSearch, autoattack_parts
-from absld.evaluation.evaluate import PENDING, evaluate, paired_differences
+from absld.evaluation.differences import paired_differences
+from absld.evaluation.evaluate import PENDING, evaluate
 from absld.evaluation.intervals import bootstrap, resample
 from absld.metrics import METRICS
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from absld.config.settings import TrainConfig
 from absld.data.dataset import InMemoryImages
+from absld.progress import Observer
 from absld.seeding import global_generator
 from absld.trainer import fit
 from helpers import strategies as draw
@@ -57,10 +58,21 @@ def locked(run):
             run.unlock()
 
 
-def train(config=CONFIG, student=None, teacher=None, data=(TRAIN, VALIDATION), **settings):
+class OnStep(Observer):
+    """An observer that gives the report of each batch to a function."""
+
+    def __init__(self, on_step):
+        self.step = on_step
+
+
+def train(
+    config=CONFIG, student=None, teacher=None, data=(TRAIN, VALIDATION), on_step=None, **settings
+):
     """Train to the end; return the student and the reports."""
     student = network("student") if student is None else student
     if teacher is None and config.method != "trades":
         teacher = network("teacher")
+    if on_step:
+        settings["observer"] = OnStep(on_step)
     with locked(settings.get("run")):
         return student, list(fit(student, teacher, *data, config, **settings))

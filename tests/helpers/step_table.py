@@ -22,6 +22,7 @@ from absld.engine.logit_cache import LogitCacheSettings
 from helpers.cuda_device import ROOT
 from helpers.cuda_steps import StepRecords
 from helpers.pretend_cuda import PretendCuda
+from helpers.small_training import OnStep
 
 STUDENT, TEACHER, BATCH, SIDE, CLASSES = "resnet18", "wrn-34-10", 4, 8, 10
 PAGE = """# Waits and operations of a training step
@@ -80,7 +81,11 @@ def step_of_the_package(engine: str, folder: str | None) -> tuple[int, int]:
         data = images(3 * BATCH), images(2)
         short = functools.partial(absld.trainer.validate, steps=1)
         with mock.patch("absld.trainer.validate", short):
-            list(absld.fit(student, teacher, *data, config, on_step=records, logit_cache=cache))
+            list(
+                absld.fit(
+                    student, teacher, *data, config, observer=OnStep(records), logit_cache=cache
+                )
+            )
     return counts(records)
 
 

@@ -21,11 +21,12 @@ import absld
 from absld.config.files import read_run_config, to_toml
 from absld.config.resolve import resolve
 from absld.errors import Interrupted
-from absld.evaluation.evaluate import Evaluation, paired_differences
+from absld.evaluation.differences import paired_differences
+from absld.evaluation.evaluate import Evaluation
 from absld.evaluation.intervals import over_seeds
 from absld.metrics import METRICS
 from absld.report import comparison_tables
-from absld.report.comparison_plot import plot
+from absld.report.comparison_plot import plot, plot_classes
 from absld.report.summary import ABSENT, verdict
 from absld.runs import comparison
 from absld.runs.comparison_results import FIGURES
@@ -658,3 +659,50 @@ def test_every_seed_is_a_point(compared, monkeypatch):
         assert y == [100 * v for v in method["figures"]["robust_worst"]["values"]]
         assert mean_x == [pytest.approx(100 * method["figures"]["robust_average"]["mean"])]
         assert mean_y == [pytest.approx(100 * method["figures"]["robust_worst"]["mean"])]
+
+
+def test_classes_are_means_over_the_seeds(compared):
+    for method in document_of(compared)["methods"]:
+        runs = [
+            json.loads(next(Path(run).glob("evaluations/*/evaluation.json")).read_text())
+            for run in method["runs"]
+        ]
+        assert [row["class"] for row in method["classes"]] == list("0123456789")
+        for k, row in enumerate(method["classes"]):
+            values = [run["robust"]["classes"][k]["value"] for run in runs]
+            if None in values:  # there are no images
+                assert row["value"] is row["low"] is row["high"] is None
+                continue
+            assert row["value"] == pytest.approx(statistics.fmean(values))
+            assert row["low"] <= row["value"] <= row["high"]
+        assert bool(method["temperatures"]) == method["method"].startswith("absld")
+    assert next(compared.glob("comparison-*/classes.png")).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_classes_are_drawn_in_the_order_of_the_baseline(count, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    original = Axes.errorbar
+    monkeypatch.setattr(
+        Axes,
+        "errorbar",
+        lambda self, x, y, *a, **k: drawn.append((x, y)) or original(self, x, y, *a, **k),
+    )
+    names = [f"$\\frac{{ \u732b <b>{k}" for k in range(count)]
+    rows = [
+        {"class": name, "value": 1 - k / 100, "low": 0.5, "high": None}
+        for k, name in enumerate(names)
+    ]
+    rows[0] |= {"value": None, "low": None}
+    results = a_document()
+    results["data"]["classes"] = names
+    for k, method in enumerate(results["methods"]):
+        bounds = {"lower": 0.5, "upper": 5.0}
+        adapted = {"adv": [1.5] * count, "nat": [0.5] * count, **bounds}
+        method |= {"classes": rows, "temperatures": adapted if k else None}
+    plot_classes(results, Path("classes.png"))
+    (x, y), _ = drawn
+    expected = sorted(100 * row["value"] for row in rows[1:])[:20]
+    assert y == pytest.approx(expected) and x == sorted(x)

@@ -18,7 +18,8 @@ from markupsafe import Markup
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation import results as documents
 from absld.evaluation.attacks import parse_attacks
-from absld.evaluation.evaluate import Evaluation, paired_differences
+from absld.evaluation.differences import paired_differences
+from absld.evaluation.evaluate import Evaluation
 from absld.report import figures, summary
 from absld.report.html import render_page, write_report
 from absld.report.picture import picture

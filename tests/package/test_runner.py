@@ -25,7 +25,8 @@ from absld.config.resolve import resolve
 from absld.data.sources import load_data
 from absld.errors import CheckpointError, Stopped, UsageError
 from absld.evaluation import resuming, runner
-from absld.evaluation.evaluate import evaluate, paired_differences
+from absld.evaluation.differences import paired_differences
+from absld.evaluation.evaluate import evaluate
 from absld.evaluation.results import difference_results, read_results
 from absld.models.architectures import build_model
 from absld.progress import Observer
@@ -408,7 +409,7 @@ def test_strict_ends_with_6_where_the_figure_is_not_to_be_trusted(net, check, ca
     assert main(*flags, "--strict") == 6  # judged again from the finished result
     printed = capfd.readouterr()
     error, hint = printed.err.splitlines()[-2:]
-    assert error.startswith("error: ") and check in error and "docs/evaluation.md" in hint
+    assert error.startswith("error: ") and check in error and "docs/gradient-masking.md" in hint
     assert "average" in printed.out  # the result is shown all the same
 
 

@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.processes import processes
-from helpers.small_training import CONFIG, TRAIN, VALIDATION, C, bytes_of, image_set, network, train
+from helpers.small_training import (
+    CONFIG,
+    TRAIN,
+    VALIDATION,
+    C,
+    OnStep,
+    bytes_of,
+    image_set,
+    network,
+    train,
+)
 from helpers.weight_files import same
 from torch import nn
 
@@ -705,7 +715,7 @@ def test_between_two_epochs_torch_has_the_settings_of_the_user(own_settings):
         TRAIN,
         VALIDATION,
         replace(CONFIG, precision="tf32"),
-        on_step=lambda step: inside.append(found_settings()),
+        observer=OnStep(lambda step: inside.append(found_settings())),
     ):
         assert found_settings() == before
     assert inside.count(["tf32", "tf32", True]) == len(inside) == 18

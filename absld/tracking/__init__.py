@@ -1,0 +1,1 @@
+"""Trackers: trainings and evaluations in TensorBoard, MLflow, W&B and trackio."""
