@@ -4,10 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
-from absld.cli.options import AsJson, RecipeFile, explicit, seed_list, with_settings
+from absld.cli.options import AsJson, RecipeFile, explicit, seed_list, take_settings, with_settings
 from absld.cli.output import SAME_COMMAND, command_output
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe
+from absld.config.launcher_settings import LauncherSettings, launcher_settings
 from absld.config.parsing import parse_all
 from absld.config.settings import Config
 from absld.errors import UsageError
@@ -23,6 +24,7 @@ MODEL_OF_COMPARISON = (
     EvaluationConfig, only=EVALUATION_OF_COMPARISON, meanings={"model": MODEL_OF_COMPARISON}
 )
 @with_settings(Config, without=("method", "seed"), schedule_of_method=False)
+@with_settings(LauncherSettings)
 def compare(
     runs: Annotated[
         list[str] | None, typer.Argument(metavar="RUN", help="directories of finished runs")
@@ -57,6 +59,7 @@ def compare(
     if bool(runs) == bool(methods):
         raise UsageError("compare takes either --methods or finished runs", "see --help")
     flags = explicit(settings)
+    launcher = launcher_settings(take_settings(flags, LauncherSettings))
     if methods and "model" in flags:
         raise UsageError("--model is for finished runs", "--student sets the network to train")
     evaluation = take_evaluation(flags)
@@ -80,7 +83,7 @@ def compare(
                 names = [name.strip() for name in methods.split(",") if name.strip()]
                 of_all = (read_recipe(recipe, flags) if recipe else {}) | flags
                 result = comparison.compare_methods(
-                    names, seed_list(seeds), of_all, evaluation, baseline, view
+                    names, seed_list(seeds), of_all, evaluation, baseline, view, launcher
                 )
         output.present(result.results, comparison_lines(result))
 

@@ -162,6 +162,11 @@ def explicit(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def take_settings(flags: dict[str, Any], settings_class: type[Settings]) -> dict[str, Any]:
+    """Return the flags of a settings class, and remove them from `flags`."""
+    return {f.name: flags.pop(f.name) for f in fields(settings_class) if f.name in flags}
+
+
 def seed_list(text: str) -> list[int]:
     """Return the seeds 0 to 4 for "5", the listed seeds for "0,3,7", and seed 0 for "".
 

@@ -1,0 +1,163 @@
+"""The trainings of a comparison as jobs: processes that a launcher runs, teachers first."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from absld.config.evaluation_settings import EvaluationConfig
+from absld.config.fields import Settings
+from absld.config.imports import names_code
+from absld.config.launcher_settings import LauncherSettings
+from absld.config.settings import Config
+from absld.data.dataset import Splits
+from absld.errors import AbsldError
+from absld.evaluation.runner import complete_config, is_evaluated, load_target
+from absld.progress import Observer
+from absld.runs.planning import plan, plan_teacher
+from absld.storage.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A training, and the evaluation of its student, as processes one after the other.
+
+    Attributes:
+        title: names it for people.
+        run: its run directory, which it resumes.
+        epochs: of the training.
+        commands: of its processes.
+        is_finished: tells whether nothing is left to do.
+        needs: the job of its teacher, which has to be finished first.
+    """
+
+    title: str
+    run: RunDirectory
+    epochs: int
+    commands: tuple[tuple[str, ...], ...]
+    is_finished: Callable[[], bool]
+    needs: "Job | None" = None
+
+
+class Launcher(Protocol):
+    """Runs jobs somewhere, several at a time."""
+
+    def run(self, jobs: Sequence[Job], observer: Observer) -> None:
+        """Run the jobs, and wait until all have ended.
+
+        Jobs that another command started are waited for. Raises AbsldError that names those which
+        failed, and their logs.
+        """
+
+
+def build_launcher(settings: LauncherSettings, out: Path) -> Launcher:
+    """Return the launcher of the settings. Raises UsageError if this machine does not have it."""
+    raise AbsldError(f"--launcher {settings.launcher} does not exist yet", "--launcher here")
+
+
+def launch(
+    settings: LauncherSettings,
+    labels: Sequence[str],
+    configs: Sequence[Config],
+    evaluation: EvaluationConfig,
+    splits: Splits,
+    observer: Observer,
+) -> set[Path]:
+    """Train and evaluate all by a launcher, but what is finished. Returns the runs of these jobs.
+
+    Raises AbsldError.
+    """
+    jobs = plan_jobs(labels, configs, evaluation, splits, observer)
+    left = [job for job in jobs if not job.is_finished()]
+    if left:
+        build_launcher(settings, Path(configs[0].out)).run(left, observer)
+    return {job.run.path for job in left}
+
+
+def plan_jobs(
+    labels: Sequence[str],
+    configs: Sequence[Config],
+    evaluation: EvaluationConfig,
+    splits: Splits,
+    observer: Observer,
+) -> list[Job]:
+    """Return a job for each training, finished or not, and before them those of their teachers.
+
+    Raises AbsldError.
+    """
+    teachers: dict[Path, Job] = {}
+    students = []
+    for label, config in zip(labels, configs, strict=True):
+        planned = plan(without_device(config), observer, splits)
+        teacher = None
+        if planned.method.needs_teacher and not config.teacher:
+            run = plan_teacher(without_device(config), planned.splits).run
+            teacher = teachers.setdefault(run.path, teacher_job(config, run))
+        own = evaluation_of(config, evaluation)
+        students.append(student_job(label, config, own, planned.run, splits, teacher))
+    return [*teachers.values(), *students]
+
+
+def without_device(value: Any) -> Any:
+    """Return settings for a machine that may lack the device of the trainings."""
+    graphs = {"cuda_graph": None} if isinstance(value, Config) else {}
+    return replace(value, device="cpu", **graphs)
+
+
+def evaluation_of(config: Config, evaluation: EvaluationConfig) -> EvaluationConfig:
+    """Return the settings of the evaluation of a run, whose network the user may have given as code."""
+    return replace(evaluation, model=config.student if names_code(config.student) else "")
+
+
+def teacher_job(config: Config, run: RunDirectory) -> Job:
+    command = absld_command("teacher", "train", *to_flags(config))
+    return Job(
+        f"teacher, seed {config.seed}",
+        run,
+        config.teacher_epochs,
+        (command,),
+        lambda: run.exists() and run.status() == "finished",
+    )
+
+
+def student_job(
+    label: str,
+    config: Config,
+    evaluation: EvaluationConfig,
+    run: RunDirectory,
+    splits: Splits,
+    teacher: Job | None,
+) -> Job:
+    def is_finished() -> bool:
+        if not (run.exists() and run.status() == "finished"):
+            return False
+        images = getattr(splits, evaluation.split)
+        complete = complete_config(without_device(evaluation), str(run.path))
+        network = load_target(str(run.path), complete, images)
+        return is_evaluated(str(run.path), network, images, complete)
+
+    commands = (
+        absld_command("train", *to_flags(config), "--resume"),
+        absld_command("evaluate", *to_flags(evaluation), "--", str(run.path)),
+    )
+    title = f"{label}, seed {config.seed}"
+    return Job(title, run, config.epochs, commands, is_finished, teacher)
+
+
+def absld_command(*arguments: str) -> tuple[str, ...]:
+    """Return a command of this program, as a process of its own."""
+    return (sys.executable, "-m", "absld", *arguments)
+
+
+def to_flags(settings: Settings) -> list[str]:
+    """Return settings as flags, also those at their defaults, which a recipe could change."""
+    flags = []
+    for f in fields(settings):
+        value, flag = getattr(settings, f.name), f.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            text = ",".join(map(repr, value)) if isinstance(value, tuple) else str(value)
+            flags.append(f"--{flag}={text}")
+    return flags
