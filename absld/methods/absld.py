@@ -17,7 +17,7 @@ class Absld(Method):
     Combinations with other ideas override `adversarial_images`, `observe` and `weights`.
     """
 
-    settings = (
+    settings: tuple[str, ...] = (
         "adv_weight", "kl_scale", "fidelity",
         "temperature_rate", "temperature_lower", "temperature_upper",
     )  # fmt: skip

@@ -28,14 +28,16 @@ def plot_frontier(results: Mapping[str, Any], path: Path) -> None:
         for number, method in enumerate(results["methods"], 1):
             kinds = [look[value(method, name)] for look, name in zip(looks, names, strict=True)]
             draw_point(axes, method, number, kinds, is_base=method["name"] == results["baseline"])
+        axes.set_xlim(widened(*axes.get_xlim()))
+        axes.set_ylim(widened(*axes.get_ylim()))
         draw_frontier(axes, results["methods"])
         data = results["data"]
         axes.set_xlabel(f"robust average on the {data['split']} images, %")
         axes.set_ylabel("robust, worst class, %")
         axes.grid()
         seeds = max(len(method["seeds"]) for method in results["methods"])
-        spread = f"mean and deviation of {seeds} seeds" if seeds > 1 else "one seed"
-        axes.set_title(f"{printable(data['dataset'])}: {spread}; numbers as in the table")
+        spread = f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"
+        axes.set_title(f"{printable(data['dataset'])}: {spread}, numbered as in the table")
         figure.legend(handles=legend(names, looks), loc="outside right upper")
         with replacing(path) as file:
             figure.savefig(file, format=path.suffix[1:], dpi=160, metadata={})
@@ -85,13 +87,18 @@ def draw_frontier(axes: Axes, methods: Sequence[Mapping[str, Any]]) -> None:
         for m in methods
         if m["frontier"]
     )
-    low = axes.get_xlim()[0], axes.get_ylim()[0]
     x, y = zip(*ends, strict=True)
+    (left, _), (bottom, _) = limits = axes.get_xlim(), axes.get_ylim()
     axes.step(
-        [low[0], *x, x[-1]], [y[0], *y, low[1]], where="pre", color=QUIET, linewidth=1, zorder=1
+        [left, *x, x[-1]], [y[0], *y, bottom], where="pre", color=QUIET, linewidth=1, zorder=1
     )
-    axes.set_xlim(left=low[0])
-    axes.set_ylim(bottom=low[1])
+    axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def widened(low: float, high: float) -> tuple[float, float]:
+    """Return limits at least 4 per cent apart, or noise would fill the picture."""
+    margin = max(0.0, 4 - (high - low)) / 2
+    return low - margin, high + margin
 
 
 def legend(names: Sequence[str], looks: Sequence[Mapping[str, int]]) -> list[Line2D]:
@@ -108,5 +115,8 @@ def legend(names: Sequence[str], looks: Sequence[Mapping[str, int]]) -> list[Lin
                 )
             )  # fmt: skip
     entries.append(Line2D([], [], linestyle="-", color=QUIET, linewidth=1, label="frontier"))
-    ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "linestyle": ""}
-    return [*entries, Line2D([], [], color=TEXT, label="base point", **ring)]
+    base = Line2D(
+        [], [], color=TEXT, marker="o", markersize=12, fillstyle="none", linestyle="",
+        label="base point",
+    )  # fmt: skip
+    return [*entries, base]

@@ -5,7 +5,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from absld.report.comparison_tables import (
@@ -27,15 +27,18 @@ MORE = {"clean_average": "clean average", "robust_normalized_std": "robust NSD"}
 MEANING = (
     "*: on the frontier, no other point is as good in both means. Changes against the base point, "
     "{base}, seed by seed, in points; better or worse where the 95 % intervals over seeds and over "
-    "images both exclude zero, which one in twenty may do by chance."
+    "images both exclude zero. Among many points some are so by chance."
 )
 
 
 def explanation(results: Mapping[str, Any]) -> str:
     """Return how to read the figures."""
-    seeds = max(len(method["seeds"]) for method in results["methods"])
+    methods = results["methods"]
+    seeds = max(len(method["seeds"]) for method in methods)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    return f"Per cent; {spread}. {MEANING.format(base=results['baseline'])}"
+    base = next(method for method in methods if method["name"] == results["baseline"])
+    words = (f"{name} {value_text(value)}" for name, value in base["settings"].items())
+    return f"Per cent; {spread}. {MEANING.format(base=', '.join(words))}"
 
 
 def value_text(value: Any) -> str:
@@ -66,7 +69,7 @@ def point_table(
     heads = ["", *names, *more.values(), *AXES.values(), "change in average", "change in worst"]
     rows = [
         [
-            f"{'*' if method['frontier'] else ''}{place}",
+            f"{'*' if method['frontier'] else ' '}{place}",
             *(value_text(method["settings"].get(name)) for name in names),
             *(mean_and_std(method, name, pm) for name in (*more, *AXES)),
             *(change(method, name) for name in AXES),
@@ -108,7 +111,7 @@ def points_csv(results: Mapping[str, Any]) -> str:
     writer.writerow(["point", *names, "base", "frontier", "seeds", *heads])
     for place, method in enumerate(results["methods"], 1):
         settings = [method["settings"].get(name) for name in names]
-        cells = ["" if v is None else csv_cell(v) for v in settings]
+        cells: list[Any] = ["" if v is None else csv_cell(v) for v in settings]
         cells += [method["name"] == results["baseline"], method["frontier"], len(method["seeds"])]
         cells += [method["figures"][f][kind] for f in figures for kind in ("mean", "std")]
         for name in AXES:

@@ -34,7 +34,8 @@ from absld.progress import Observer
 from absld.report.summary import budget
 from absld.runs import planning, training_run
 from absld.runs.comparison_results import Comparison, Member, summarise
-from absld.runs.launching import evaluation_of, launch, without_device
+from absld.runs.forecast import forecast
+from absld.runs.launching import evaluation_of, launch, plan_jobs, without_device
 from absld.runs.run_record import YOUNGER, deciding_settings
 from absld.storage.run_directory import RunDirectory
 
@@ -155,6 +156,9 @@ def train_and_evaluate(
     own_configs = configs if here else [without_device(config) for config in configs]
     splits = planning.load_splits(own_configs[0], resolve_device(own_configs[0].device), observer)
     parse_attacks(evaluation.attacks, splits.test.num_classes, 1)  # before hours of training
+    jobs = plan_jobs(labels, configs, evaluation, splits, observer)
+    at_a_time = {"here": 1, "local": launcher.jobs}.get(launcher.launcher)
+    observer.wait(forecast(jobs, len(configs), at_a_time))
     launched: set[Path] = set()
     if not here:
         launched = launch(launcher, labels, configs, evaluation, splits, observer)

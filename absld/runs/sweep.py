@@ -4,7 +4,6 @@ A sweep is a comparison whose methods are the points: finished runs are used aga
 command continues an interrupted sweep.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
