@@ -34,7 +34,7 @@ from absld.progress import Observer
 from absld.report.summary import budget
 from absld.runs import planning, training_run
 from absld.runs.comparison_results import Comparison, Member, summarise
-from absld.runs.launching import evaluation_of, launch, without_device
+from absld.runs.launching import evaluation_of, launch, training_states, without_device
 from absld.runs.run_record import YOUNGER, deciding_settings
 from absld.storage.run_directory import RunDirectory
 
@@ -137,6 +137,19 @@ def compare_methods(
     baseline = resolve_baseline(labels, configs, baseline)
     members, more_notes = train_and_evaluate(labels, configs, evaluation, observer, launcher)
     return summarise(members, evaluation, baseline, Path(configs[0].out), [*notes, *more_notes])
+
+
+def comparison_states(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    common_settings: Mapping[str, Any],
+    evaluation: EvaluationConfig,
+    observer: Observer,
+    launcher: LauncherSettings = HERE,
+) -> list[dict[str, Any]]:
+    """Return the state of each training of `compare_methods` as plain values; trains nothing."""
+    configs, _ = build_configs(methods, seeds, common_settings)
+    return training_states(label_configs(configs), configs, evaluation, observer, launcher)
 
 
 def train_and_evaluate(
