@@ -4,7 +4,15 @@ from typing import Annotated, Any
 
 import typer
 
-from absld.cli.options import AsJson, RecipeFile, explicit, seed_list, take_settings, with_settings
+from absld.cli.options import (
+    AsJson,
+    RecipeFile,
+    Status,
+    explicit,
+    seed_list,
+    take_settings,
+    with_settings,
+)
 from absld.cli.output import SAME_COMMAND, command_output
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe
@@ -13,6 +21,7 @@ from absld.config.parsing import parse_all
 from absld.config.settings import Config
 from absld.errors import UsageError
 
+STATUS_SCHEMA = "absld-status-1"
 OF_BOTH = ("device", "class_order", "in_memory")  # trainings and evaluations
 EVALUATION_OF_COMPARISON = ("attacks", "examples", "checks", "model")
 MODEL_OF_COMPARISON = (
@@ -41,6 +50,7 @@ def compare(
         str, typer.Option(metavar="NAME", help=r"method to compare with \[default: the first]")
     ] = "",
     recipe: RecipeFile = None,
+    status: Status = False,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
@@ -50,6 +60,8 @@ def compare(
 
     [cyan]absld compare --methods rslad,absld --seeds 5[/]
     [cyan]absld compare --methods absld,mypackage.methods:Mart,warm.toml[/]
+    [cyan]absld compare --methods rslad,absld --launcher local --jobs 2[/]
+    [cyan]absld compare --methods rslad,absld --launcher slurm --gpus 1[/]
     [cyan]absld compare RUN RUN RUN[/]
 
     Prints means and standard deviations over the seeds and differences to the
@@ -59,19 +71,21 @@ def compare(
     if bool(runs) == bool(methods):
         raise UsageError("compare takes either --methods or finished runs", "see --help")
     flags = explicit(settings)
-    launcher = launcher_settings(take_settings(flags, LauncherSettings))
+    of_launcher = take_settings(flags, LauncherSettings) | ({"status": True} if status else {})
     if methods and "model" in flags:
         raise UsageError("--model is for finished runs", "--student sets the network to train")
     evaluation = take_evaluation(flags)
     training_flags = (
         flags | ({"seeds": seeds} if seeds else {}) | ({"recipe": recipe} if recipe else {})
     )
-    if runs and (extra := sorted(training_flags.keys() - {"out", *OF_BOTH})):
+    if runs and (extra := sorted((training_flags | of_launcher).keys() - {"out", *OF_BOTH})):
         raise UsageError(
             f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
         )
+    launcher = launcher_settings({n: v for n, v in of_launcher.items() if n != "status"})
 
     from absld.cli.comparison_view import ComparisonView, comparison_lines
+    from absld.cli.status_view import status_lines
     from absld.runs import comparison
 
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
@@ -82,10 +96,15 @@ def compare(
             else:
                 names = [name.strip() for name in methods.split(",") if name.strip()]
                 of_all = (read_recipe(recipe, flags) if recipe else {}) | flags
-                result = comparison.compare_methods(
-                    names, seed_list(seeds), of_all, evaluation, baseline, view, launcher
-                )
-        output.present(result.results, comparison_lines(result))
+                given = names, seed_list(seeds), of_all, evaluation
+                if status:
+                    states = comparison.comparison_states(*given, view, launcher)
+                else:
+                    result = comparison.compare_methods(*given, baseline, view, launcher)
+        if status:
+            output.present({"schema": STATUS_SCHEMA, "trainings": states}, status_lines(states))
+        else:
+            output.present(result.results, comparison_lines(result))
 
 
 def take_evaluation(flags: dict[str, Any]) -> EvaluationConfig:

@@ -17,6 +17,9 @@ from absld.errors import UsageError
 AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON document on stdout, progress on stderr")
 ]
+Status = Annotated[
+    bool, typer.Option("--status", help="print the state of each training, and train nothing")
+]
 Target = Annotated[
     str,
     typer.Argument(

@@ -4,11 +4,12 @@ from typing import Annotated, Any
 
 import typer
 
-from absld.cli.compare_command import OF_BOTH
+from absld.cli.compare_command import OF_BOTH, STATUS_SCHEMA
 from absld.cli.options import (
     AsJson,
     Command,
     RecipeFile,
+    Status,
     explicit,
     seed_list,
     take_settings,
@@ -57,6 +58,7 @@ def sweep(
         typer.Option(metavar="N", help=r"number of seeds, or a list such as 0,3,7 \[default: 1]"),
     ] = "",
     recipe: RecipeFile = None,
+    status: Status = False,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
@@ -80,6 +82,7 @@ def sweep(
     evaluation = EvaluationConfig(**parse_all(chosen, EvaluationConfig))
 
     from absld.cli.comparison_view import ComparisonView
+    from absld.cli.status_view import status_lines
     from absld.report.sweep_tables import terminal_lines
     from absld.runs import sweep as sweeps
     from absld.runs.grid import parse_over
@@ -88,6 +91,13 @@ def sweep(
     base = (read_recipe(recipe, flags) if recipe else {}) | flags
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with ComparisonView(output) as view:
-            result = sweeps.sweep(grid, seed_list(seeds), base, evaluation, view, launcher)
-        lines = ["", *terminal_lines(result.results), str(result.folder)]
-        output.present(result.results, lines)
+            given = grid, seed_list(seeds), base, evaluation, view, launcher
+            if status:
+                states = sweeps.sweep_states(*given)
+            else:
+                result = sweeps.sweep(*given)
+        if status:
+            output.present({"schema": STATUS_SCHEMA, "trainings": states}, status_lines(states))
+        else:
+            lines = ["", *terminal_lines(result.results), str(result.folder)]
+            output.present(result.results, lines)

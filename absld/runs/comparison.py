@@ -35,7 +35,13 @@ from absld.report.summary import budget
 from absld.runs import planning, training_run
 from absld.runs.comparison_results import Comparison, Member, summarise
 from absld.runs.forecast import forecast
-from absld.runs.launching import evaluation_of, launch, plan_jobs, without_device
+from absld.runs.launching import (
+    evaluation_of,
+    launch,
+    plan_jobs,
+    training_states,
+    without_device,
+)
 from absld.runs.run_record import YOUNGER, deciding_settings
 from absld.storage.run_directory import RunDirectory
 
@@ -140,6 +146,19 @@ def compare_methods(
     return summarise(members, evaluation, baseline, Path(configs[0].out), [*notes, *more_notes])
 
 
+def comparison_states(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    common_settings: Mapping[str, Any],
+    evaluation: EvaluationConfig,
+    observer: Observer,
+    launcher: LauncherSettings = HERE,
+) -> list[dict[str, Any]]:
+    """Return the state of each training of `compare_methods` as plain values; trains nothing."""
+    configs, _ = build_configs(methods, seeds, common_settings)
+    return training_states(label_configs(configs), configs, evaluation, observer, launcher)
+
+
 def train_and_evaluate(
     labels: Sequence[str],
     configs: Sequence[Config],
@@ -161,7 +180,7 @@ def train_and_evaluate(
     observer.wait(forecast(jobs, len(configs), at_a_time))
     launched: set[Path] = set()
     if not here:
-        launched = launch(launcher, labels, configs, evaluation, splits, observer)
+        launched = launch(launcher, jobs, configs[0].device, observer)
         evaluation = without_device(evaluation)
     members = []
     for number, (label, config) in enumerate(zip(labels, own_configs, strict=True), 1):

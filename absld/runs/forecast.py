@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from absld.runs.launching import Job
+from absld.runs.jobs import Job
 from absld.text import time_text
 
 

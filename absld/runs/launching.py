@@ -1,10 +1,13 @@
 """The trainings of a comparison as jobs: processes that a launcher runs, teachers first."""
 
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import torch
 
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.fields import Settings
@@ -12,66 +15,44 @@ from absld.config.imports import names_code
 from absld.config.launcher_settings import LauncherSettings
 from absld.config.settings import Config
 from absld.data.dataset import Splits
-from absld.errors import AbsldError
+from absld.engine.precision import parse_device, resolve_device
 from absld.evaluation.runner import complete_config, is_evaluated, load_target
 from absld.progress import Observer
-from absld.runs.planning import plan, plan_teacher
+from absld.runs.jobs import Job, Launcher
+from absld.runs.local_launcher import LocalLauncher
+from absld.runs.planning import load_splits, plan, plan_teacher
+from absld.runs.slurm_launcher import Queued, SlurmLauncher, describe, name_of, read_queue
 from absld.storage.run_directory import RunDirectory
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A training, and the evaluation of its student, as processes one after the other.
+def build_launcher(settings: LauncherSettings, device: str) -> Launcher:
+    """Return the launcher of the settings, for trainings on `device`.
 
-    Attributes:
-        title: names it for people.
-        run: its run directory, which it resumes.
-        epochs: of the training.
-        commands: of its processes.
-        is_finished: tells whether nothing is left to do.
-        needs: the job of its teacher, which has to be finished first.
+    Raises UsageError if this machine lacks what it needs.
     """
-
-    title: str
-    run: RunDirectory
-    epochs: int
-    commands: tuple[tuple[str, ...], ...]
-    is_finished: Callable[[], bool]
-    needs: "Job | None" = None
-
-
-class Launcher(Protocol):
-    """Runs jobs somewhere, several at a time."""
-
-    def run(self, jobs: Sequence[Job], observer: Observer) -> None:
-        """Run the jobs, and wait until all have ended.
-
-        Jobs that another command started are waited for. Raises AbsldError that names those which
-        failed, and their logs.
-        """
-
-
-def build_launcher(settings: LauncherSettings, out: Path) -> Launcher:
-    """Return the launcher of the settings. Raises UsageError if this machine does not have it."""
-    raise AbsldError(f"--launcher {settings.launcher} does not exist yet", "--launcher here")
+    if settings.launcher == "slurm":
+        return SlurmLauncher(settings)
+    if parse_device(device) != torch.device("cuda"):  # or a certain one, for all
+        resolve_device(device)
+        return LocalLauncher(settings.jobs, [])
+    count = torch.cuda.device_count()  # by which this process takes no memory of them
+    if not count:
+        resolve_device(device)
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = given.split(",") if given else [*map(str, range(count))]
+    return LocalLauncher(settings.jobs, visible[:count])
 
 
 def launch(
-    settings: LauncherSettings,
-    labels: Sequence[str],
-    configs: Sequence[Config],
-    evaluation: EvaluationConfig,
-    splits: Splits,
-    observer: Observer,
+    settings: LauncherSettings, jobs: Sequence[Job], device: str, observer: Observer
 ) -> set[Path]:
-    """Train and evaluate all by a launcher, but what is finished. Returns the runs of these jobs.
+    """Run the jobs that are not finished by a launcher, on `device`. Returns the runs of these.
 
     Raises AbsldError.
     """
-    jobs = plan_jobs(labels, configs, evaluation, splits, observer)
     left = [job for job in jobs if not job.is_finished()]
     if left:
-        build_launcher(settings, Path(configs[0].out)).run(left, observer)
+        build_launcher(settings, device).run(left, observer)
     return {job.run.path for job in left}
 
 
@@ -97,6 +78,41 @@ def plan_jobs(
         own = evaluation_of(config, evaluation)
         students.append(student_job(label, config, own, planned.run, splits, teacher))
     return [*teachers.values(), *students]
+
+
+def training_states(
+    labels: Sequence[str],
+    configs: Sequence[Config],
+    evaluation: EvaluationConfig,
+    observer: Observer,
+    launcher: LauncherSettings,
+) -> list[dict[str, Any]]:
+    """Return the state of each training and teacher as plain values; trains nothing."""
+    splits = load_splits(without_device(configs[0]), torch.device("cpu"), observer)
+    jobs = plan_jobs(labels, configs, evaluation, splits, observer)
+    queue = read_queue() if launcher.launcher == "slurm" else {}
+    return [describe_state(job, queue.get(name_of(job))) for job in jobs]
+
+
+def describe_state(job: Job, queued: Queued | None) -> dict[str, Any]:
+    """Describe how far a job is, by its run directory and by Slurm's queue, as plain values."""
+    begun = job.run.exists()
+    status = job.run.status() if begun else "not started"
+    if begun and job.is_finished():
+        state = "finished"
+    elif queued:
+        state = describe(queued)
+    elif status == "running":
+        state = "running" if job.run.is_busy() else "killed"
+    else:
+        state = "trained, not evaluated" if status == "finished" else status
+    return {
+        "training": job.title,
+        "state": state,
+        "epochs": [len(job.run.records()) if begun else 0, job.epochs],
+        "job": queued.id if queued else None,
+        "run": str(job.run.path),
+    }
 
 
 def without_device(value: Any) -> Any:

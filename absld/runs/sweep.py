@@ -11,6 +11,7 @@ from typing import Any
 
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.launcher_settings import LauncherSettings
+from absld.config.settings import Config
 from absld.evaluation.results import to_json
 from absld.progress import Observer
 from absld.report.comparison_tables import csv_text
@@ -19,6 +20,7 @@ from absld.report.sweep_tables import AXES, markdown, points_csv
 from absld.runs.comparison import HERE, train_and_evaluate
 from absld.runs.comparison_results import Comparison, Member, compare_members, write_files
 from absld.runs.grid import Over, Point, build_points, frontier
+from absld.runs.launching import training_states
 
 SCHEMA = "absld-sweep-1"
 ABOUT_SPLIT = {
@@ -43,8 +45,7 @@ def sweep(
     settings: the base point, and what all points share. Raises AbsldError.
     """
     points, baseline = build_points(settings, over)
-    runs = [(p.label, replace(p.config, seed=seed)) for seed in seeds for p in points]
-    labels, configs = [label for label, _ in runs], [config for _, config in runs]
+    labels, configs = with_seeds(points, seeds)
     members, notes = train_and_evaluate(labels, configs, evaluation, observer, launcher)
     notes = [ABOUT_SPLIT[evaluation.split], *notes]
     results = sweep_results(members, evaluation, baseline, notes, over, points)
@@ -57,6 +58,25 @@ def sweep(
     folder = write_files("sweep", members, results, Path(configs[0].out), texts)
     plot_frontier(results, folder / "frontier.png")
     return Comparison(folder, results)
+
+
+def sweep_states(
+    over: Over,
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    evaluation: EvaluationConfig,
+    observer: Observer,
+    launcher: LauncherSettings = HERE,
+) -> list[dict[str, Any]]:
+    """Return the state of each training of `sweep` as plain values; trains nothing."""
+    points, _ = build_points(settings, over)
+    return training_states(*with_seeds(points, seeds), evaluation, observer, launcher)
+
+
+def with_seeds(points: Sequence[Point], seeds: Sequence[int]) -> tuple[list[str], list[Config]]:
+    """Return label and configuration of each run, all points of the first seed first."""
+    labels = [point.label for _ in seeds for point in points]
+    return labels, [replace(point.config, seed=seed) for seed in seeds for point in points]
 
 
 def sweep_results(

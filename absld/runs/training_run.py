@@ -19,6 +19,7 @@ from absld.engine.precision import (
     with_precision,
 )
 from absld.engine.techniques import Techniques, with_techniques
+from absld.errors import UsageError
 from absld.evaluation.input_scale import check_teacher_scale
 from absld.evaluation.validation import check_teacher, validate
 from absld.metrics import ClassAccuracies, fairness
@@ -157,6 +158,22 @@ def find_teacher(
             observer.note(f"teacher: {check_teacher_scale(teacher, splits.validation, name, weak)}")
         check_teacher(teacher, splits.validation, name, config.allow_weak_teacher)
     return teacher
+
+
+def train_teacher_alone(
+    config: Config, observer: Observer, distributed: Distributed = SINGLE_PROCESS
+) -> str:
+    """Train the teacher of a run, or resume that, as `train` does before the student.
+
+    Returns its run directory. Raises AbsldError, also if the run does not train one.
+    """
+    planned = plan(config, observer, None, distributed)
+    if config.teacher or not planned.method.needs_teacher:
+        why = f"--teacher {config.teacher} is given" if config.teacher else "its method needs none"
+        raise UsageError(f"this run trains no teacher: {why}", "absld train trains the student")
+    splits = planned.splits.to(planned.device)
+    find_teacher(None, config, splits, planned.techniques, observer, distributed)
+    return str(plan_teacher(config, splits, distributed).run.path)
 
 
 def train_teacher(

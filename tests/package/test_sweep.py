@@ -14,7 +14,7 @@ from absld.report import sweep_tables
 from absld.report.frontier_plot import plot_frontier
 from absld.report.summary import ABSENT, number
 from absld.runs.forecast import forecast
-from absld.runs.launching import Job
+from absld.runs.jobs import Job
 
 OVER = ["--over", "temperature_rate=0.05,0.1", "adv_weight=5/6", "--seeds", "2"]
 FLAGS = [*QUICK, "--attacks", "fgsm", "--no-checks"]
