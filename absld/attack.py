@@ -152,6 +152,19 @@ def pgd(
     projected. No gradients are left on parameters and no global state changes; for the mode of the
     network see `frozen_eval`. Source: D2; for L2 arXiv 1706.06083.
 
+    Args:
+        forward: from images to the outputs that the objective takes, such as a network.
+        objective: from outputs to a scalar, summed over the batch.
+        x_nat: natural images, pixels in [0,1].
+        noise: where the attack starts, relative to `x_nat`; of the same shape.
+        epsilon: radius of the ball, one for all images or (N,1,1,1).
+        step_size: length of a step, in the norm.
+        steps: number of steps.
+        norm: of the ball, "linf" or "l2".
+
+    Returns:
+        Adversarial images, in the ball and in [0,1].
+
     Raises:
         ValueError: for a negative epsilon, step size or number of steps, or another norm; see also
             `check_noise`.
@@ -254,9 +267,13 @@ def margin(labels: Int[Tensor, " n"], confidence: float = 50.0) -> Objective:
 
 @dataclass(frozen=True)
 class TrainingAttack:
-    """The inner maximisation: PGD on a frozen network in eval mode.
+    """The inner maximisation: PGD on a frozen network in eval mode; see `pgd`. Source: D2.
 
-    epsilon and step_size are in [0,1] pixel units; epsilon may differ by image. Source: D2.
+    Attributes:
+        epsilon: radius of the ball, pixels in [0,1]; it may differ by image.
+        step_size: length of a step, in the norm.
+        steps: number of steps.
+        norm: of the ball, "linf" or "l2".
     """
 
     epsilon: Budget

@@ -15,8 +15,15 @@ def soft_label_kl(
     """Compute KL(soft_labels || softmax(logits)) in nats: summed over classes, mean over images.
 
     The student's temperature is 1, and no factor T^2 compensates the teacher's. Finite for logits
-    up to 1e4: the logarithm is taken by log_softmax. weights: factors of the images, for methods
-    that have them. Raises ValueError for other shapes. Source: D4.
+    up to 1e4: the logarithm is taken by log_softmax. Source: D4.
+
+    Args:
+        logits: (N,C) of the student.
+        soft_labels: (N,C); rows sum to 1.
+        weights: (N,) factors of the images, for methods that have them.
+
+    Raises:
+        ValueError: for other shapes.
     """
     check_shape("logits", logits, "N", "C")
     check_shape("soft_labels", soft_labels, *logits.shape)
@@ -39,9 +46,20 @@ def absld_loss(
 ) -> Float[Tensor, ""]:
     """Compute adv_weight KL(soft_adv || adv) + (1 - adv_weight) KL(soft_nat || nat), in nats.
 
-    `kl_scale=0.1` gives the value of the authors' release, which also averages over its ten
-    classes. weights: factors of the images, in both terms. Raises ValueError for other shapes.
     Source: D4.
+
+    Args:
+        adv_logits: (N,C) of the student for the adversarial images.
+        nat_logits: (N,C) of the student for the natural images.
+        soft_adv: (N,C) soft labels of the adversarial images.
+        soft_nat: (N,C) soft labels of the natural images.
+        adv_weight: weight of the adversarial term, in [0,1].
+        kl_scale: factor of the loss; 0.1 gives the value of the authors' release, which also
+            averages over its ten classes.
+        weights: (N,) factors of the images, in both terms.
+
+    Raises:
+        ValueError: for other shapes.
     """
     check_shape("adv_logits", adv_logits, "N", "C")
     check_shape("nat_logits", nat_logits, *adv_logits.shape)

@@ -27,10 +27,20 @@ class StepReport:
 
 @dataclass(frozen=True, eq=False)
 class EpochReport:
-    """An epoch: losses in nats, accuracies (C,) on the validation images in [0,1].
+    """An epoch of a training.
 
-    per_class: values per class (C,) that the method records, by name, such as the temperatures
-    after the epoch and the class risks that moved them. seconds: of training, without validation.
+    Attributes:
+        epoch: from 1.
+        learning_rate: in this epoch.
+        temperature_rate: of the update that ended it.
+        loss: mean over its steps, in nats.
+        parts: of the loss, by name.
+        accuracies: of each class (C,) on the validation images, in [0,1].
+        per_class: values per class (C,) that the method records, by name, such as the temperatures
+            after the epoch and the class risks that moved them.
+        seconds: of training, without validation.
+        images_per_second: in training.
+        is_best: whether its score is the best so far.
     """
 
     epoch: int
@@ -46,10 +56,12 @@ class EpochReport:
 
     @property
     def clean(self) -> Fairness:
+        """Fairness of the clean accuracies."""
         return fairness(self.accuracies.clean)
 
     @property
     def robust(self) -> Fairness:
+        """Fairness of the accuracies under PGD-20."""
         return fairness(self.accuracies.robust)
 
     @property
@@ -58,7 +70,7 @@ class EpochReport:
         return self.robust.average + self.robust.worst
 
     def record(self) -> dict[str, Any]:
-        """The report as plain values, for JSON; NaN, a class without images, is null."""
+        """Return the report as plain values, for JSON; NaN, a class without images, is null."""
         values = {"clean": self.accuracies.clean, "robust": self.accuracies.robust}
         return {
             "epoch": self.epoch,

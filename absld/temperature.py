@@ -112,7 +112,8 @@ class ClassTemperature(nn.Module):
     Args:
         num_classes: C, 2 or more.
         rate: how far the farthest class moves in an epoch.
-        lower, upper: bounds of the temperatures; 1 is in between.
+        lower: lower bound of the temperatures, at most 1.
+        upper: upper bound of the temperatures, at least 1.
         fidelity: "paper" reads D1 as published; "released" as the authors' script computes it: it
             divides one buffer in place by both temperatures, so both labels use their product.
         dtype: of temperatures and risks.
@@ -159,8 +160,14 @@ class ClassTemperature(nn.Module):
     ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
         """Compute soft labels for the adversarial and for the natural images.
 
-        teacher_logits (N,C): of the clean images; labels (N,): integers in 0..C-1. The labels are
-        constants for autograd. Raises ValueError for anything else. Source: D1.
+        They are constants for autograd. Source: D1.
+
+        Args:
+            teacher_logits: (N,C) of the clean images.
+            labels: (N,) int64 in 0..C-1.
+
+        Raises:
+            ValueError: for anything else.
         """
         check_batch(teacher_logits, labels, self.num_classes)
         self.to(labels.device)
@@ -183,8 +190,16 @@ class ClassTemperature(nn.Module):
     def step(self, rate: float | None = None) -> EpochRisk:
         """End an epoch: move the temperatures by its class risks, which start anew.
 
-        rate: in place of the rate given at the start, for a schedule. Returns the class risks.
-        Raises ValueError for a negative rate, NaN or infinity. Source: D6.
+        Source: D6.
+
+        Args:
+            rate: in place of the rate given at the start, for a schedule.
+
+        Returns:
+            The mean class risks `adv` and `nat` (C,), NaN for a class without images.
+
+        Raises:
+            ValueError: for a negative rate, NaN or infinity.
         """
         rate = self.rate if rate is None else rate
         risk = EpochRisk(self.adv_risk.mean(), self.nat_risk.mean())

@@ -40,7 +40,11 @@ CLASS_ORDER = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """Settings of one training. The defaults are CIFAR-10's in the L-infinity norm."""
+    """Settings of one training. The defaults are CIFAR-10's in the L-infinity norm.
+
+    Raises:
+        UsageError: for a value of another type or out of range.
+    """
 
     method: str = setting(
         "absld", "Method", f"one of {', '.join(METHOD_RECIPES)}, or package.module:Class"

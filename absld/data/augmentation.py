@@ -17,9 +17,12 @@ from absld.seeding import generator
 class Batch(NamedTuple):
     """Images with what a training step needs beside them.
 
-    x_nat (n,channels,H,W): clean augmented images in [0,1]. labels (n,). noise: where the attack
-    starts, relative to x_nat. views (n,): numbers of the augmented views (`Views.numbers`), for a
-    teacher whose logits are cached; None for any other.
+    Attributes:
+        x_nat: (n,channels,H,W), clean augmented images in [0,1].
+        labels: (n,) in 0..C-1.
+        noise: where the attack starts, relative to x_nat.
+        views: (n,) numbers of the augmented views (`Views.numbers`), for a teacher whose logits
+            are cached; None for any other.
     """
 
     x_nat: Float[Tensor, "n channels height width"]

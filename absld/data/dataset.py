@@ -26,9 +26,12 @@ SHOWN = 20  # classes in a line
 class ImageSet(Protocol):
     """Images with labels (N,) int64 in 0..C-1, and the names of the C classes.
 
-    Images are uint8, or floating in [0,1]. notes: what reading them changed or left out, in lines.
-    device: where labels and images are given. index_device: where `rows` takes an index without a
-    wait for the device.
+    Images are uint8, or floating in [0,1].
+
+    Attributes:
+        notes: what reading the images changed or left out, in lines.
+        device: where labels and images are given.
+        index_device: where `rows` takes an index without a wait for the device.
     """
 
     @property
@@ -110,8 +113,16 @@ class InMemoryImages(Labelled):
     """Images (N,channels,H,W), uint8 or floating in [0,1]; labels (N,) int64; names of the classes.
 
     Floating images become torch's default dtype, float32, as networks have; their gradient is not
-    needed. notes: what reading the images changed or left out, in lines. Raises DataError, a
-    ValueError, for anything else.
+    needed.
+
+    Attributes:
+        images: (N,channels,H,W).
+        labels: (N,) in 0..C-1.
+        classes: names of the C classes, in the order of a network's logits.
+        notes: what reading the images changed or left out, in lines.
+
+    Raises:
+        DataError: for anything else; it is a ValueError.
     """
 
     images: Tensor

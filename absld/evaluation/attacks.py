@@ -42,9 +42,14 @@ OBJECTIVES: dict[str, Callable[[Tensor], Objective]] = {
 class AttackBatch:
     """Images to attack, and the settings of this attempt.
 
-    x_nat (n,channels,H,W): clean images, pixels in [0,1]. labels (n,). index (n,): the images'
-    numbers in their set. epsilon: radius of the ball. seed: of the evaluation. restart: number of
-    the attempt, from 0.
+    Attributes:
+        x_nat: (n,channels,H,W), clean images, pixels in [0,1].
+        labels: (n,) in 0..C-1.
+        index: (n,) the images' numbers in their set.
+        epsilon: radius of the ball.
+        seed: of the evaluation.
+        restart: number of the attempt, from 0.
+        norm: of the ball.
     """
 
     x_nat: Images

@@ -37,10 +37,11 @@ PROBED = 32  # images that tell whether a network hides its gradients
 class Evaluation:
     """Predictions of a network for n images, clean (row 0) and under each attack.
 
-    index: the images' numbers in their set. attacks: the names of the rows, from "clean" on.
-    predictions: an image that an attack skipped, since it was misclassified before, keeps its
-    earlier prediction; PENDING is not evaluated yet. each: every attack gets all images that are
-    correct when clean, not only those that no earlier attack broke.
+    Attributes:
+        each: every attack gets all images that are correct when clean, not only unbroken ones.
+        attacks: names of the rows, from "clean" on.
+        index: (n,) the images' numbers in their set.
+        predictions: (rows,n); a skipped image keeps its earlier one; PENDING is yet to come.
     """
 
     classes: tuple[str, ...]
@@ -137,13 +138,13 @@ def evaluate(
 ) -> Evaluation:
     """Attack a classifier in eval mode; it is as before afterwards.
 
-    Threads evaluate a network one after another. Networks that clamp their input or bound their
-    outputs are attacked around that; see docs/evaluation.md.
+    Networks that clamp their input or bound their outputs are attacked around that.
 
     Args:
         model: takes images in [0,1] and gives logits (N,C).
         data: the images.
-        epsilon, norm: radius of the ball, pixels in [0,1], and its norm.
+        epsilon: radius of the ball; pixels are in [0,1].
+        norm: of the ball.
         attacks: names, as "fgsm,pgd20,cw30,autoattack", or objects (`Attack`). A misclassified
             image is not attacked again.
         restarts: attempts of the named PGD and CW.

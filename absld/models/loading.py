@@ -48,10 +48,15 @@ SIZES = ("img_size", "image_size")
 
 
 class Network(NamedTuple):
-    """A network, its architecture (a name or package.module:factory), and notes on its loading.
+    """A network that was loaded, and what its file or run states about it.
 
-    classes: their names in the order of the logits, and image_shape: (channels, height, width) of
-    the training images, where a file or run states them. hub: where a file from a hub comes from.
+    Attributes:
+        model: from images in [0,1] to logits (N,C).
+        architecture: a name, or package.module:factory.
+        notes: on its loading, in lines.
+        classes: their names in the order of the logits, where they are stated.
+        image_shape: (channels, height, width) of the training images, where it is stated.
+        hub: where a file from a hub comes from.
     """
 
     model: nn.Module
@@ -78,7 +83,7 @@ def load_network(
     Args:
         target: a known name (see `absld.models.architectures`); `timm:NAME`, `torchvision:NAME`;
             `package.module:factory`, also of the current folder; a run directory; a file of
-            weights; or one on the Hugging Face Hub, hf:owner/name[@revision][/file], which is
+            weights; or one on the Hugging Face Hub, `hf:owner/name[@revision][/file]`, which is
             downloaded unless it is in the cache.
         num_classes: number of logits.
         key: of the initial weights, where `target` brings none.

@@ -45,7 +45,9 @@ class RunDirectory:
     def __init__(self, path: str | Path, root: Path | None = None) -> None:
         """Name the directory.
 
-        root: a folder above it that the user gave; below it, no folder may be a link.
+        Args:
+            path: of the directory; it need not exist.
+            root: a folder above it that the user gave; below it, no folder may be a link.
         """
         self.path, self.root = Path(path), root
         self.best, self.last = self.path / "best.pt", self.path / "last.pt"

@@ -5,6 +5,7 @@ import doctest
 import pkgutil
 import re
 import runpy
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -41,7 +42,9 @@ FLAGS = flags_of_commands(typer.main.get_command(absld.cli.app.app)) | {
     "absld_min.py": {"--" + f.name.replace("_", "-") for f in fields(absld_min.Config)}
     | {"--help"},
     "torchrun": {"--nproc-per-node"},
-    "pip install": {"--upgrade", "--group"},
+    "pip install": {"--upgrade", "--group", "--index-url"},
+    "pip wheel": {"--no-deps"},
+    "mkdocs build": {"--strict"},
     "mypy": {"--strict"},
     "#SBATCH": {"--time", "--signal", "--requeue", "--open-mode"},
     "uv pip install": {"--python", "--resolution"},
@@ -115,12 +118,20 @@ def functions_of(file):
     }
 
 
-def test_the_index_has_every_page():
-    linked = {
-        (DOCS / target).resolve()
-        for target in re.findall(r"\]\(([^)]+)\)", read(DOCS / "index.md"))
-    }
-    assert {path.resolve() for path in PAGES if path.name != "index.md"} <= linked
+def test_every_public_name_has_an_entry_in_the_reference():
+    text = "".join(read(path) for path in sorted((DOCS / "api").glob("*.md")))
+    public = re.findall(
+        r"^from \.\S+\.?\S* import (\w+) as", read(ROOT / "absld/__init__.pyi"), re.M
+    )
+    entries = re.findall(r"^::: absld\.(.+)$", text, re.MULTILINE)
+    assert len(public) > 30 and set(public) <= set(entries)
+    assert all(pkgutil.resolve_name(f"absld.{entry}") is not None for entry in entries)
+
+
+def test_the_installation_names_every_extra():
+    rows = re.findall(r"^\| `(\w+)` \|", read(DOCS / "installation.md"), re.MULTILINE)
+    project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
+    assert sorted(rows) == sorted(project["optional-dependencies"])
 
 
 # --- README.md ---
@@ -146,6 +157,37 @@ def test_readme_is_short_and_its_links_work_outside_of_the_repository():
 def test_pictures_load_nothing(picture):
     text = re.sub(r'xmlns(:\w+)?="[^"]*"', "", read(picture))
     assert "http" not in text and "@import" not in text and "<script" not in text
+
+
+# --- The site ---
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "<a href='a/#none'>",
+        "<a href='b/'>",
+        "<a href='/a/'>",
+        "<script src='none.js'>",
+        "<img src='//else.org/a.png'>",
+        "<img srcset='https://else.org/a.png 2x'>",
+        "<iframe src='https://else.org'>",
+        "<link rel='preconnect' href='https://else.org'>",
+        "<p style='background: url(https://else.org/a.png)'>",
+        "<style>@import 'https://else.org/a.css'</style>",
+        "<script>fetch('https://else.org')</script>",
+    ],
+)
+def test_the_check_of_the_site_finds(fault, tmp_path):
+    pytest.importorskip("mkdocs", reason="pip install --group docs")
+    faults_of_pages = runpy.run_path(str(DOCS / "hooks" / "checks.py"))["faults_of_pages"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "index.html").write_text("<h1 id='x'></h1><a href='mailto:a@b.org'></a>")
+    good = "<a href='a/#x'></a><a href='/absld/a/'></a><a href='https://else.org'></a>"
+    (tmp_path / "index.html").write_text(good)
+    assert not list(faults_of_pages(tmp_path, "/absld/"))
+    (tmp_path / "index.html").write_text(good + fault)
+    assert len(list(faults_of_pages(tmp_path, "/absld/"))) == 1
 
 
 # --- docs/contributing.md ---
