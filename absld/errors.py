@@ -32,6 +32,12 @@ class CheckpointError(AbsldError, ValueError):
     exit_code = 4
 
 
+class BusyError(CheckpointError):
+    """A run in which another process is at work."""
+
+    exit_code = 7
+
+
 class NonFiniteError(AbsldError, ArithmeticError):
     """Training has reached NaN or infinity; raised before the optimiser takes the step."""
 

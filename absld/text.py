@@ -49,3 +49,10 @@ def column(text: str, width: int) -> str:
     """Return a text in exactly `width` columns, aligned to the left."""
     text = clip(text, width)
     return text + " " * (width - columns(text))
+
+
+def time_text(seconds: float) -> str:
+    """Return a time as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -76,11 +76,6 @@ def fit(
     (N,channels,H,W) in [0,1] and return logits (N,C). Everything is moved to the student's device.
 
     Args:
-        student: the network to train; it may be on any device.
-        teacher: the robust network to distil from; None for methods without one.
-        train: the training images.
-        validation: the images that select the best epoch.
-        config: the settings; by default CIFAR-10's.
         run: a locked run directory (`with RunDirectory(...) as run`): each epoch is saved there
             before it is reported, and an interrupted training resumes, bit-equal on the CPU.
         role: part of the keys of all random numbers.

@@ -27,6 +27,7 @@ from absld.cli.printing import say, say_aside, standard_streams
 from absld.cli.push_command import push
 from absld.cli.recipe_view import recipe_lines
 from absld.cli.signals import signal_exit_code
+from absld.cli.sweep_command import SweepCommand, sweep
 from absld.cli.teacher_commands import teacher_app
 from absld.config.datasets import CORRUPTED
 from absld.config.evaluation_settings import EvaluationConfig
@@ -79,6 +80,7 @@ def about(
     [cyan]absld report RUN[/]                         an HTML page of the evaluation
     [cyan]absld push RUN hf:owner/name[/]             the student on the Hugging Face Hub
     [cyan]absld compare --methods rslad,absld[/]      methods under the same conditions
+    [cyan]absld sweep --over adv_weight=0.5,0.9[/]    a setting's average and worst class
     [cyan]absld export RUN[/]                         an ONNX file of the network, checked
     [cyan]absld teacher list[/]                       published teachers, and where they are
     [cyan]absld teacher check FILE[/]                 accuracy and soft labels of a teacher
@@ -87,7 +89,7 @@ def about(
     # `main` takes --debug out, wherever it stands; the option is here for the help.
 
 
-# --- absld train, evaluate, compare, export ---
+# --- absld train, evaluate, compare, sweep, export ---
 
 
 @app.command(cls=Command)
@@ -215,6 +217,7 @@ def check_evaluation(target: str, config: EvaluationConfig, *, strict: bool) -> 
 
 
 app.command(cls=Command)(compare)
+app.command(cls=SweepCommand)(sweep)
 app.command(cls=Command)(export)
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from absld.bench.bench import Bench, Progress
 from absld.bench.contenders import PARTS, BenchConfig
-from absld.cli.view import View, time_text
+from absld.cli.view import View
+from absld.text import time_text
 
 HEAD = f"{'step':26} {'images/s':>8} {'gain':>20} {'times file':>10} {'reached':>8}"
 COST_HEAD = (

@@ -6,15 +6,25 @@ from typing import Annotated, Any
 
 import typer
 
-from absld.cli.options import AsJson, RecipeFile, explicit, seed_list, with_settings
+from absld.cli.options import (
+    AsJson,
+    RecipeFile,
+    Status,
+    explicit,
+    seed_list,
+    take_settings,
+    with_settings,
+)
 from absld.cli.output import SAME_COMMAND, command_output
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe
+from absld.config.launcher_settings import LauncherSettings, launcher_settings
 from absld.config.parsing import parse_all
 from absld.config.resolve import resolve
 from absld.config.settings import Config
 from absld.errors import UsageError
 
+STATUS_SCHEMA = "absld-status-1"
 OF_BOTH = ("device", "class_order", "in_memory", "track")  # trainings and evaluations
 EVALUATION_OF_COMPARISON = ("attacks", "examples", "checks", "model")
 MODEL_OF_COMPARISON = (
@@ -26,6 +36,7 @@ MODEL_OF_COMPARISON = (
     EvaluationConfig, only=EVALUATION_OF_COMPARISON, meanings={"model": MODEL_OF_COMPARISON}
 )
 @with_settings(Config, without=("method", "seed"), schedule_of_method=False)
+@with_settings(LauncherSettings)
 def compare(
     runs: Annotated[
         list[str] | None, typer.Argument(metavar="RUN", help="directories of finished runs")
@@ -42,6 +53,7 @@ def compare(
         str, typer.Option(metavar="NAME", help=r"method to compare with \[default: the first]")
     ] = "",
     recipe: RecipeFile = None,
+    status: Status = False,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
@@ -51,6 +63,8 @@ def compare(
 
     [cyan]absld compare --methods rslad,absld --seeds 5[/]
     [cyan]absld compare --methods absld,mypackage.methods:Mart,warm.toml[/]
+    [cyan]absld compare --methods rslad,absld --launcher local --jobs 2[/]
+    [cyan]absld compare --methods rslad,absld --launcher slurm --gpus 1[/]
     [cyan]absld compare RUN RUN RUN[/]
 
     Prints means and standard deviations over the seeds and differences to the
@@ -58,29 +72,42 @@ def compare(
     runs are used again; the same command continues after an interruption.
     """
     flags = explicit(settings)
-    check_use(runs, methods, flags | {"seeds": seeds, "recipe": recipe})
+    of_launcher = take_settings(flags, LauncherSettings)
+    check_use(
+        runs,
+        methods,
+        flags | of_launcher | {"seeds": seeds, "recipe": recipe, "status": status or None},
+    )
     evaluation = take_evaluation(flags)
+    launcher = launcher_settings(of_launcher)
 
     from absld.cli.comparison_view import ComparisonView, comparison_lines
+    from absld.cli.status_view import status_lines
     from absld.runs import comparison
     from absld.tracking.start import tracked
 
     of_all = (read_recipe(recipe, flags) if recipe else {}) | flags
+    tracking = launcher.launcher == "here" and not status  # else each job tracks itself
     place = Path(runs[0]).parent if runs else resolve(of_all).out
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with (
             ComparisonView(output) as view,
-            tracked(of_all.get("track", ""), place, view) as observer,
+            tracked(of_all.get("track", "") if tracking else "", place, view) as observer,
         ):
             if runs:
                 out = flags.get("out", "")
                 result = comparison.compare_runs(runs, evaluation, baseline, out, observer)
             else:
                 names = [name.strip() for name in methods.split(",") if name.strip()]
-                result = comparison.compare_methods(
-                    names, seed_list(seeds), of_all, evaluation, baseline, observer
-                )
-        output.present(result.results, comparison_lines(result))
+                given = names, seed_list(seeds), of_all, evaluation
+                if status:
+                    states = comparison.comparison_states(*given, view, launcher)
+                else:
+                    result = comparison.compare_methods(*given, baseline, observer, launcher)
+        if status:
+            output.present({"schema": STATUS_SCHEMA, "trainings": states}, status_lines(states))
+        else:
+            output.present(result.results, comparison_lines(result))
 
 
 def check_use(runs: list[str] | None, methods: str, flags: Mapping[str, Any]) -> None:

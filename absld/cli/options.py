@@ -17,6 +17,9 @@ from absld.errors import UsageError
 AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON document on stdout, progress on stderr")
 ]
+Status = Annotated[
+    bool, typer.Option("--status", help="print the state of each training, and train nothing")
+]
 Target = Annotated[
     str,
     typer.Argument(
@@ -160,6 +163,11 @@ def format_value(value: Any) -> str:
 def explicit(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that were given as flags."""
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def take_settings(flags: dict[str, Any], settings_class: type[Settings]) -> dict[str, Any]:
+    """Return the flags of a settings class, and remove them from `flags`."""
+    return {f.name: flags.pop(f.name) for f in fields(settings_class) if f.name in flags}
 
 
 def seed_list(text: str) -> list[int]:

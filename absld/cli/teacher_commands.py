@@ -1,12 +1,21 @@
-"""`absld teacher`: check a teacher, or compute its logits ahead of training."""
+"""`absld teacher`: check a teacher, train one, or compute its logits ahead of training."""
 
 from typing import Annotated, Any
 
 import typer
 
-from absld.cli.options import AsJson, Command, CommandGroup, Target, explicit, with_settings
+from absld.cli.options import (
+    AsJson,
+    Command,
+    CommandGroup,
+    RecipeFile,
+    Target,
+    explicit,
+    with_settings,
+)
 from absld.cli.output import SAME_COMMAND, command_output
 from absld.config.evaluation_settings import EvaluationConfig
+from absld.config.files import read_recipe
 from absld.config.parsing import parse_all
 from absld.config.resolve import resolve
 from absld.config.settings import Config
@@ -15,7 +24,7 @@ from absld.errors import CheckpointError, UsageError
 teacher_app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
-    help="List published teachers, check one, or compute its logits ahead of training.",
+    help="List published teachers, check or train one, or compute its logits ahead.",
 )
 
 
@@ -90,6 +99,38 @@ def check(
         raise CheckpointError(
             f"{target}: {'; '.join(results['reasons'])}", "needed: a better teacher"
         )
+
+
+@teacher_app.command("train", cls=Command)
+@with_settings(Config)
+def train_teacher(*, recipe: RecipeFile = None, **settings: Any) -> None:
+    """Train the teacher that `absld train` would train first, and nothing else.
+
+    [bold]Example[/]
+
+    [cyan]absld teacher train --dataset cifar10 --seed 1[/]
+
+    Takes the settings of the run. Its student, and all others of this seed, use the
+    teacher again. The same command continues after an interruption.
+    """
+    flags = explicit(settings)
+    config = resolve((read_recipe(recipe, flags) if recipe else {}) | flags)
+
+    from absld.cli.training_view import TrainingView
+    from absld.engine.distributed import init_distributed
+    from absld.runs.training_run import train_teacher_alone
+
+    with (
+        init_distributed(config.device) as distributed,
+        command_output(
+            False,
+            continue_with=SAME_COMMAND,
+            world_size=distributed.world_size,
+            is_main=distributed.is_main,
+        ) as output,
+        TrainingView(output) as view,
+    ):
+        view.line(train_teacher_alone(config, view, distributed))
 
 
 CACHE_SETTINGS = (

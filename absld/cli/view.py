@@ -13,7 +13,7 @@ from rich.text import Text
 from absld.cli.output import Output
 from absld.cli.printing import say
 from absld.progress import Observer, StepReport, TrainingStart
-from absld.text import printable
+from absld.text import printable, time_text
 
 Own = TypeVar("Own", bound="View")  # Self, which beartype cannot check in a method
 LINE_EVERY = 30.0  # seconds between lines of progress where there is no live region
@@ -108,13 +108,6 @@ def progress_row(title: str, done: float, total: float, text: str) -> Table:
     bar = ProgressBar(total=total, completed=done, width=24)
     row.add_row(Text(printable(title)), bar, Text(printable(text)))
     return row
-
-
-def time_text(seconds: float) -> str:
-    """Return a time as h:mm:ss or m:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def time_left(spent: float, done: float, total: float) -> str:

@@ -16,7 +16,7 @@ MOST, MOST_INTEGER = 1e38, 2.0**31
 
 # Groups of settings, in the order in which help and recipes list them.
 GROUPS = ("Attacks", "Data", "Augmentation", "Network", "Networks", "Method", "Training", "Attack",
-          "Speed", "Run")  # fmt: skip
+          "Speed", "Run", "Launcher")  # fmt: skip
 
 
 def setting(

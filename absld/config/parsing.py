@@ -1,6 +1,7 @@
 """Values of settings, from flags and from recipe files."""
 
 import difflib
+import functools
 import numbers
 import types
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ def parse(name: str, value: Any, settings_class: type) -> Any:
     Raises:
         UsageError: with the nearest known name, or with the values that the setting takes.
     """
-    type_hints = get_type_hints(settings_class)
+    type_hints = types_of(settings_class)
     if name not in type_hints:
         raise UsageError(f"there is no setting {name!r}", did_you_mean(name, type_hints))
     kind = type_hints[name]
@@ -35,6 +36,12 @@ def parse(name: str, value: Any, settings_class: type) -> Any:
             f"{name} takes {describe_type(kind)}, not {value!r}",
             did_you_mean(str(value), choices_of(kind)),
         ) from None
+
+
+@functools.cache
+def types_of(settings_class: type) -> dict[str, Any]:
+    """Return the types of the settings of a class, by name; Python evaluates them anew each time."""
+    return get_type_hints(settings_class)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

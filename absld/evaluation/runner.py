@@ -100,19 +100,9 @@ def run_network_evaluation(
         raise UsageError(f"{FLAG} needs an attack: there is none", "--attacks pgd20, for example")
     for note in [*network.notes, *emulation_warnings([config.precision], device)]:
         observer.note(note)
-    settings = {name: getattr(config, name) for name in DECIDING}
-    settings["attacks"] = [attack.name for attack in attacks]
-    if config.examples is not None and config.examples >= len(data):
-        settings["examples"] = None
-    identity = settings | {
-        "architecture": network.architecture,
-        "outputs": sample_outputs(target, network, data),
-        "weights_sha256": digest(network.model.state_dict()),
-        "images_sha256": data.digest(),
-    }
-    folder = results_folder(target, config)
-    root = folder.parent if folder.parent == Path(target) else folder  # a run may be anybody's
-    directory = RunDirectory(folder / directory_name(target, identity), root)
+    identity = identify(target, network, data, config)
+    settings = {name: identity[name] for name in (*DECIDING, "attacks")}
+    directory = directory_of(target, config, identity)
     path = directory.path / "evaluation.json"
     observer.begin_evaluation()
     with directory, float32_precision(config.precision), blame_target(target):
@@ -146,6 +136,41 @@ def run_network_evaluation(
             directory.write(path.name, to_json(results))
     observer.end_evaluation(path, results)
     return EvaluationRun(path, evaluation, results)
+
+
+def identify(
+    target: str, network: Network, data: ImageSet, config: EvaluationConfig
+) -> dict[str, Any]:
+    """Return everything that decides the results of an evaluation."""
+    assert config.norm is not None  # complete_config
+    attacks = parse_attacks(config.attacks, data.num_classes, config.restarts, config.norm)
+    identity = {name: getattr(config, name) for name in DECIDING}
+    if config.examples is not None and config.examples >= len(data):
+        identity["examples"] = None
+    return identity | {
+        "attacks": [attack.name for attack in attacks],
+        "architecture": network.architecture,
+        "outputs": sample_outputs(target, network, data),
+        "weights_sha256": digest(network.model.state_dict()),
+        "images_sha256": data.digest(),
+    }
+
+
+def directory_of(target: str, config: EvaluationConfig, identity: dict[str, Any]) -> RunDirectory:
+    """Return the directory of an evaluation."""
+    folder = results_folder(target, config)
+    root = folder.parent if folder.parent == Path(target) else folder  # a run may be anybody's
+    return RunDirectory(folder / directory_name(target, identity), root)
+
+
+def is_evaluated(target: str, network: Network, data: ImageSet, config: EvaluationConfig) -> bool:
+    """Return whether an evaluation, of a complete configuration, is finished."""
+    identity = identify(target, network, data, config)
+    directory = directory_of(target, config, identity)
+    if not directory.exists() or directory.status() != "finished":
+        return False
+    before = read_before(directory.path / "evaluation.json", identity)
+    return before is not None and (before["checks"] is not None or not config.checks)
 
 
 def read_before(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

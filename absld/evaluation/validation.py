@@ -37,16 +37,9 @@ def validate(
 
     The attack takes steps of 0.003 (at epsilon 8/255; in proportion otherwise) on the cross-entropy
     from a uniform start in the ball, drawn from a fixed key; in the L2 norm the steps are 15/128 of
-    epsilon, as in Rice et al. (arXiv 2002.11569). For figures to publish: absld.evaluate. The model
-    is as before afterwards.
+    epsilon, as in Rice et al. (arXiv 2002.11569). For figures to publish: absld.evaluate.
 
     Args:
-        model: takes images in [0,1] and gives logits (N,C).
-        data: the images.
-        epsilon: radius of the ball; pixels are in [0,1].
-        norm: of the ball, "linf" or "l2".
-        steps: number of steps.
-        batch_size: number of images in a batch.
         on_batch: receives the number of batches done, and of all.
         distributed: processes that share the batches; all return the same accuracies.
 

@@ -17,7 +17,10 @@ class Absld(Method):
     Combinations with other ideas override `adversarial_images`, `observe` and `weights`.
     """
 
-    has_kl_scale = True
+    settings: tuple[str, ...] = (
+        "adv_weight", "kl_scale", "fidelity",
+        "temperature_rate", "temperature_lower", "temperature_upper",
+    )  # fmt: skip
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -83,6 +86,8 @@ class Rslad(Absld):
 
     Source: arXiv 2108.07969.
     """
+
+    settings = ("adv_weight", "kl_scale")
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         return super().end_epoch(0.0)

@@ -27,11 +27,11 @@ class Method(nn.Module):
 
     needs_teacher = True
     caches_teacher = True  # the teacher evaluates clean images only, so its logits can be cached
-    has_kl_scale = False  # the loss has a KL to soft labels, which `kl_scale` scales
+    settings: tuple[str, ...] = ()  # those of the group Method that change what it computes
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__()
-        if config.kl_scale != 1 and not self.has_kl_scale:
+        if config.kl_scale != 1 and "kl_scale" not in self.settings:
             raise UsageError(
                 f"kl_scale has no meaning for {config.method}: its loss has no KL to soft labels",
                 "leave out --kl-scale",

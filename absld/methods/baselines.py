@@ -52,7 +52,7 @@ class Ard(Method):
     """Adversarially Robust Distillation: the student's predictions on adversarial images follow the
     teacher's on clean ones, both at temperature 30. Source: arXiv 1905.09747."""
 
-    has_kl_scale = True
+    settings = ("adv_weight", "kl_scale")
     distillation_temperature = 30.0
 
     def step(
@@ -74,7 +74,7 @@ class AdaAd(Method):
     teacher, and the teacher labels the adversarial images. Source: Huang et al., CVPR 2023."""
 
     caches_teacher = False
-    has_kl_scale = True
+    settings = ("adv_weight", "kl_scale")
 
     def step(
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, attack: TrainingAttack

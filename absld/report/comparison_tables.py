@@ -105,9 +105,9 @@ def terminal_lines(results: Mapping[str, Any]) -> list[str]:
     return [printable(line) for line in lines]
 
 
-def wrapped(text: str) -> list[str]:
-    """Return a text as lines of at most 100 letters."""
-    return textwrap.wrap(printable(text), 100)
+def wrapped(text: str, width: int = 100) -> list[str]:
+    """Return a text as lines of at most `width` letters."""
+    return textwrap.wrap(printable(text), width)
 
 
 def aligned(table: list[list[str]], left: Sequence[int] = (0,)) -> list[str]:
@@ -123,17 +123,24 @@ def aligned(table: list[list[str]], left: Sequence[int] = (0,)) -> list[str]:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Return the tables, and one of every run, in Markdown."""
-
-    def table(head: list[str], body: list[list[str]]) -> list[str]:
-        safe = [[in_markdown(text).replace("|", "\\|") for text in row] for row in (head, *body)]
-        lines = [f"| {' | '.join(row)} |" for row in safe]
-        return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
-
     lines = [in_markdown(f"{title(results)}. {explanation(results)}"), ""]
-    lines += table(["method", *headings(results).values()], rows(results))
+    lines += markdown_table(["method", *headings(results).values()], rows(results))
     if differences := difference_rows(results):
         meaning = in_markdown(MEANING.format(baseline=results["baseline"]))
-        lines += [meaning, "", *table(DIFFERENCES, differences)]
+        lines += [meaning, "", *markdown_table(DIFFERENCES, differences)]
+    lines += [*table_of_runs(results), *(f"* {in_markdown(note)}" for note in results["notes"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
+    """Return a table as lines of Markdown, the last one empty."""
+    safe = [[in_markdown(text).replace("|", "\\|") for text in row] for row in (head, *body)]
+    lines = [f"| {' | '.join(row)} |" for row in safe]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+
+
+def table_of_runs(results: Mapping[str, Any]) -> list[str]:
+    """Return the figures of every run as lines of Markdown."""
     names = [name for name in headings(results) if name != "rho"]
     runs = [
         [
@@ -144,10 +151,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         for method in results["methods"]
         for k, seed in enumerate(method["seeds"])
     ]
-    lines += ["Every run:", ""]
-    lines += table(["method", "seed", *(HEADINGS[name] for name in names)], runs)
-    lines += [f"* {in_markdown(note)}" for note in results["notes"]]
-    return "\n".join(lines).rstrip() + "\n"
+    heads = ["method", "seed", *(HEADINGS[name] for name in names)]
+    return ["Every run:", "", *markdown_table(heads, runs)]
 
 
 def in_markdown(text: str) -> str:
@@ -189,11 +194,15 @@ def csv_text(results: Mapping[str, Any]) -> str:
     writer.writerow(["method", "seed", *names])
     for method in results["methods"]:
         figures = [method["figures"][name] for name in names]
-        label = printable(method["name"])
-        if label.startswith(("=", "+", "-", "@")):  # a spreadsheet would compute it
-            label = f"'{label}"
+        label = csv_cell(method["name"])
         for k, seed in enumerate(method["seeds"]):
             writer.writerow([label, seed, *(figure["values"][k] for figure in figures)])
         for kind in ("mean", "std"):
             writer.writerow([label, kind, *(figure[kind] for figure in figures)])
     return text.getvalue()
+
+
+def csv_cell(value: Any) -> str:
+    """Return a name or a setting as a cell: no spreadsheet computes it."""
+    text = printable(str(value))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -13,6 +13,7 @@ from absld.config.datasets import Columns
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe, read_run_config
 from absld.config.imports import names_code
+from absld.config.launcher_settings import LauncherSettings
 from absld.config.recipes import METHOD_RECIPES
 from absld.config.resolve import SETTING_GROUPS, resolve
 from absld.config.settings import Config
@@ -33,9 +34,18 @@ from absld.progress import Observer
 from absld.report.summary import budget
 from absld.runs import planning, training_run
 from absld.runs.comparison_results import Comparison, Member, summarise
+from absld.runs.forecast import forecast
+from absld.runs.launching import (
+    evaluation_of,
+    launch,
+    plan_jobs,
+    training_states,
+    without_device,
+)
 from absld.runs.run_record import YOUNGER, deciding_settings
 from absld.storage.run_directory import RunDirectory
 
+HERE = LauncherSettings()
 METHOD_GROUPS = ("Method", "Attack", "Training")  # groups of settings that a recipe may have
 
 
@@ -122,6 +132,7 @@ def compare_methods(
     evaluation: EvaluationConfig,
     baseline: str,
     observer: Observer,
+    launcher: LauncherSettings = HERE,
 ) -> Comparison:
     """Train the missing runs, evaluate all, and compare with `baseline`.
 
@@ -131,16 +142,52 @@ def compare_methods(
     configs, notes = build_configs(methods, seeds, common_settings)
     labels = label_configs(configs)
     baseline = resolve_baseline(labels, configs, baseline)
-    device = resolve_device(configs[0].device)
-    splits = planning.load_splits(configs[0], device, observer)
-    notes += splits.describe()
+    members, more_notes = train_and_evaluate(labels, configs, evaluation, observer, launcher)
+    return summarise(members, evaluation, baseline, Path(configs[0].out), [*notes, *more_notes])
+
+
+def comparison_states(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    common_settings: Mapping[str, Any],
+    evaluation: EvaluationConfig,
+    observer: Observer,
+    launcher: LauncherSettings = HERE,
+) -> list[dict[str, Any]]:
+    """Return the state of each training of `compare_methods` as plain values; trains nothing."""
+    configs, _ = build_configs(methods, seeds, common_settings)
+    return training_states(label_configs(configs), configs, evaluation, observer, launcher)
+
+
+def train_and_evaluate(
+    labels: Sequence[str],
+    configs: Sequence[Config],
+    evaluation: EvaluationConfig,
+    observer: Observer,
+    launcher: LauncherSettings = HERE,
+) -> tuple[list[Member], list[str]]:
+    """Train the runs that are missing by a launcher, and evaluate all; and notes on the images.
+
+    labels: name the configurations, which are of the same images. Raises AbsldError.
+    """
+    here = launcher.launcher == "here"
+    # Elsewhere trained and evaluated, runs are only read here.
+    own_configs = configs if here else [without_device(config) for config in configs]
+    splits = planning.load_splits(own_configs[0], resolve_device(own_configs[0].device), observer)
     parse_attacks(evaluation.attacks, splits.test.num_classes, 1)  # before hours of training
+    jobs = plan_jobs(labels, configs, evaluation, splits, observer)
+    at_a_time = {"here": 1, "local": launcher.jobs}.get(launcher.launcher)
+    observer.wait(forecast(jobs, len(configs), at_a_time))
+    launched: set[Path] = set()
+    if not here:
+        launched = launch(launcher, jobs, configs[0].device, observer)
+        evaluation = without_device(evaluation)
     members = []
-    for number, (label, config) in enumerate(zip(labels, configs, strict=True), 1):
+    for number, (label, config) in enumerate(zip(labels, own_configs, strict=True), 1):
         observer.begin_run(label, config.seed, number, len(configs))
         run = planning.plan(config, observer, splits).run
-        reused = run.exists() and run.status() == "finished"
-        if not reused:
+        finished = run.exists() and run.status() == "finished"
+        if not finished:
             try:
                 training_run.train(config, observer, resume=run.exists(), splits=splits)
             except Interrupted:
@@ -148,12 +195,12 @@ def compare_methods(
             except AbsldError as error:
                 cause = f"{label}, seed {config.seed}: {error}"
                 raise type(error)(cause, error.hint) from error
-        # A factory that the user chose, not a file.
-        own = replace(evaluation, model=config.student if names_code(config.student) else "")
+        own = evaluation_of(config, evaluation)
         images = getattr(splits, evaluation.split)
         members.append(evaluate_run(label, run.path, config, own, images, observer))
+        reused = finished and run.path not in launched
         observer.end_run(members[-1].figures(), members[-1].seconds, reused)
-    return summarise(members, evaluation, baseline, Path(configs[0].out), notes)
+    return members, splits.describe()
 
 
 def compare_runs(

@@ -1,7 +1,7 @@
 """The results of a comparison: figures of every run, differences with intervals, files."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -69,37 +69,63 @@ def summarise(
     notes: Sequence[str] = (),
 ) -> Comparison:
     """Compute the results of a comparison, and write its files."""
-    check_same_evaluation(members)
-    groups: dict[str, dict[int, Member]] = {}
-    for member in members:
-        groups.setdefault(member.label, {})[member.seed] = member
-    first = members[0].evaluation_run.results
-    results = {
-        "schema": SCHEMA,
-        "environment": environment(resolve_device(evaluation.device)),
-        "data": first["data"],
-        "settings": first["settings"],
-        "baseline": baseline,
-        "notes": [*notes, *network_notes(members), *inequalities(groups)],
-        "methods": [
-            method_results(label, list(of_label.values()), pair_by_seed(of_label, groups[baseline]))
-            for label, of_label in groups.items()
-        ],
-    }
-    identity = {str(member.run.name): member.evaluation_run.path.parent.name for member in members}
-    folder = out / f"comparison-{key_of(identity | {'baseline': baseline})}"
-    make_folder(folder, out)
+    results = compare_members(members, evaluation, baseline, notes)
     texts = {
         "comparison.json": to_json(results),
         "table.md": markdown(results),
         "table.tex": latex(results),
         "table.csv": csv_text(results),
     }
-    for name, text in texts.items():
-        write_text(folder / name, text)
+    folder = write_files("comparison", members, results, out, texts)
     plot(results, folder / "average-worst.png")
     plot_classes(results, folder / "classes.png")
     return Comparison(folder, results)
+
+
+def compare_members(
+    members: Sequence[Member],
+    evaluation: EvaluationConfig,
+    baseline: str,
+    notes: Sequence[str],
+    swept: Collection[str] = (),
+) -> dict[str, Any]:
+    """Compute the results of a comparison; no note is made of settings that are `swept`.
+
+    Raises UsageError if runs were not evaluated alike.
+    """
+    check_same_evaluation(members)
+    groups: dict[str, dict[int, Member]] = {}
+    for member in members:
+        groups.setdefault(member.label, {})[member.seed] = member
+    first = members[0].evaluation_run.results
+    return {
+        "schema": SCHEMA,
+        "environment": environment(resolve_device(evaluation.device)),
+        "data": first["data"],
+        "settings": first["settings"],
+        "baseline": baseline,
+        "notes": [*notes, *network_notes(members), *inequalities(groups, swept)],
+        "methods": [
+            method_results(label, list(of_label.values()), pair_by_seed(of_label, groups[baseline]))
+            for label, of_label in groups.items()
+        ],
+    }
+
+
+def write_files(
+    kind: str,
+    members: Sequence[Member],
+    results: Mapping[str, Any],
+    out: Path,
+    texts: Mapping[str, str],
+) -> Path:
+    """Write texts by their names into a folder, which is named by the runs, and return it."""
+    identity = {str(member.run.name): member.evaluation_run.path.parent.name for member in members}
+    folder = out / f"{kind}-{key_of(identity | {'baseline': results['baseline']})}"
+    make_folder(folder, out)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return folder
 
 
 def check_same_evaluation(members: Sequence[Member]) -> None:
@@ -242,14 +268,14 @@ def network_notes(members: Sequence[Member]) -> list[str]:
     return [note for each in members for note in each.evaluation_run.results["network"]["notes"]]
 
 
-def inequalities(groups: Mapping[str, Mapping[int, Member]]) -> list[str]:
+def inequalities(groups: Mapping[str, Mapping[int, Member]], swept: Collection[str]) -> list[str]:
     """List what differs between the methods beside the methods: schedules, images, teachers."""
     notes = []
     # A method may have its own attack; how long it trains, on what, is to be the same.
     common = ("Training", "Data", "Augmentation", "Networks")
     alike = [f.name for f in fields(Config) if SETTING_GROUPS[f.name] in common]
     for name in alike:
-        if name in ("seed", "data", "allow_weak_teacher", "logit_cache_gib"):
+        if name in ("seed", "data", "allow_weak_teacher", "logit_cache_gib", *swept):
             continue
         values = {
             label: repr(getattr(next(iter(of_label.values())).config, name))

@@ -8,7 +8,7 @@ import torch
 
 from absld.config.datasets import Columns
 from absld.config.fields import check_epsilon
-from absld.config.settings import Config
+from absld.config.settings import Config, TrainConfig
 from absld.data.dataset import Splits
 from absld.data.placement import Placement
 from absld.data.sources import load_data
@@ -20,7 +20,7 @@ from absld.engine.precision import (
 from absld.engine.techniques import Techniques, describe
 from absld.errors import UsageError
 from absld.evaluation.class_names import check_class_names, check_image_shape
-from absld.evaluation.validation import check_network
+from absld.evaluation.validation import check_network, check_state
 from absld.methods.base import Method
 from absld.methods.registry import build_method
 from absld.models.loading import Network, load_network
@@ -109,6 +109,34 @@ def plan(
     run = run_directory(config, config.method, identity, distributed)
     techniques = techniques_of_run(config, run, device)
     return Plan(device, techniques, splits, method, student, teacher, inputs, run)
+
+
+class TeacherPlan(NamedTuple):
+    """The start of the training of a teacher: network, settings, digests of inputs, directory."""
+
+    network: Network
+    training: TrainConfig
+    inputs: dict[str, str]
+    run: RunDirectory
+
+
+def plan_teacher(
+    config: Config, splits: Splits, distributed: Distributed = SINGLE_PROCESS
+) -> TeacherPlan:
+    """Build the teacher that a run without a given one trains by TRADES."""
+    network = load_network(
+        config.teacher_model,
+        splits.train.num_classes,
+        (config.seed, "teacher"),
+        image_shape=splits.train.image_shape,
+        pretrained=config.pretrained,
+    )
+    check_state(network.model, config.teacher_model)
+    training = config.teacher_training()
+    inputs = image_digests(splits) | {"initial_weights": digest(network.model.state_dict())}
+    identity = deciding_settings(training) | inputs
+    run = run_directory(config, "teacher", identity, distributed)
+    return TeacherPlan(network, training, inputs, run)
 
 
 def describe_start(

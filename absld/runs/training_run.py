@@ -19,23 +19,21 @@ from absld.engine.precision import (
     with_precision,
 )
 from absld.engine.techniques import Techniques, with_techniques
+from absld.errors import UsageError
 from absld.evaluation.input_scale import check_teacher_scale
-from absld.evaluation.validation import check_state, check_teacher, validate
+from absld.evaluation.validation import check_teacher, validate
 from absld.metrics import ClassAccuracies, fairness
 from absld.models.fitting import load_state
-from absld.models.loading import Network, load_network
+from absld.models.loading import Network
 from absld.progress import Observer, Role, plain
 from absld.runs.logit_caches import cache_folder, describe_cache
-from absld.runs.planning import SELECTED_ON_TEST, describe_start, plan
+from absld.runs.planning import SELECTED_ON_TEST, describe_start, plan, plan_teacher
 from absld.runs.run_record import (
     RunRecord,
     changed_conditions,
-    deciding_settings,
     describe_new_run,
     describe_session,
-    image_digests,
     refuse_to_restart,
-    run_directory,
     techniques_of_run,
 )
 from absld.storage.files import digest
@@ -162,6 +160,22 @@ def find_teacher(
     return teacher
 
 
+def train_teacher_alone(
+    config: Config, observer: Observer, distributed: Distributed = SINGLE_PROCESS
+) -> str:
+    """Train the teacher of a run, or resume that, as `train` does before the student.
+
+    Returns its run directory. Raises AbsldError, also if the run does not train one.
+    """
+    planned = plan(config, observer, None, distributed)
+    if config.teacher or not planned.method.needs_teacher:
+        why = f"--teacher {config.teacher} is given" if config.teacher else "its method needs none"
+        raise UsageError(f"this run trains no teacher: {why}", "absld train trains the student")
+    splits = planned.splits.to(planned.device)
+    find_teacher(None, config, splits, planned.techniques, observer, distributed)
+    return str(plan_teacher(config, splits, distributed).run.path)
+
+
 def train_teacher(
     config: Config, splits: Splits, observer: Observer, distributed: Distributed
 ) -> tuple[nn.Module, str]:
@@ -170,21 +184,10 @@ def train_teacher(
     Waits for another process that trains it. Returns the teacher and its run directory.
     """
     device = splits.train.device
-    teacher = load_network(
-        config.teacher_model,
-        splits.train.num_classes,
-        (config.seed, "teacher"),
-        image_shape=splits.train.image_shape,
-        pretrained=config.pretrained,
-    )
+    teacher, training, inputs, run = plan_teacher(config, splits, distributed)
     for note in teacher.notes:
         observer.note(f"teacher: {note}")
-    check_state(teacher.model, config.teacher_model)
     teacher.model.to(device)
-    training = config.teacher_training()
-    inputs = image_digests(splits) | {"initial_weights": digest(teacher.model.state_dict())}
-    identity = deciding_settings(training) | inputs
-    run = run_directory(config, "teacher", identity, distributed)
     with locked(run, observer, distributed):
         techniques = techniques_of_run(training, run, device)
         finished = run.exists() and run.status() == "finished"

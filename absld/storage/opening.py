@@ -104,6 +104,20 @@ def make_folder(path: Path, root: Path | None = None) -> None:
         raise
 
 
+def make_private_folder(path: Path, root: Path) -> None:
+    """Make a folder that nobody else may enter, where there is none; see `make_folder`.
+
+    Raises CheckpointError if it is somebody else's.
+    """
+    make_folder(path, root)
+    try:
+        path.chmod(0o700)
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{path}: belongs to somebody else", "remove it, or give another --out"
+        ) from error
+
+
 def refuse_links(path: Path, root: Path) -> None:
     """Raise CheckpointError if `path` or a folder between it and `root` is a link.
 

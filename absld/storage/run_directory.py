@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from absld.errors import CheckpointError, Interrupted
+from absld.errors import BusyError, CheckpointError, Interrupted
 from absld.storage.checkpoint import save
 from absld.storage.files import write_text
 from absld.storage.json_files import parse_json
@@ -31,13 +31,14 @@ RECORD = {
     # What else a method records.
     "additionalProperties": {"type": ["number", "null", "array"]},
 }
+A_MOMENT = 0.2  # seconds; `is_busy` of another process holds the lock for less
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class RunDirectory:
     """The files of one run: config.toml, environment.json, metrics.jsonl, best.pt, last.pt, STATUS.
 
-    As a context it is locked, a second process gets CheckpointError, and STATUS records how the run
+    As a context it is locked, a second process gets BusyError, and STATUS records how the run
     ended. The lock of a process that was killed is free.
     """
 
@@ -51,7 +52,7 @@ class RunDirectory:
         self.path, self.root = Path(path), root
         self.best, self.last = self.path / "best.pt", self.path / "last.pt"
         self.metrics = self.path / "metrics.jsonl"
-        self._lock = FileLock(self.path / ".lock", timeout=0)
+        self._lock = FileLock(self.path / ".lock", timeout=A_MOMENT, poll_interval=A_MOMENT / 4)
         self._held = 0  # times; that of the library is of one thread
 
     @property
@@ -83,9 +84,16 @@ class RunDirectory:
         self._lock.release()
         self._held -= 1
 
+    def is_busy(self) -> bool:
+        """Return whether another process is at work here."""
+        if not self.lock():
+            return True
+        self.unlock()
+        return False
+
     def __enter__(self) -> "RunDirectory":
         if not self.lock():
-            raise CheckpointError(
+            raise BusyError(
                 f"{self.path}: another process is at work in this run",
                 "wait for it, or give another --out",
             )

@@ -988,7 +988,7 @@ def test_a_second_signal_ends_it_at_once_and_a_second_process_is_refused(teacher
     process = start(*flags, slow=True)
     until(lambda: "teacher: " in text_of("out"))
     refused(capfd, 2, "holds a run with these settings (running)", "--resume", *flags)
-    refused(capfd, 4, "another process is at work", "--out", *flags, "--resume")
+    refused(capfd, 7, "another process is at work", "--out", *flags, "--resume")
     assert (the_run() / "STATUS").read_text() == "running\n"
     time.sleep(0.3)  # into the step that hangs
     os.kill(process.pid, signal.SIGINT)

@@ -1,0 +1,28 @@
+"""How much there is to train, said before the first training starts."""
+
+from collections.abc import Sequence
+
+from absld.runs.jobs import Job
+from absld.text import time_text
+
+
+def forecast(jobs: Sequence[Job], students: int, at_a_time: int | None) -> str:
+    """Describe the trainings to come in a line, with their time if some are finished.
+
+    jobs: those of the teachers, then those of the students. at_a_time: None if it is not known.
+    """
+    finished = [job for job in jobs if job.run.exists() and job.run.status() == "finished"]
+    teachers = len(jobs) - students
+    text = f"{students} trainings" + (f" and {teachers} of teachers" if teachers else "")
+    if finished:
+        text += f", {len(finished)} of them finished"
+    if len(finished) == len(jobs):
+        return text
+    seconds = [record.get("seconds", 0.0) for job in finished for record in job.run.records()]
+    if not seconds:
+        return f"{text}; their time can be estimated after the first one"
+    epochs = sum(job.epochs for job in jobs if job not in finished)
+    rest = sum(seconds) / len(seconds) * epochs
+    if at_a_time is None:
+        return f"{text}; about {time_text(rest)} of computing left, by those"
+    return f"{text}; about {time_text(rest / at_a_time)} left, by those"

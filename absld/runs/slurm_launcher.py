@@ -1,0 +1,204 @@
+"""Jobs of Slurm, by submitit: one for each training, teachers first.
+
+Slurm's queue is asked by the names of the jobs, which hold the path of the run. So any command finds
+them, and none is submitted twice.
+"""
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+
+from absld.config.launcher_settings import LauncherSettings
+from absld.errors import AbsldError, UsageError
+from absld.progress import Observer
+from absld.runs.jobs import FOLDER, Job, fail, job_folder, log_of
+from absld.storage.files import key_of
+from absld.storage.opening import make_private_folder, open_regular
+
+POLL = 5.0  # seconds between two looks at the queue
+LAG = 20.0  # seconds after which what a node has written is seen on a network file system
+MOST_RESTARTS = 1000  # of a job, after as many time limits
+KILL_WAIT = 600.0  # seconds in which Slurm kills a job that it asked to stop
+STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+
+
+class Queued(NamedTuple):
+    """A job in Slurm's queue."""
+
+    id: str
+    state: str
+    reason: str
+
+
+class NodeJob:
+    """The processes of a job on its node, which submitit starts and requeues."""
+
+    def __init__(self, commands: tuple[tuple[str, ...], ...]) -> None:
+        self.commands = commands
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> None:
+        # submitit has set what happens at SIGUSR2: `checkpoint`, then a requeue.
+        signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR2))
+        for command in self.commands:
+            self.process = subprocess.Popen(command)
+            code = self.process.wait()
+            if code in STOPPED:  # by Slurm, which may requeue the job unless it ends by itself
+                time.sleep(KILL_WAIT)
+            if code:
+                raise SystemExit(code if code > 0 else 128 - code)
+
+    def checkpoint(self) -> Any:
+        """Wait until the process has saved its state; return what the requeued job runs."""
+        from submitit.helpers import DelayedSubmission
+
+        if self.process:
+            self.process.send_signal(signal.SIGUSR1)  # where Slurm signals this process alone
+            self.process.wait()
+        return DelayedSubmission(NodeJob(self.commands))
+
+
+class SlurmLauncher:
+    """Runs jobs on the nodes of a cluster; they go on when this process stops."""
+
+    def __init__(self, settings: LauncherSettings) -> None:
+        """Raises UsageError if this machine has no Slurm, or submitit is missing."""
+        try:
+            import submitit
+        except ImportError as error:
+            raise UsageError(
+                "--launcher slurm needs submitit", "pip install 'absld[slurm]'"
+            ) from error
+        self.submitit, self.settings = submitit, settings
+
+    def run(self, jobs: Sequence[Job], observer: Observer) -> None:
+        """Submit the jobs, and wait until all have ended. Raises AbsldError that names the failed."""
+        self.submit_missing(jobs, observer)
+        left, states = list(jobs), dict.fromkeys(jobs, "")
+        failed: dict[Job, str] = {}
+        ended: dict[Job, float] = {}  # when a job was first missing from the queue
+        with self.going_on(left, observer):
+            while left:
+                time.sleep(POLL)
+                queue = read_queue()
+                for job in [*left]:
+                    entry, now = queue.get(name_of(job)), time.monotonic()
+                    if entry:
+                        if entry.state != states[job]:
+                            observer.wait(f"{job.title}: job {entry.id}, {describe(entry)}")
+                        states[job] = entry.state
+                        ended.pop(job, None)
+                    elif job.is_finished():
+                        left.remove(job)
+                        observer.wait(f"{job.title}: finished")
+                    elif now - ended.setdefault(job, now) > LAG:
+                        left.remove(job)
+                        failed[job] = self.cause(job, failed)
+                        observer.wait(f"{job.title}: failed, {failed[job]}, log {log_of(job)}")
+        fail(failed, len(jobs))
+
+    def submit_missing(self, jobs: Sequence[Job], observer: Observer) -> None:
+        """Submit the jobs that are not in the queue."""
+        folder = jobs[0].run.path.parent / FOLDER
+        make_private_folder(folder, folder.parent)
+        open_regular(folder / ".lock", "ab").close()
+        with FileLock(folder / ".lock"):  # two commands at once do not both submit a job
+            queue = read_queue()
+            ids: dict[Job, str] = {}
+            for job in jobs:
+                entry = queue.get(name_of(job))
+                ids[job] = entry.id if entry else self.submit(job, ids.get(job.needs or job))
+                how = "is in the queue" if entry else "submitted"
+                observer.wait(f"{job.title}: {how} as job {ids[job]}, log {log_of(job)}")
+
+    def submit(self, job: Job, after: str | None) -> str:
+        """Submit a job that starts once job `after` has succeeded; return its number."""
+        settings, log = self.settings, str(log_of(job).absolute())
+        given: dict[str, Any] = {
+            "partition": settings.partition,
+            "account": settings.account,
+            "qos": settings.qos,
+            "constraint": settings.constraint,
+            "gpus_per_node": "" if settings.gpus == "0" else settings.gpus,
+            "mem": settings.memory,
+            "dependency": f"afterok:{after}" if after else "",
+        }
+        executor = self.submitit.SlurmExecutor(job_folder(job), max_num_timeout=MOST_RESTARTS)
+        # As they are: the executor's own method knows memory in GB only.
+        executor.parameters = {
+            "job_name": name_of(job),
+            "time": settings.minutes(),
+            "cpus_per_task": settings.cpus,
+            "ntasks_per_node": 1,
+            "signal_delay_s": settings.notice,
+            "stderr_to_stdout": True,
+            "wckey": None,
+            "srun_args": ["--output", log, "--open-mode", "append"],
+            "additional_parameters": {
+                "output": log,
+                "requeue": True,
+                "kill-on-invalid-dep": "yes",
+            },
+            **{name: value for name, value in given.items() if value},
+        }
+        try:
+            return str(executor.submit(NodeJob(job.commands)).job_id)
+        except self.submitit.core.utils.FailedJobError as error:
+            raise UsageError(
+                f"Slurm refused the job of {job.title}: {error}", "`sinfo` lists the partitions"
+            ) from error
+
+    def cause(self, job: Job, failed: dict[Job, str]) -> str:
+        """Return why a job failed, as far as it is known."""
+        if job.needs in failed:
+            return f"not started, {job.needs.title} failed"
+        status = job.run.status() if job.run.exists() else ""
+        return status.removeprefix("failed: ") if status.startswith("failed") else "ended early"
+
+    @contextlib.contextmanager
+    def going_on(self, left: list[Job], observer: Observer) -> Iterator[None]:
+        """Say that the jobs go on if this process is stopped."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, AbsldError):
+                observer.wait(
+                    f"{len(left)} jobs go on: --status shows them, and the same command waits for "
+                    "them again; `scancel NUMBER` stops one"
+                )
+            raise
+
+
+def name_of(job: Job) -> str:
+    """Return the name of a job in the queue: that of the run, and a digest of its path."""
+    path = str(job.run.path.resolve())
+    return f"{Path(path).name}-{key_of({'path': path})}"
+
+
+def read_queue() -> dict[str, Queued]:
+    """Return the user's jobs in Slurm's queue, by name. Raises UsageError if it cannot be asked."""
+    command = ["squeue", "--me", "--noheader", "--format=%i|%T|%r|%j"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    except FileNotFoundError as error:
+        raise UsageError(
+            "--launcher slurm: there is no squeue on this machine",
+            "run it where jobs are submitted, or use --launcher local",
+        ) from error
+    except (subprocess.SubprocessError, OSError) as error:
+        text = getattr(error, "stderr", "") or str(error)
+        raise AbsldError(f"squeue: {text}", "jobs in the queue go on") from error
+    entries = (line.split("|", 3) for line in done.stdout.splitlines())
+    return {entry[3]: Queued(*entry[:3]) for entry in entries if len(entry) == 4}
+
+
+def describe(entry: Queued) -> str:
+    """Return the state of a job in words, with the reason for which it waits."""
+    state = entry.state.lower().replace("_", " ")
+    return f"{state} ({entry.reason})" if entry.state == "PENDING" else state
