@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from absld.config.fields import Settings, setting
 from absld.config.files import parse_toml
-from absld.config.parsing import did_you_mean
+from absld.config.parsing import did_you_mean, parse_all
 from absld.errors import CheckpointError, UsageError
 from absld.storage.opening import read_bytes
 
@@ -98,7 +98,7 @@ def launcher_settings(flags: Mapping[str, Any]) -> LauncherSettings:
             f"--{wrong[0]} is not a setting of --launcher {launcher}", f"--launcher {flag}"
         )
     from_file = read_slurm_settings(flags["slurm"]) if flags.get("slurm") else {}
-    return LauncherSettings(**from_file | dict(flags))
+    return LauncherSettings(**parse_all(from_file | dict(flags), LauncherSettings))
 
 
 def read_slurm_settings(path: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from absld.report.comparison_plot import COLOURS, MARKERS
 from absld.report.figures import QUIET, TEXT, drawing_style
 from absld.report.sweep_tables import value_text
 from absld.storage.files import replacing
-from absld.text import clip, printable
+from absld.text import clip
 
 
 def plot_frontier(results: Mapping[str, Any], path: Path) -> None:
@@ -37,7 +37,7 @@ def plot_frontier(results: Mapping[str, Any], path: Path) -> None:
         axes.grid()
         seeds = max(len(method["seeds"]) for method in results["methods"])
         spread = f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"
-        axes.set_title(f"{printable(data['dataset'])}: {spread}, numbered as in the table")
+        axes.set_title(f"{clip(data['dataset'], 20)}: {spread}, numbered as in the table")
         figure.legend(handles=legend(names, looks), loc="outside right upper")
         with replacing(path) as file:
             figure.savefig(file, format=path.suffix[1:], dpi=160, metadata={})

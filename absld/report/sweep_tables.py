@@ -51,7 +51,7 @@ def value_text(value: Any) -> str:
 def change(method: Mapping[str, Any], name: str) -> str:
     """Return the difference to the base point, with a word if it is beyond its intervals."""
     if method["differences"] is None:
-        return ABSENT
+        return "base"
     difference = method["differences"][name]
     word = verdict(name, difference["over_seeds"], difference["over_images"])
     text = number(difference["mean"], name, "+")

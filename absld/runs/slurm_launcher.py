@@ -5,8 +5,11 @@ them, and none is submitted twice.
 """
 
 import contextlib
+import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +26,7 @@ from absld.storage.opening import make_private_folder, open_regular
 
 POLL = 5.0  # seconds between two looks at the queue
 LAG = 20.0  # seconds after which what a node has written is seen on a network file system
+SUBMISSION = "submission-"  # begins the name of a folder that submitit writes into
 MOST_RESTARTS = 1000  # of a job, after as many time limits
 KILL_WAIT = 600.0  # seconds in which Slurm kills a job that it asked to stop
 STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
@@ -39,15 +43,16 @@ class Queued(NamedTuple):
 class NodeJob:
     """The processes of a job on its node, which submitit starts and requeues."""
 
-    def __init__(self, commands: tuple[tuple[str, ...], ...]) -> None:
-        self.commands = commands
+    def __init__(self, commands: tuple[tuple[str, ...], ...], log: str) -> None:
+        self.commands, self.log = commands, log
         self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> None:
         # submitit has set what happens at SIGUSR2: `checkpoint`, then a requeue.
         signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR2))
         for command in self.commands:
-            self.process = subprocess.Popen(command)
+            with open_regular(Path(self.log), "ab") as log:  # for srun gives it a terminal
+                self.process = subprocess.Popen(command, stdout=log, stderr=log)
             code = self.process.wait()
             if code in STOPPED:  # by Slurm, which may requeue the job unless it ends by itself
                 time.sleep(KILL_WAIT)
@@ -59,9 +64,11 @@ class NodeJob:
         from submitit.helpers import DelayedSubmission
 
         if self.process:
-            self.process.send_signal(signal.SIGUSR1)  # where Slurm signals this process alone
-            self.process.wait()
-        return DelayedSubmission(NodeJob(self.commands))
+            # Amid a `wait` of the process another one would wait for ever.
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.process.pid, signal.SIGUSR1)  # where Slurm signals its parent alone
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(NodeJob(self.commands, self.log))
 
 
 class SlurmLauncher:
@@ -90,9 +97,9 @@ class SlurmLauncher:
                 for job in [*left]:
                     entry, now = queue.get(name_of(job)), time.monotonic()
                     if entry:
-                        if entry.state != states[job]:
+                        if entry.state not in (states[job], "COMPLETING"):
                             observer.wait(f"{job.title}: job {entry.id}, {describe(entry)}")
-                        states[job] = entry.state
+                            states[job] = entry.state
                         ended.pop(job, None)
                     elif job.is_finished():
                         left.remove(job)
@@ -129,7 +136,11 @@ class SlurmLauncher:
             "mem": settings.memory,
             "dependency": f"afterok:{after}" if after else "",
         }
-        executor = self.submitit.SlurmExecutor(job_folder(job), max_num_timeout=MOST_RESTARTS)
+        for old in job_folder(job).glob(f"{SUBMISSION}*"):
+            shutil.rmtree(old, ignore_errors=True)
+        # A new folder: the node runs what is in it.
+        folder = tempfile.mkdtemp(prefix=SUBMISSION, dir=job_folder(job))
+        executor = self.submitit.SlurmExecutor(folder, max_num_timeout=MOST_RESTARTS)
         # As they are: the executor's own method knows memory in GB only.
         executor.parameters = {
             "job_name": name_of(job),
@@ -148,7 +159,7 @@ class SlurmLauncher:
             **{name: value for name, value in given.items() if value},
         }
         try:
-            return str(executor.submit(NodeJob(job.commands)).job_id)
+            return str(executor.submit(NodeJob(job.commands, log)).job_id)
         except self.submitit.core.utils.FailedJobError as error:
             raise UsageError(
                 f"Slurm refused the job of {job.title}: {error}", "`sinfo` lists the partitions"

@@ -110,12 +110,11 @@ def make_private_folder(path: Path, root: Path) -> None:
     Raises CheckpointError if it is somebody else's.
     """
     make_folder(path, root)
-    try:
-        path.chmod(0o700)
-    except PermissionError as error:
+    if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
         raise CheckpointError(
             f"{path}: belongs to somebody else", "remove it, or give another --out"
-        ) from error
+        )
+    path.chmod(0o700)
 
 
 def refuse_links(path: Path, root: Path) -> None:

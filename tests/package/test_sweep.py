@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,12 @@ from unittest.mock import Mock
 import pytest
 from helpers.program import QUICK, main, refused, use_few_digits
 
+import absld
 from absld.report import sweep_tables
 from absld.report.frontier_plot import plot_frontier
-from absld.report.summary import ABSENT, number
+from absld.report.summary import number
 from absld.runs.forecast import forecast
+from absld.runs.grid import frontier
 from absld.runs.jobs import Job
 
 OVER = ["--over", "temperature_rate=0.05,0.1", "adv_weight=5/6", "--seeds", "2"]
@@ -136,7 +139,7 @@ def test_terminal_lines_of_two_settings_fit_80_columns():
     lines = sweep_tables.terminal_lines(SOME)
     assert max(map(len, lines)) <= 80
     first, last = (next(x for x in lines if x.startswith(start)) for start in ("*1 ", " 3 "))
-    assert first.split() == ["*1", "0.25", "0.25", "70.0±1.2", "40.0±1.2", ABSENT, ABSENT]
+    assert first.split() == ["*1", "0.25", "0.25", "70.0±1.2", "40.0±1.2", "base", "base"]
     changes = [number(value, sign="+") for value in (-0.2, -0.3)]
     assert last.split()[5:] == [changes[0], "worse", changes[1], "worse"]
 
@@ -204,3 +207,22 @@ def test_the_time_is_that_of_finished_epochs_for_those_to_come(at_a_time, text):
     jobs = [job(2.0, 4.0, epochs=2), job(9.0, status="running"), job(status="", epochs=6)]
     said = forecast(jobs, 2, at_a_time)
     assert said.startswith("2 trainings and 1 of teachers, 1 of them finished; ") and text in said
+
+
+# --- docs/sweeps.md ---
+
+
+@pytest.mark.slow
+def test_the_program_with_optuna_runs_and_both_find_the_same_frontier():
+    """The program of the page, of fewer epochs and trials."""
+    pytest.importorskip("optuna")
+    page = (Path(absld.__file__).parents[1] / "docs/sweeps.md").read_text()
+    (code,) = re.findall(r"```python title=\"search.py\"\n(.*?)```", page, re.DOTALL)
+    assert '"epochs": 12' in code and "n_trials=6" in code
+    names = {}
+    exec(code.replace('"epochs": 12', '"epochs": 4').replace("n_trials=6", "n_trials=3"), names)
+    trials = names["study"].trials
+    found = frontier([tuple(trial.values) for trial in trials])
+    best = {trial.number for trial in names["study"].best_trials}
+    assert best == {trial.number for trial, on_it in zip(trials, found, strict=True) if on_it}
+    assert len({tuple(trial.values) for trial in trials}) > 1
