@@ -62,7 +62,7 @@ class MLflow:
         for first in range(0, len(metrics), MOST_METRICS):
             self.client.log_batch(self.id, metrics=metrics[first : first + MOST_METRICS])
 
-    def attach(self, evaluation: Path) -> None:
+    def attach(self, evaluation: Path, step: int) -> None:
         from absld.report.html import write_report
 
         folder = f"evaluations/{evaluation.parent.name}"

@@ -25,7 +25,7 @@ from absld.tracking.values import (
     epoch_values,
     evaluation_values,
     setting_values,
-    test_values,
+    tested_values,
 )
 
 TOLD = 200  # columns of a library's message
@@ -36,7 +36,7 @@ class TrackedRun:
     """A training as a tracker has it.
 
     name: shown to people. key: unlike that of any other training. folder: the run directory, or
-    None. epochs: those that were done before this command.
+    None.
     """
 
     name: str
@@ -44,7 +44,6 @@ class TrackedRun:
     folder: Path | None
     settings: Mapping[str, str | float | bool]
     classes: tuple[str, ...]
-    epochs: int
 
 
 class Entry(NamedTuple):
@@ -70,8 +69,8 @@ class Store(Protocol):
     def log(self, values: Values, step: int) -> None:
         """Store values at an epoch; they are safe when this returns, where the library allows."""
 
-    def attach(self, evaluation: Path) -> None:
-        """Store the report of an evaluation, of which this is the JSON."""
+    def attach(self, evaluation: Path, step: int) -> None:
+        """Store the report of an evaluation, of which this is the JSON, at the last epoch."""
 
     def close(self, completed: bool) -> None:
         """Close the run."""
@@ -92,7 +91,7 @@ class Tracker(Observer):
 
     def begin_training(self, start: TrainingStart) -> None:
         records = start.run.records() if start.run else []
-        self.begin(describe_run(start, len(records)), records)
+        self.begin(describe_run(start), records)
 
     def epoch(self, report: EpochReport) -> None:
         if self.run:
@@ -100,7 +99,7 @@ class Tracker(Observer):
 
     def test(self, accuracies: ClassAccuracies) -> None:
         if self.run:
-            self.add(test_values(accuracies, self.run.classes), self.epochs)
+            self.add(tested_values(accuracies, self.run.classes), self.epochs)
 
     def end_evaluation(self, path: Path, results: Mapping[str, Any]) -> None:
         folder = Path(results["network"]["target"])
@@ -108,13 +107,13 @@ class Tracker(Observer):
             return  # only runs are tracked
         if self.run is None or self.run.folder != folder:
             records = RunDirectory(folder).records()
-            self.begin(read_run(folder, tuple(results["data"]["classes"]), len(records)), records)
+            self.begin(read_run(folder, tuple(results["data"]["classes"])), records)
         self.add(evaluation_values(results), self.epochs, path)
 
     def begin(self, run: TrackedRun, records: Sequence[Mapping[str, Any]]) -> None:
         """Begin or continue a tracked run, whose epochs so far have these records."""
         self.close(completed=True)
-        self.run, self.epochs = run, run.epochs
+        self.run, self.epochs = run, len(records)
         for record in records:
             self.pending.append(Entry(epoch_values(record, run.classes), record["epoch"]))
         self.flush()
@@ -147,7 +146,7 @@ class Tracker(Observer):
             self.store.log(entry.values, entry.step)
             known.update(entry.values)
             if entry.evaluation:
-                self.store.attach(entry.evaluation)
+                self.store.attach(entry.evaluation, entry.step)
 
     def close(self, *, completed: bool) -> None:
         """Close the tracked run, and say what could not be stored."""
@@ -186,17 +185,17 @@ def told(error: Exception) -> str:
 # --- Tracked runs ---
 
 
-def describe_run(start: TrainingStart, epochs: int) -> TrackedRun:
+def describe_run(start: TrainingStart) -> TrackedRun:
     """Return the tracked run of a training; one without a directory is always a new one."""
     config, folder = start.config, start.run.path if start.run else None
     if folder and (folder / "config.toml").exists():
-        return read_run(folder, start.classes, epochs)
+        return read_run(folder, start.classes)
     name = f"{start.role}-{config.method}-seed{config.seed}"
     key = folder.resolve().name if folder else f"{name}-{uuid.uuid4().hex[:8]}"
-    return TrackedRun(key, key, folder, setting_values(vars(config)), start.classes, epochs)
+    return TrackedRun(key, key, folder, setting_values(vars(config)), start.classes)
 
 
-def read_run(folder: Path, classes: tuple[str, ...], epochs: int) -> TrackedRun:
+def read_run(folder: Path, classes: tuple[str, ...]) -> TrackedRun:
     """Return the tracked run of a run directory.
 
     Its key has the time at which the run began: a directory of the same name, made later, is
@@ -205,4 +204,4 @@ def read_run(folder: Path, classes: tuple[str, ...], epochs: int) -> TrackedRun:
     settings = setting_values(vars(read_run_config(folder / "config.toml")))
     begun = {"started": sessions[0].get("started")} if (sessions := read_sessions(folder)) else {}
     name = folder.resolve().name
-    return TrackedRun(name, f"{name}-{key_of(begun)}", folder, settings, classes, epochs)
+    return TrackedRun(name, f"{name}-{key_of(begun)}", folder, settings, classes)
