@@ -18,7 +18,7 @@ from absld.progress import Observer, Observers
 from absld.runs.run_record import deciding_settings
 from absld.tracking import start
 from absld.tracking.tracker import Tracker
-from absld.tracking.values import class_names, epoch_values, tested_values
+from absld.tracking.values import class_names, epoch_values, values_on_test
 
 PACKAGE = Path(absld.__file__).parent
 ODD = ("a/b", "a b", "..", "", "猫", "a_b", "A_B", "x" * 200, "\x1b[31m", "%s<b>")
@@ -65,7 +65,7 @@ def test_what_is_not_a_finite_number_is_not_tracked(value):
     assert all(map(math.isfinite, values.values()))
     assert values["temperature_adv/b"] == 1.0
     accuracies = ClassAccuracies(torch.tensor([math.nan, 1.0]), torch.tensor([math.nan, 0.5]))
-    assert tested_values(accuracies, ("a", "b"))["test/robust_average"] == 0.5
+    assert values_on_test(accuracies, ("a", "b"))["test/robust_average"] == 0.5
 
 
 # --- The tracker ---
