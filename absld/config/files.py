@@ -88,7 +88,7 @@ def check_seal(content: bytes, path: str) -> None:
 
 
 def refuse_code(path: str, values: Mapping[str, Any]) -> None:
-    """Raise UsageError if settings of a run, perhaps somebody else's, name code or a hub."""
+    """Raise UsageError if settings of a run, perhaps somebody else's, name code, a hub or trackers."""
     for name in MAY_NAME_CODE:
         value = values.get(name, "")
         flag = f"--{name.replace('_', '-')} {value}"
@@ -102,6 +102,11 @@ def refuse_code(path: str, values: Mapping[str, Any]) -> None:
                 f"{path}: {name} is {value!r}, and nothing that a run's file names is fetched",
                 f"to fetch it, type {flag}",
             )
+    if trackers := values.get("track"):
+        raise UsageError(
+            f"{path}: track is {trackers!r}, and nothing is sent because a run's file says so",
+            f"--track {trackers} sends it; --track '' does not",
+        )
     if (dataset := str(values.get("dataset", ""))).startswith(HUB):
         raise UsageError(
             f"{path}: its data set is {dataset!r}, and nothing that a run's file names is fetched",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from absld.storage.opening import make_folder
 from absld.tracking.tracker import TrackedRun
 from absld.tracking.values import Values
@@ -27,18 +29,23 @@ class MLflow:
         from mlflow.tracking import MlflowClient
 
         self.entities = entities
+        if address := os.environ.get("MLFLOW_TRACKING_URI"):
+            self.reach(MlflowClient(tracking_uri=address))
+            return address
         folder = (out / "mlflow").resolve()
-        address, files = os.environ.get("MLFLOW_TRACKING_URI"), None
-        if not address:
-            make_folder(folder)
-            address, files = f"sqlite:///{folder}/mlflow.db", (folder / "artifacts").as_uri()
-        self.client: Any = MlflowClient(tracking_uri=address)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "absld")
-        found = self.client.get_experiment_by_name(name)
+        make_folder(folder)
+        address = f"sqlite:///{folder}/mlflow.db"
+        with FileLock(folder / ".lock"):  # another process may make the same database
+            self.reach(MlflowClient(tracking_uri=address), (folder / "artifacts").as_uri())
+        return f"mlflow ui --backend-store-uri {address}"
+
+    def reach(self, client: Any, artifacts: str | None = None) -> None:
+        """Find the experiment, or make it. artifacts: where its files are; None: the server knows."""
+        self.client, name = client, os.environ.get("MLFLOW_EXPERIMENT_NAME", "absld")
+        found = client.get_experiment_by_name(name)
         self.experiment = (
-            found.experiment_id if found else self.client.create_experiment(name, files)
+            found.experiment_id if found else client.create_experiment(name, artifacts)
         )
-        return f"mlflow ui --backend-store-uri {address}" if files else address
 
     def begin(self, run: TrackedRun) -> Mapping[str, float]:
         found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{run.key}'")
@@ -62,7 +69,7 @@ class MLflow:
         for first in range(0, len(metrics), MOST_METRICS):
             self.client.log_batch(self.id, metrics=metrics[first : first + MOST_METRICS])
 
-    def attach(self, evaluation: Path) -> None:
+    def attach(self, evaluation: Path, step: int) -> None:
         from absld.report.html import write_report
 
         folder = f"evaluations/{evaluation.parent.name}"

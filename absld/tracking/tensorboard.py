@@ -30,7 +30,6 @@ class TensorBoard:
         folder = str(run.folder or self.out / run.name)
         known = latest_values(folder)
         self.writer: Any = self.writer_class(folder)
-        self.step = run.epochs
         if not known:
             self.describe(run)
         return known
@@ -49,10 +48,9 @@ class TensorBoard:
     def log(self, values: Values, step: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.step = step
         self.writer.flush()
 
-    def attach(self, evaluation: Path) -> None:
+    def attach(self, evaluation: Path, step: int) -> None:
         """Add the report as a picture: TensorBoard shows no pages."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -65,7 +63,7 @@ class TensorBoard:
             encoded_image_string=content, width=width, height=height, colorspace=4
         )
         value = Summary.Value(tag="report", image=image)
-        self.writer.file_writer.add_summary(Summary(value=[value]), self.step)
+        self.writer.file_writer.add_summary(Summary(value=[value]), step)
         self.writer.flush()
 
     def close(self, completed: bool) -> None:

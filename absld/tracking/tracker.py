@@ -8,7 +8,8 @@ resumed has no epoch twice, and what could not be sent is sent later.
 import math
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +26,7 @@ from absld.tracking.values import (
     epoch_values,
     evaluation_values,
     setting_values,
-    test_values,
+    values_on_test,
 )
 
 TOLD = 200  # columns of a library's message
@@ -36,7 +37,7 @@ class TrackedRun:
     """A training as a tracker has it.
 
     name: shown to people. key: unlike that of any other training. folder: the run directory, or
-    None. epochs: those that were done before this command.
+    None.
     """
 
     name: str
@@ -44,7 +45,6 @@ class TrackedRun:
     folder: Path | None
     settings: Mapping[str, str | float | bool]
     classes: tuple[str, ...]
-    epochs: int
 
 
 class Entry(NamedTuple):
@@ -70,8 +70,8 @@ class Store(Protocol):
     def log(self, values: Values, step: int) -> None:
         """Store values at an epoch; they are safe when this returns, where the library allows."""
 
-    def attach(self, evaluation: Path) -> None:
-        """Store the report of an evaluation, of which this is the JSON."""
+    def attach(self, evaluation: Path, step: int) -> None:
+        """Store the report of an evaluation, of which this is the JSON, at the last epoch."""
 
     def close(self, completed: bool) -> None:
         """Close the run."""
@@ -86,13 +86,15 @@ class Tracker(Observer):
     def __init__(self, name: str, store: Store, warn: Callable[[str], None]) -> None:
         self.name, self.store, self.warn_user = name, store, warn
         self.run: TrackedRun | None = None
+        self.epochs = 0  # of the run
         self.known: dict[str, float] | None = None  # latest values in the store; None: not open
         self.pending: deque[Entry] = deque()
         self.has_warned = False
 
     def begin_training(self, start: TrainingStart) -> None:
-        records = start.run.records() if start.run else []
-        self.begin(describe_run(start, len(records)), records)
+        self.close(completed=True)
+        with self.forgiving():
+            self.begin(describe_run(start), start.run.records() if start.run else [])
 
     def epoch(self, report: EpochReport) -> None:
         if self.run:
@@ -100,21 +102,23 @@ class Tracker(Observer):
 
     def test(self, accuracies: ClassAccuracies) -> None:
         if self.run:
-            self.add(test_values(accuracies, self.run.classes), self.epochs)
+            self.add(values_on_test(accuracies, self.run.classes), self.epochs)
 
     def end_evaluation(self, path: Path, results: Mapping[str, Any]) -> None:
         folder = Path(results["network"]["target"])
         if not (folder / "config.toml").exists():
             return  # only runs are tracked
         if self.run is None or self.run.folder != folder:
-            records = RunDirectory(folder).records()
-            self.begin(read_run(folder, tuple(results["data"]["classes"]), len(records)), records)
-        self.add(evaluation_values(results), self.epochs, path)
+            self.close(completed=True)
+            with self.forgiving():
+                classes = tuple(results["data"]["classes"])
+                self.begin(read_run(folder, classes), RunDirectory(folder).records())
+        if self.run:
+            self.add(evaluation_values(results), self.epochs, path)
 
     def begin(self, run: TrackedRun, records: Sequence[Mapping[str, Any]]) -> None:
         """Begin or continue a tracked run, whose epochs so far have these records."""
-        self.close(completed=True)
-        self.run, self.epochs = run, run.epochs
+        self.run, self.epochs = run, len(records)
         for record in records:
             self.pending.append(Entry(epoch_values(record, run.classes), record["epoch"]))
         self.flush()
@@ -123,42 +127,32 @@ class Tracker(Observer):
         """Store values, after those that are still to be stored."""
         self.epochs = step
         self.pending.append(Entry(values, step, evaluation))
-        self.flush()
+        with self.forgiving():
+            self.flush()
 
     def flush(self) -> None:
-        """Store what is pending, as far as that is possible."""
-        try:
-            if self.known is None and self.run:
-                self.known = dict(self.store.begin(self.run))
-            while self.pending:
-                self.send(self.pending[0], self.known or {})
-                self.pending.popleft()
-        except Exception as error:
-            self.known = None  # so that it is opened again
-            if not self.has_warned:
-                self.warn_user(
-                    f"warning: {self.name}: {told(error)}; it is tried again after each epoch"
-                )
-            self.has_warned = True
+        """Store what is pending. Raises what the store raises; what it has is not pending then."""
+        if self.known is None and self.run:
+            self.known = dict(self.store.begin(self.run))
+        while self.pending:
+            self.send(self.pending[0], self.known or {})
+            self.pending.popleft()
 
     def send(self, entry: Entry, known: dict[str, float]) -> None:
         """Store an entry unless it is known."""
         if is_new(entry.values, known):
+            if entry.evaluation:  # first: with the values it would be known
+                self.store.attach(entry.evaluation, entry.step)
             self.store.log(entry.values, entry.step)
             known.update(entry.values)
-            if entry.evaluation:
-                self.store.attach(entry.evaluation)
 
     def close(self, *, completed: bool) -> None:
         """Close the tracked run, and say what could not be stored."""
         if self.run is None:
             return
-        self.flush()
-        try:
+        with self.forgiving():
+            self.flush()
             self.store.close(completed)
-        except Exception as error:
-            if self.known is not None:
-                self.warn_user(f"warning: {self.name}: {told(error)}")
         if self.pending:
             self.warn_user(
                 f"warning: {self.name} lacks the last {len(self.pending)} reports of "
@@ -166,6 +160,18 @@ class Tracker(Observer):
             )
         self.run, self.known = None, None
         self.pending.clear()
+
+    @contextmanager
+    def forgiving(self) -> Iterator[None]:
+        """Turn an exception into a warning, the first time, and open the run anew after it."""
+        try:
+            yield
+        except Exception as error:
+            self.known = None
+            if not self.has_warned:
+                text = f"warning: {self.name}: {told(error)}; it is tried again after each epoch"
+                self.warn_user(text)
+            self.has_warned = True
 
 
 def is_new(values: Values, known: Mapping[str, float]) -> bool:
@@ -186,17 +192,17 @@ def told(error: Exception) -> str:
 # --- Tracked runs ---
 
 
-def describe_run(start: TrainingStart, epochs: int) -> TrackedRun:
+def describe_run(start: TrainingStart) -> TrackedRun:
     """Return the tracked run of a training; one without a directory is always a new one."""
     config, folder = start.config, start.run.path if start.run else None
     if folder and (folder / "config.toml").exists():
-        return read_run(folder, start.classes, epochs)
+        return read_run(folder, start.classes)
     name = f"{start.role}-{config.method}-seed{config.seed}"
     key = folder.resolve().name if folder else f"{name}-{uuid.uuid4().hex[:8]}"
-    return TrackedRun(key, key, folder, setting_values(vars(config)), start.classes, epochs)
+    return TrackedRun(key, key, folder, setting_values(vars(config)), start.classes)
 
 
-def read_run(folder: Path, classes: tuple[str, ...], epochs: int) -> TrackedRun:
+def read_run(folder: Path, classes: tuple[str, ...]) -> TrackedRun:
     """Return the tracked run of a run directory.
 
     Its key has the time at which the run began: a directory of the same name, made later, is
@@ -205,4 +211,4 @@ def read_run(folder: Path, classes: tuple[str, ...], epochs: int) -> TrackedRun:
     settings = setting_values(vars(read_run_config(folder / "config.toml")))
     begun = {"started": sessions[0].get("started")} if (sessions := read_sessions(folder)) else {}
     name = folder.resolve().name
-    return TrackedRun(name, f"{name}-{key_of(begun)}", folder, settings, classes, epochs)
+    return TrackedRun(name, f"{name}-{key_of(begun)}", folder, settings, classes)

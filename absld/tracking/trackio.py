@@ -3,7 +3,8 @@
 import contextlib
 import io
 import os
-from collections.abc import Mapping
+import urllib.request
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from absld.storage.opening import make_folder
 from absld.tracking.tracker import TrackedRun
 from absld.tracking.values import Values
 
-ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
+WAIT = 20  # seconds for a server to answer at the start
 
 
 class Trackio:
@@ -24,11 +25,18 @@ class Trackio:
 
         self.trackio: Any = trackio
         self.project = os.environ.get("TRACKIO_PROJECT", "absld")
-        self.address = next((os.environ[name] for name in ELSEWHERE if os.environ.get(name)), "")
-        return self.address or f"TRACKIO_DIR={folder} trackio show --project {self.project}"
+        if space := os.environ.get("TRACKIO_SPACE_ID"):
+            import huggingface_hub
+
+            huggingface_hub.whoami()  # which fails without network or token
+            return f"Space {space}"
+        if server := os.environ.get("TRACKIO_SERVER_URL"):
+            urllib.request.urlopen(server, timeout=WAIT).close()
+            return server.partition("?")[0]  # without the token
+        return f"TRACKIO_DIR={folder} trackio show --project {self.project}"
 
     def begin(self, run: TrackedRun) -> Mapping[str, float]:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), local_hub():
             self.run: Any = self.trackio.init(
                 self.project,
                 name=run.key,
@@ -43,7 +51,7 @@ class Trackio:
     def log(self, values: Values, step: int) -> None:
         self.run.log(dict(values), step=step)
 
-    def attach(self, evaluation: Path) -> None:
+    def attach(self, evaluation: Path, step: int) -> None:
         from absld.report.html import write_report
 
         self.run.log_artifact(write_report(str(evaluation)), type="report")
@@ -51,3 +59,16 @@ class Trackio:
     def close(self, completed: bool) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             self.trackio.finish()
+
+
+@contextlib.contextmanager
+def local_hub() -> Iterator[None]:
+    """Keep trackio from asking the Hugging Face Hub for the user's name, unless it writes there."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not os.environ.get("TRACKIO_SPACE_ID")
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

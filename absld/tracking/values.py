@@ -34,7 +34,7 @@ def epoch_values(record: Mapping[str, Any], classes: Sequence[str]) -> Values:
     return values
 
 
-def test_values(accuracies: ClassAccuracies, classes: Sequence[str]) -> Values:
+def values_on_test(accuracies: ClassAccuracies, classes: Sequence[str]) -> Values:
     """Return the values of the accuracies on the test images."""
     values: Values = {}
     for name, accuracy in accuracies._asdict().items():

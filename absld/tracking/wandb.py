@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from absld.errors import UsageError
+from absld.storage.files import write_text
 from absld.storage.opening import make_folder, read_bytes
 from absld.tracking.tracker import TrackedRun
 from absld.tracking.values import Values
@@ -37,7 +38,7 @@ class Wandb:
 
     def begin(self, run: TrackedRun) -> Mapping[str, float]:
         key = re.sub(r"[^\w-]", "_", run.key, flags=re.ASCII)[-128:]
-        before = any(self.folder.glob(f"wandb/*run-*-{key}"))
+        self.epochs = self.folder / "wandb" / f"{key}.epochs"
         self.run: Any = self.wandb.init(
             project=os.environ.get("WANDB_PROJECT", "absld"),
             id=key,
@@ -60,20 +61,22 @@ class Wandb:
         )
         if self.run.resumed:
             return {name: v for name, v in self.run.summary.items() if isinstance(v, (int, float))}
-        # An offline run cannot be read: a command before this one has written the epochs before.
-        return {"epoch": run.epochs} if before else {}
+        # An offline run cannot be read, so the number of its epochs is in a file beside it.
+        return {"epoch": float(read_bytes(self.epochs))} if self.epochs.exists() else {}
 
     def log(self, values: Values, step: int) -> None:
         if "epoch" in values:
             self.run.log(values, step=step)
+            write_text(self.epochs, str(step))
         else:  # of the whole run, not of an epoch
             self.run.summary.update(values)
 
-    def attach(self, evaluation: Path) -> None:
+    def attach(self, evaluation: Path, step: int) -> None:
         from absld.report.html import write_report
 
         page = read_bytes(write_report(str(evaluation))).decode()
-        self.run.log({"report": self.wandb.Html(page, inject=False)})
+        after = max(step + 1, self.run.step)  # a step that is over takes no more
+        self.run.log({"report": self.wandb.Html(page, inject=False)}, step=after)
 
     def close(self, completed: bool) -> None:
         self.run.finish(exit_code=0 if completed else 1)
