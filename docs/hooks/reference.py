@@ -1,7 +1,6 @@
 """Fill the reference pages from the program: its commands, its settings and its recipes.
 
-commands.md and settings.md have a comment where the tables come; on GitHub they say how to get the
-same from the program.
+commands.md and settings.md have a comment where the tables come; what follows it is for GitHub.
 """
 
 import re
@@ -26,7 +25,9 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Put the tables in the place of their comment."""
     makers = {"commands.md": commands, "settings.md": settings}
     if make := makers.get(page.file.src_uri):
-        return markdown.replace("<!-- made by docs/hooks/reference.py -->", "\n".join(make()))
+        return markdown.split("<!-- below: made by docs/hooks/reference.py -->")[0] + "\n".join(
+            make()
+        )
     return markdown
 
 
