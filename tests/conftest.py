@@ -12,8 +12,15 @@ import pytest
 import torch
 from helpers import typecheck
 
-# Before anything imports absld: its signatures are checked in all tests.
-jaxtyping.install_import_hook("absld", f"{typecheck.__name__}.{typecheck.checked.__name__}")
+# Before anything imports absld: signatures are checked in all tests where there are tensors.
+CHECKED = (
+    "attack loss metrics temperature trainer stepper data engine evaluation methods models bench "
+    "seeding storage.files runs.parity runs.adversarial_images"
+)
+jaxtyping.install_import_hook(
+    [f"absld.{name}" for name in CHECKED.split()],
+    f"{typecheck.__name__}.{typecheck.checked.__name__}",
+)
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile(

@@ -1,6 +1,7 @@
 """Values of settings, from flags and from recipe files."""
 
 import difflib
+import functools
 import numbers
 import types
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,9 @@ from absld.errors import UsageError
 
 NUMBERS = {int: numbers.Integral, float: numbers.Real}  # also numpy's
 SEE_HELP = "--help, or `absld recipe show digits`, lists every setting"
+
+
+types_of = functools.cache(get_type_hints)  # of a class of settings; it takes as long as a step
 
 
 def parse_all(values: Mapping[str, Any], settings_class: type) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def parse(name: str, value: Any, settings_class: type) -> Any:
     Raises:
         UsageError: with the nearest known name, or with the values that the setting takes.
     """
-    type_hints = get_type_hints(settings_class)
+    type_hints = types_of(settings_class)
     if name not in type_hints:
         raise UsageError(f"there is no setting {name!r}", did_you_mean(name, type_hints))
     kind = type_hints[name]
