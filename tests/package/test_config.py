@@ -319,11 +319,11 @@ def test_a_recipe_gives_way_to_what_is_given():
 
 
 def test_every_value_has_a_source():
-    for given in itertools.product(RECIPES, METHOD_RECIPES, NORM_RECIPES):
-        config = resolve(dict(zip(("dataset", "method", "norm"), given, strict=True)))
+    for names in itertools.product(RECIPES, METHOD_RECIPES, NORM_RECIPES):
+        config = resolve(dict(zip(("dataset", "method", "norm"), names, strict=True)))
         for f in fields(Config):
             source = setting_source(config, f.name)
-            assert source not in ("", "given") or f.name in ("method", "norm"), (given, f.name)
+            assert source not in ("", "given") or f.name in ("method", "norm"), (names, f.name)
     assert all(f.metadata["meaning"] and f.metadata["group"] for f in fields(Config))
 
 
