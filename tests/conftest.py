@@ -24,7 +24,7 @@ jaxtyping.install_import_hook(
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile(
-    "ci", max_examples=50, deadline=None, derandomize=True, print_blob=True
+    "ci", max_examples=25, deadline=None, derandomize=True, print_blob=True
 )
 # For tests that are to fail: nothing is shrunk.
 hypothesis.settings.register_profile(
@@ -34,7 +34,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
-hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev")
 )

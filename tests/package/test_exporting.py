@@ -107,14 +107,7 @@ def description(path):
         return json.loads(file.metadata()["absld"])
 
 
-SMALLEST = [
-    "resnet18",
-    "preactresnet18",
-    "mobilenetv2",
-    "wrn-28-4",
-    "dm-preactresnet18",
-    "dm-wrn-10-1",
-]
+SMALLEST = ["resnet18", "preactresnet18", "mobilenetv2", "wrn-10-1", "dm-wrn-10-1"]
 
 
 @pytest.mark.parametrize(
