@@ -474,15 +474,15 @@ def test_trajectories_are_equal(settings, tmp_path, monkeypatch):
 
 def test_rate_zero_and_plain_softmax_are_rslad(tmp_path, monkeypatch):
     """Rate 0 in both, the method of that name, and labels by a plain softmax: one student."""
-    saved = SingleFile(tmp_path, monkeypatch, temperature_rate=0.0).saved
-    by_rate, by_name = package(temperature_rate=0.0), package(method="rslad")
+    saved = SingleFile(tmp_path, monkeypatch, temperature_rate=0.0, epochs=3).saved
+    by_rate, by_name = package(temperature_rate=0.0, epochs=3), package(method="rslad", epochs=3)
     for _, reports, _ in (by_rate, by_name):
         for report in reports:
             assert (report.per_class["temperature_adv"] == 1).all()
             assert (report.per_class["temperature_nat"] == 1).all()
-    moved = package()
+    moved = package(epochs=3)
     monkeypatch.setattr(absld.temperature, "soften", lambda logits, *_: F.softmax(logits, dim=1))
-    plain = package()
+    plain = package(epochs=3)
     weights = [digests for _, _, digests in (by_rate, by_name, plain)]
     assert weights[0] == weights[1] == weights[2] != moved[2]
     for model, _, _ in (by_rate, by_name, plain):

@@ -31,6 +31,7 @@ from absld.engine.step_metrics import StepMetrics
 from absld.engine.techniques import Techniques, choose_techniques
 from absld.errors import NonFiniteError, UsageError
 from absld.models.layers import Normalised
+from absld.models.resnets import resnet
 from absld.seeding import global_generator
 from absld.stepper import Stepper
 
@@ -53,6 +54,11 @@ def warmed(net, *key, side=8):
 
 def named(name):
     return lambda: absld.build_model(name, 3, "runtime")
+
+
+def bottlenecks():
+    with global_generator("bottlenecks"):
+        return resnet("Bottleneck", (1, 1, 1, 1), 3)
 
 
 def odd():
@@ -90,7 +96,7 @@ def normalised():
 
 NETWORKS = {
     **{name: named(name) for name in ("convnet", "resnet18", "preactresnet18", "mobilenetv2")},
-    "bottlenecks": named("resnet50"),
+    "bottlenecks": bottlenecks,
     "wrn": lambda: absld.build_model("wrn-10-1", 3, "runtime"),
     "dm": lambda: absld.build_model("dm-wrn-10-1", 3, "runtime"),
     "odd": odd,
