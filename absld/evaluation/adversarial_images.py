@@ -175,9 +175,7 @@ def count_stored(path: Path) -> int:
     try:
         with open_regular(path) as file, opened_safetensors(file, path) as content:
             return int(content.get_slice("labels").get_shape()[0])
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library's own, by version
+    except Exception as error:  # the library has its own
         raise CheckpointError(f"{path}: {error}", "remove it: it is made anew") from error
 
 
