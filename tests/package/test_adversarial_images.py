@@ -217,7 +217,9 @@ def test_without_attacks_there_is_nothing_to_save(tmp_path):
 def test_predictions_that_do_not_repeat_are_noted(kept, tmp_path):
     _, run = kept
     model, data = sample(3, 4, dtype=torch.float32)
-    recorder = adversarial_images.Recorder(tmp_path / "rows", torch.arange(80), 80, (3, 4, 4))
+    recorder = adversarial_images.Recorder(
+        tmp_path / "rows", positions=torch.arange(80), total=80, image_shape=(3, 4, 4)
+    )
     recorder.make()
     watching = Watching()
     with recorder:
@@ -230,7 +232,9 @@ def test_predictions_that_do_not_repeat_are_noted(kept, tmp_path):
 
 
 def test_rows_that_are_not_there_are_an_error(tmp_path):
-    recorder = adversarial_images.Recorder(tmp_path / "rows", torch.arange(3), 9, (1, 2, 2))
+    recorder = adversarial_images.Recorder(
+        tmp_path / "rows", positions=torch.arange(3), total=9, image_shape=(1, 2, 2)
+    )
     (tmp_path / "rows").write_bytes(bytes(40))
     with recorder, pytest.raises(CheckpointError, match="too early"):
         list(recorder.images(torch.arange(3), 2))
