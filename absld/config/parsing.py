@@ -14,9 +14,6 @@ NUMBERS = {int: numbers.Integral, float: numbers.Real}  # also numpy's
 SEE_HELP = "--help, or `absld recipe show digits`, lists every setting"
 
 
-types_of = functools.cache(get_type_hints)  # of a class of settings; it takes as long as a step
-
-
 def parse_all(values: Mapping[str, Any], settings_class: type) -> dict[str, Any]:
     """Parse settings by name; see `parse`."""
     return {name: parse(name, value, settings_class) for name, value in values.items()}
