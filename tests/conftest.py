@@ -12,12 +12,19 @@ import pytest
 import torch
 from helpers import typecheck
 
-# Before anything imports absld: its signatures are checked in all tests.
-jaxtyping.install_import_hook("absld", f"{typecheck.__name__}.{typecheck.checked.__name__}")
+# Before anything imports absld: signatures are checked in all tests where there are tensors.
+CHECKED = (
+    "attack loss metrics temperature trainer stepper data engine evaluation methods models bench "
+    "seeding storage.files runs.parity runs.adversarial_images"
+)
+jaxtyping.install_import_hook(
+    [f"absld.{name}" for name in CHECKED.split()],
+    f"{typecheck.__name__}.{typecheck.checked.__name__}",
+)
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile(
-    "ci", max_examples=50, deadline=None, derandomize=True, print_blob=True
+    "ci", max_examples=25, deadline=None, derandomize=True, print_blob=True
 )
 # For tests that are to fail: nothing is shrunk.
 hypothesis.settings.register_profile(
@@ -27,7 +34,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
-hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev")
 )

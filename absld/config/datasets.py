@@ -3,20 +3,14 @@
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
-from urllib.parse import unquote
 
 from absld.config.fields import Settings, setting
-from absld.config.imports import HUB
+from absld.config.imports import HUB, split_hub_target
 from absld.config.parsing import did_you_mean
 from absld.config.recipes import RECIPES
 from absld.errors import UsageError
 from absld.text import clip
 
-HUB_NAME = re.compile(
-    r"hf:(?P<repository>[\w.-]+/[\w.-]+)"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/@\s]+|[^/@\s]+))?(?:/(?P<subset>[\w.+-]+))?",
-    re.ASCII,
-)
 CORRUPTED = {"cifar10-c": "cifar10", "cifar100-c": "cifar100", "corrupted": "cifar10"}
 NAMES = f"one of {', '.join(RECIPES)}, or hf:owner/name of the Hugging Face Hub"
 FOR_EVALUATION = f"{', '.join(CORRUPTED)}: for `absld evaluate` only"
@@ -32,13 +26,13 @@ class HubDataset(NamedTuple):
 
 def parse_hub_dataset(name: str) -> HubDataset:
     """Parse hf:owner/name[@revision][/subset]; a slash in a revision is %2F. Raises UsageError."""
-    match = HUB_NAME.fullmatch(name)
-    if not match:
+    parts = split_hub_target(name)
+    if not parts or not re.fullmatch(r"[\w.+-]*", parts[2], re.ASCII):
         raise UsageError(
             f"{clip(name, 200)!r} does not name a data set on the hub",
             "needed: hf:owner/name, hf:owner/name/subset or hf:owner/name@revision/subset",
         )
-    return HubDataset(match["repository"], unquote(match["revision"] or ""), match["subset"] or "")
+    return HubDataset(*parts)
 
 
 def check_dataset(name: str, *, corrupted: bool = False) -> None:

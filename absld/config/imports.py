@@ -1,6 +1,6 @@
-"""Import of user code by name: `package.module:name`.
+"""Import of user code by name, `package.module:name`, and of the packages of extras.
 
-Such a name counts where the user types it. Names in a run's files or in checkpoints are never
+A name of code counts where the user types it. Names in a run's files or in checkpoints are never
 imported.
 """
 
@@ -9,10 +9,16 @@ import os
 import re
 import sys
 from typing import Any
+from urllib.parse import unquote
 
 from absld.errors import Stopped, UsageError
 
 HUB = "hf:"  # begins the name of a repository on the Hugging Face Hub
+HUB_TARGET = re.compile(
+    r"hf:(?P<repository>[\w.-]+/[\w.-]+)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/@\s]+|[^/@\s]+))?(?:/(?P<inside>.+))?",
+    re.ASCII,
+)
 REGISTRIES = ("timm:", "torchvision:")
 """Beginnings of the names of networks that are looked up in a library, not imported."""
 
@@ -20,6 +26,27 @@ REGISTRIES = ("timm:", "torchvision:")
 def names_code(text: str) -> bool:
     """Return whether a text is the name of code, `package.module:name`."""
     return not text.startswith(REGISTRIES) and re.fullmatch(r"[\w.]+:\w+", text) is not None
+
+
+def split_hub_target(target: str) -> tuple[str, str, str] | None:
+    """Return repository, revision and what is named in it of hf:owner/name[@revision][/inside].
+
+    "" for what is not there; a slash in a revision is %2F. None for anything else.
+    """
+    match = HUB_TARGET.fullmatch(target)
+    if not match:
+        return None
+    return match["repository"], unquote(match["revision"] or ""), match["inside"] or ""
+
+
+def import_extra(package: str, extra: str, user: str) -> Any:
+    """Import a package of an extra. Raises UsageError, which names its `user`, if it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UsageError(
+            f"{user} needs the package {package}: {error}", f"pip install 'absld[{extra}]'"
+        ) from error
 
 
 def import_object(spec: str) -> Any:

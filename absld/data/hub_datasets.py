@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from absld.config.datasets import Columns, parse_hub_dataset
-from absld.config.imports import HUB
+from absld.config.imports import HUB, import_extra
 from absld.data.dataset import InMemoryImages
 from absld.data.decoding import Form, decode_all
 from absld.data.image_files import open_encoded
@@ -152,13 +152,7 @@ def hint_for(error: Exception) -> str:
 
 def import_datasets() -> Any:
     """Import the library `datasets`. Raises UsageError without it."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            "data sets of the hub need the library datasets", "pip install 'absld[datasets]'"
-        ) from error
-    return datasets
+    return import_extra("datasets", "datasets", "a data set of the hub")
 
 
 def undecoded() -> Any:

@@ -4,6 +4,7 @@ While the attacks run, images go to a plain file of float32 rows: memory stays b
 interrupted evaluation continues. docs/evaluation.md describes the file that is made of them.
 """
 
+import functools
 import json
 import math
 import os
@@ -43,7 +44,7 @@ class Recorder:
     """
 
     def __init__(
-        self, path: Path, positions: Int[Tensor, " m"], total: int, image_shape: Sequence[int]
+        self, path: Path, *, positions: Int[Tensor, " m"], total: int, image_shape: Sequence[int]
     ) -> None:
         self.path, self.positions, self.image_shape = path, positions, tuple(image_shape)
         self.row_bytes = 4 * math.prod(image_shape)
@@ -121,16 +122,13 @@ def begin_recording(
     stored, partial = folder / NAME, folder / PARTIAL
     if stored.exists() and (not save_all or count_stored(stored) == len(index)):
         return None, before
-
-    def recorder(positions: Tensor) -> Recorder:
-        return Recorder(partial, positions, len(index), data.image_shape)
-
+    recorder = functools.partial(Recorder, partial, total=len(index), image_shape=data.image_shape)
     found = partial.stat().st_size if before is not None and partial.exists() else -1
-    everything = recorder(torch.arange(len(index)))
+    everything = recorder(positions=torch.arange(len(index)))
     whole = len(index) * everything.row_bytes
     chosen = everything
     if not save_all and found != whole:
-        chosen = recorder(candidates(data.labels.cpu()[index], everything.row_bytes))
+        chosen = recorder(positions=candidates(data.labels.cpu()[index], everything.row_bytes))
     if found == len(chosen.positions) * chosen.row_bytes:
         return chosen, before
     if before is not None and not save_all:  # of an earlier version, which kept none
@@ -175,9 +173,7 @@ def count_stored(path: Path) -> int:
     try:
         with open_regular(path) as file, opened_safetensors(file, path) as content:
             return int(content.get_slice("labels").get_shape()[0])
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library's own, by version
+    except Exception as error:  # the library has its own
         raise CheckpointError(f"{path}: {error}", "remove it: it is made anew") from error
 
 

@@ -27,6 +27,7 @@ from absld.attack import (
     pgd,
     uniform_noise_,
 )
+from absld.config.imports import import_extra
 from absld.errors import UsageError
 from absld.evaluation.surrogates import Images, differentiable
 from absld.norms import Norm
@@ -196,12 +197,7 @@ one_autoattack = threading.Lock()  # torch's global generators are those of all 
 
 def import_autoattack() -> Any:
     """Import pyautoattack. Raises UsageError if it is not installed."""
-    try:
-        import pyautoattack
-    except ImportError as error:
-        raise UsageError(
-            f"autoattack needs the package pyautoattack: {error}", "pip install 'absld[autoattack]'"
-        ) from error
+    pyautoattack = import_extra("pyautoattack", "autoattack", "autoattack")
     # Its warnings are replaced by the sanity checks.
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     return pyautoattack

@@ -12,20 +12,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-from absld.config.imports import HUB
+from absld.config.imports import HUB, import_extra, split_hub_target
 from absld.errors import AbsldError, CheckpointError, UsageError
 from absld.progress import Observer
 from absld.storage.opening import open_regular
 from absld.text import clip, first_of
 
 MAIN = "main"
-TARGET = re.compile(
-    r"hf:(?P<repository>[\w.-]+/[\w.-]+)"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/@\s]+|[^/@\s]+))?(?:/(?P<file>.+))?",
-    re.ASCII,
-)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SAFE, OTHERS = ".safetensors", (".pt", ".pth", ".bin")
@@ -58,10 +53,8 @@ class HubFile(NamedTuple):
 
 def parse(target: str) -> HubName:
     """Parse hf:owner/name[@revision][/file]; a slash in a revision is %2F. Raises UsageError."""
-    match = TARGET.fullmatch(target)
-    name = match and HubName(
-        match["repository"], unquote(match["revision"] or MAIN), match["file"] or ""
-    )
+    parts = split_hub_target(target)
+    name = parts and HubName(parts[0], parts[1] or MAIN, parts[2])
     if not name or (name.file and not is_relative(name.file)):
         raise UsageError(
             f"{clip(target, 200)!r} does not name a file on the hub",
@@ -77,13 +70,7 @@ def is_relative(file: str) -> bool:
 
 def import_hub() -> Any:
     """Import huggingface_hub. Raises UsageError if it is not installed."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise UsageError(
-            f"hf: needs the package huggingface_hub: {error}", "pip install 'absld[hub]'"
-        ) from error
-    return huggingface_hub
+    return import_extra("huggingface_hub", "hub", "hf:")
 
 
 def fetch(target: str, observer: Observer) -> HubFile:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from absld.config.imports import REGISTRIES
+from absld.config.imports import REGISTRIES, import_extra
 from absld.errors import AbsldError, Stopped, UsageError
 from absld.models.layers import Normalised, for_channels
 
@@ -60,12 +60,7 @@ def timm_network(
     name: str, num_classes: int, image_shape: tuple[int, int, int], pretrained: bool
 ) -> tuple[nn.Module, list[str]]:
     """Build a network of timm; see `build_from_registry`."""
-    try:
-        import timm
-    except ImportError as error:
-        raise UsageError(
-            f"{OF_TIMM}{name} needs the package timm: {error}", "pip install 'absld[timm]'"
-        ) from error
+    timm = import_extra("timm", "timm", f"{OF_TIMM}{name}")
     architecture, _, tag = name.partition(".")
     # Not timm's own parser, which also takes a place on a hub or in a folder.
     if not re.fullmatch(r"[\w.]+", name) or not timm.is_model(architecture):

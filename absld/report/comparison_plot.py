@@ -94,12 +94,13 @@ def draw_accuracies(axes: Axes, results: Mapping[str, Any], order: Sequence[int]
                 places.append(place)
                 shares.append(method["classes"][share])
         values = [100 * share["value"] for share in shares]
-        whiskers = [
-            [
-                0 if s[end] is None else max(sign * (100 * s[end] - v), 0)
-                for s, v in zip(shares, values, strict=True)
-            ]
-            for end, sign in (("low", -1), ("high", 1))
+        lows, highs = (
+            [v if s[end] is None else 100 * s[end] for s, v in zip(shares, values, strict=True)]
+            for end in ("low", "high")
+        )
+        whiskers = [  # Student's intervals may leave 0 to 100
+            [max(v - max(low, 0), 0) for v, low in zip(values, lows, strict=True)],
+            [max(min(high, 100) - v, 0) for v, high in zip(values, highs, strict=True)],
         ]
         axes.errorbar(
             places, values, yerr=whiskers, label=drawable(clip(method["name"], 40)), markersize=6,

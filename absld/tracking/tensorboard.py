@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absld.storage.opening import read_bytes
+from absld.storage.opening import make_folder, read_bytes
 from absld.tracking.tracker import TrackedRun
 from absld.tracking.values import Values
 
@@ -27,9 +27,10 @@ class TensorBoard:
         return f"tensorboard --logdir {out}"
 
     def begin(self, run: TrackedRun) -> Mapping[str, float]:
-        folder = str(run.folder or self.out / run.name)
-        known = latest_values(folder)
-        self.writer: Any = self.writer_class(folder)
+        folder = run.folder or self.out / run.name
+        make_folder(folder)
+        known = latest_values(str(folder))
+        self.writer: Any = self.writer_class(str(folder))
         if not known:
             self.describe(run)
         return known

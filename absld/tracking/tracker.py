@@ -154,9 +154,10 @@ class Tracker(Observer):
             self.flush()
             self.store.close(completed)
         if self.pending:
+            hint = f"; `absld evaluate {self.run.folder} --track {self.name}` adds them"
             self.warn_user(
                 f"warning: {self.name} lacks the last {len(self.pending)} reports of "
-                f"{self.run.name}; `absld evaluate RUN --track {self.name}` adds them"
+                f"{self.run.name}{hint if self.run.folder else ''}"
             )
         self.run, self.known = None, None
         self.pending.clear()

@@ -4,6 +4,7 @@ Each fault is made in the single file and in the package, and the tests named be
 on both. In the copy without a fault they pass.
 """
 
+import gc
 import os
 import re
 import shutil
@@ -171,7 +172,7 @@ KILLERS = sorted({killer for mutant in MUTANTS.values() for killer in mutant.kil
 def outcome(folder, edits, tests):
     """(passed, failed) of some tests in a copy of the project with some edits."""
     for part in ("absld", "tests"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / part, folder / part)  # with the code that is compiled already
     for part in ("absld_min.py", "pyproject.toml"):
         shutil.copy(ROOT / part, folder)
     for file, text, instead in edits:
@@ -191,6 +192,7 @@ def outcome(folder, edits, tests):
 def run_tests(folder, tests):
     """pytest in a child of the server, which has imported torch already: with the copy's modules
     in place of the project's."""
+    gc.freeze()  # collecting what the server has imported takes longer than the tests
     os.chdir(folder)
     os.environ["HYPOTHESIS_PROFILE"] = "mutants"
     sys.path.insert(0, str(folder))

@@ -6,10 +6,14 @@ import signal
 import sys
 from pathlib import Path
 
+import typer.main
+
 from absld.cli import app as cli
 from absld.data.dataset import InMemoryImages, Splits
 from absld.data.sources import load_data
 
+# The program has one command line, which is built once and not at each call.
+typer.main.get_command = functools.cache(typer.main.get_command)
 QUICK = ["--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--allow-weak-teacher"]
 QUICK += ["--device", "cpu", "--batch-size", "32"]
 

@@ -136,6 +136,20 @@ def test_a_continued_evaluation_has_the_same_file(tmp_path, kept, saved, batches
     assert files[0] == files[1]
 
 
+def test_without_the_flag_an_evaluation_that_began_with_it_continues(tmp_path, kept):
+    with pytest.raises(Stopped):
+        evaluated(tmp_path, Watching(5), save_adversarial=True)
+    _, run = evaluated(tmp_path)
+    path = run.path.with_name("adversarial.safetensors")
+    assert path.read_bytes() == kept[1].path.with_name(path.name).read_bytes()
+
+
+def test_an_evaluation_without_images_stays_so(folder, tmp_path):
+    (folder / "adversarial.safetensors").unlink()
+    evaluated(tmp_path)
+    assert not list(folder.glob("adversarial.*"))
+
+
 def test_saving_changes_no_figure_and_no_name(kept, saved):
     runs = kept[1], saved[1]
     assert runs[0].path.parent.name == runs[1].path.parent.name
@@ -203,7 +217,9 @@ def test_without_attacks_there_is_nothing_to_save(tmp_path):
 def test_predictions_that_do_not_repeat_are_noted(kept, tmp_path):
     _, run = kept
     model, data = sample(3, 4, dtype=torch.float32)
-    recorder = adversarial_images.Recorder(tmp_path / "rows", torch.arange(80), 80, (3, 4, 4))
+    recorder = adversarial_images.Recorder(
+        tmp_path / "rows", positions=torch.arange(80), total=80, image_shape=(3, 4, 4)
+    )
     recorder.make()
     watching = Watching()
     with recorder:
@@ -213,6 +229,15 @@ def test_predictions_that_do_not_repeat_are_noted(kept, tmp_path):
             other = torch.cat([(right[:wrong] + 1) % 4, right[wrong:]])
             adversarial_images.count_changed(recorder, model, data, other, 30, watching)
     assert len(watching.notes) == 1 and watching.notes[0].startswith("7 of 80 stored images")
+
+
+def test_rows_that_are_not_there_are_an_error(tmp_path):
+    recorder = adversarial_images.Recorder(
+        tmp_path / "rows", positions=torch.arange(3), total=9, image_shape=(1, 2, 2)
+    )
+    (tmp_path / "rows").write_bytes(bytes(40))
+    with recorder, pytest.raises(CheckpointError, match="too early"):
+        list(recorder.images(torch.arange(3), 2))
 
 
 # --- Examples on the page ---

@@ -5,6 +5,8 @@ objective and robust accuracy are compared, with the spread over starts of the a
 yardstick.
 """
 
+import copy
+import functools
 from dataclasses import replace
 from functools import partial
 
@@ -29,6 +31,7 @@ from absld.engine.step_metrics import StepMetrics
 from absld.engine.techniques import Techniques, choose_techniques
 from absld.errors import NonFiniteError, UsageError
 from absld.models.layers import Normalised
+from absld.models.resnets import resnet
 from absld.seeding import global_generator
 from absld.stepper import Stepper
 
@@ -51,6 +54,11 @@ def warmed(net, *key, side=8):
 
 def named(name):
     return lambda: absld.build_model(name, 3, "runtime")
+
+
+def bottlenecks():
+    with global_generator("bottlenecks"):
+        return resnet("Bottleneck", (1, 1, 1, 1), 3)
 
 
 def odd():
@@ -88,7 +96,7 @@ def normalised():
 
 NETWORKS = {
     **{name: named(name) for name in ("convnet", "resnet18", "preactresnet18", "mobilenetv2")},
-    "bottlenecks": named("resnet50"),
+    "bottlenecks": bottlenecks,
     "wrn": lambda: absld.build_model("wrn-10-1", 3, "runtime"),
     "dm": lambda: absld.build_model("dm-wrn-10-1", 3, "runtime"),
     "odd": odd,
@@ -120,14 +128,25 @@ def attacked(net, config=SMALL, **given):
     return attack(engine, kl(soft), x_nat, noise)
 
 
+@functools.cache
+def warmed_and_attacked(name):
+    net = warmed(NETWORKS[name](), name)
+    return net, attacked(net)
+
+
+def ready(name):
+    """Return a network of NETWORKS with batch statistics, and the plain attack on it."""
+    net, plain = warmed_and_attacked(name)
+    return copy.deepcopy(net), plain
+
+
 # --- Folded batch norm ---
 
 
 @network
 def test_a_folded_network_gives_exactly_the_same_attack(name):
     """Its logits differ by rounding, the signs of its gradients do not."""
-    net = warmed(NETWORKS[name](), name)
-    plain = attacked(net)
+    net, plain = ready(name)
     folded = attacked(net, replace(SMALL, fold_batch_norm=True))
     assert torch.equal(plain, folded) and not torch.equal(plain, batch_of()[0])
     x_nat, net = batch_of()[0], net.eval()
@@ -137,7 +156,7 @@ def test_a_folded_network_gives_exactly_the_same_attack(name):
 
 @pytest.mark.parametrize("name", FOLDS)
 def test_every_pair_that_can_be_folded_is_folded(name):
-    net = warmed(NETWORKS[name](), name)
+    net, _ = ready(name)
     folded = FoldedNetwork(net)
     assert len(folded.pairs) == FOLDS[name]
     before, after = (
@@ -252,8 +271,7 @@ def test_another_order_of_sums_differs_by_rounding_only(settings):
 
 @network
 def test_channels_last_gives_the_same_attack(name):
-    net = warmed(NETWORKS[name](), name)
-    plain = attacked(net)
+    net, plain = ready(name)
     assert torch.equal(attacked(net, replace(SMALL, channels_last=True)), plain)
 
 

@@ -17,7 +17,10 @@ from absld.data.sources import load_data, load_split
 from absld.errors import DataError, UsageError
 from absld.progress import Observer
 
-datasets = pytest.importorskip("datasets")
+
+@pytest.fixture(autouse=True)
+def library():
+    return pytest.importorskip("datasets")  # here, for it takes long to import
 
 
 def encoded(value, format="png"):
@@ -31,6 +34,8 @@ def encoded(value, format="png"):
 
 def table(count, label=None, images=None, **more):
     """A parquet file: images, whose class is their number modulo 2, and labels."""
+    import datasets
+
     columns = {"img": images or [encoded(100 * (i % 2) + i) for i in range(count)]}
     features = {"img": datasets.Image()}
     columns["label"] = [i % 2 for i in range(count)] if label is None else label

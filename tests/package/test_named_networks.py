@@ -57,32 +57,32 @@ REFERENCES = {
 }
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", REFERENCES)
-def test_a_network_computes_what_its_published_names_say(name, train):
-    """Logits, and gradients of the images and of the first weights."""
-    model = shaken(name).train(train)
-    state = {
-        key: t.detach().clone().requires_grad_(t.is_floating_point())
-        for key, t in model.state_dict().items()
-    }
-    random = torch.Generator().manual_seed(2)
-    side = 64 if "imagenet" in name else 16
-    x, theirs_x = (torch.rand(3, 3, side, side, dtype=torch.float64) for _ in range(2))
-    x = torch.rand(x.shape, generator=random, dtype=torch.float64, requires_grad=True)
-    theirs_x = x.detach().clone().requires_grad_()
-    ours, theirs = model(x), REFERENCES[name](state, theirs_x, train=train)
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    for logits in (ours, theirs):
-        (logits**2).sum().backward()
-    torch.testing.assert_close(x.grad, theirs_x.grad, rtol=1e-7, atol=1e-9)
-    first = next(key for key, _ in model.named_parameters())
-    torch.testing.assert_close(
-        model.get_parameter(first).grad, state[first].grad, rtol=1e-7, atol=1e-9
+def test_a_network_computes_what_its_published_names_say(name):
+    """Logits, and gradients of the images and of the first weights; in eval and in train mode."""
+    model, side = shaken(name), 32 if "imagenet" in name else 8
+    drawn = torch.rand(
+        3, 3, side, side, generator=torch.Generator().manual_seed(2), dtype=torch.float64
     )
+    first = next(key for key, _ in model.named_parameters())
+    for train in (False, True):
+        model.train(train).zero_grad()
+        state = {
+            key: t.detach().clone().requires_grad_(t.is_floating_point())
+            for key, t in model.state_dict().items()
+        }
+        x, theirs_x = (drawn.clone().requires_grad_() for _ in range(2))
+        ours, theirs = model(x), REFERENCES[name](state, theirs_x, train=train)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        for logits in (ours, theirs):
+            (logits**2).sum().backward()
+        torch.testing.assert_close(x.grad, theirs_x.grad, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            model.get_parameter(first).grad, state[first].grad, rtol=1e-7, atol=1e-9
+        )
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_a_resnet_of_large_images_is_torchvision_s(name):
     from torchvision import models
 
@@ -105,13 +105,13 @@ def test_a_network_of_100_classes_has_the_normalisation_of_cifar_100():
 # --- Channels ---
 
 
-@pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("name", [*MODELS, "wrn-10-1", "dm-wrn-10-1"])
-def test_each_network_takes_images_of_any_channels(name, channels):
-    shape = (channels, 32, 32)
+def test_each_network_takes_images_of_any_channels(name):
     with torch.device("meta"):
-        model = absld.build_model(name, C, "test", image_shape=shape)
-        assert model(torch.zeros(2, *shape)).shape == (2, C)
+        for channels in (1, 2):
+            shape = (channels, 32, 32)
+            model = absld.build_model(name, C, "test", image_shape=shape)
+            assert model(torch.zeros(2, *shape)).shape == (2, C)
         assert find_model(name)(C)(torch.zeros(2, 3, 32, 32)).shape == (2, C)
 
 
@@ -232,8 +232,10 @@ def test_a_normalisation_that_a_file_lacks_is_the_network_s_own_and_said(name, t
     assert "'mean' of the pixels is not in it" in mean and "'std' of the pixels" in std
 
 
-@pytest.mark.parametrize("before", ["", "module.", "net.module."])
-@pytest.mark.parametrize("name", ["convnet", "wrn-10-1", "resnet18"])
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [("convnet", ""), ("resnet18", ""), ("wrn-10-1", "module."), ("wrn-10-1", "net.module.")],
+)
 def test_a_sequential_of_a_normalisation_and_a_network_is_read(name, before, tmp_path):
     model = shaken(name, dtype=torch.float32).eval()
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])

@@ -33,16 +33,6 @@ def test_the_extra_all_has_each_other_extra_of_a_user():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / ".github/workflows").iterdir()), ids=lambda p: p.name
-)
-def test_actions_are_pinned_by_commit_with_their_version(path):
-    text = path.read_text(encoding="utf-8")
-    used = re.findall(r"uses: (?!\./)(.+)", text)
-    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in used)
-    assert "permissions:\n  contents: read" in text
-
-
-@pytest.mark.parametrize(
     ("head", "tag", "printed", "error"),
     [
         ("9.8.7, 2031-01-02", "v9.8.7", "* New.\n", ""),

@@ -17,8 +17,6 @@ from absld.models.loading import load_network
 from absld.storage.checkpoint import save
 from absld.storage.files import digest
 
-timm = pytest.importorskip("timm")
-
 KEY = (0, "test")
 C = 3
 STUDENT = "timm:test_resnet"
@@ -28,6 +26,7 @@ NETWORKS = ["timm:resnet10t", "timm:test_vit", "torchvision:squeezenet1_1", "tor
 @pytest.fixture(autouse=True)
 def no_download(monkeypatch):
     """Any download ends the test."""
+    pytest.importorskip("timm")  # here, for it takes long to import
 
     def refuse(*given, **settings):
         raise AssertionError("a download starts")
@@ -169,6 +168,8 @@ def weights_of_libraries(monkeypatch):
         return models.get_model("squeezenet1_1", weights=None).state_dict()
 
     def of_timm(*given, **settings):
+        import timm
+
         return timm.create_model("resnet10t", pretrained=False).state_dict()
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", of_torchvision)

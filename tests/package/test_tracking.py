@@ -284,6 +284,13 @@ def stored(name, run):
     return latest(name, run)
 
 
+def test_tensorboard_has_a_training_without_a_directory(tmp_path):
+    with start.tracked("tensorboard", tmp_path, Observer()) as observer:
+        fit(observer)
+    (folder,) = tmp_path.iterdir()
+    assert latest("tensorboard", absld.RunDirectory(folder))[0] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     "name",
     [

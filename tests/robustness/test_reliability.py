@@ -36,6 +36,7 @@ from absld.storage.checkpoint import content_digest, load, save
 from absld.storage.environment import read_sessions
 from absld.storage.run_directory import RunDirectory
 
+THOROUGH = settings().max_examples >= 1000  # in the profile of that name
 FLAGS = ["train", "--epochs", "40", "--batch-size", "8", "--max-steps", "2", "--attack-steps", "2"]
 FLAGS += ["--allow-weak-teacher", "--device", "cpu"]
 
@@ -194,9 +195,12 @@ def assert_resumes_to(whole, run):
 
 @pytest.mark.slow
 def test_a_hundred_kills_change_nothing(tmp_path, teacher, whole):
-    """At random moments, and after a random number of bytes written; in as many runs as it takes."""
+    """At random moments, and after a random number of bytes written; in as many runs as it takes.
+
+    A hundred in the profile `thorough`, else twenty.
+    """
     chance, kills, runs = random.Random(1), {"moment": 0, "write": 0}, 0
-    while min(kills.values()) < 50:
+    while min(kills.values()) < (50 if THOROUGH else 10):
         run = Run(tmp_path / str(runs), teacher)
         for attempt in range(1000):
             if attempt % 2:
@@ -219,7 +223,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 def test_a_run_stopped_by_signals_resumes_to_the_same_result(tmp_path, teacher, whole):
     """Exit code 128 + signal; while it trains, a checkpoint of the very step."""
     chance, codes, saved = random.Random(2), [], 0
-    for number in range(6):
+    for number in range(6 if THOROUGH else 4):
         run = Run(tmp_path / str(number), teacher)
         for attempt in range(1000):
             send = SIGNALS[attempt % len(SIGNALS)]
@@ -245,7 +249,7 @@ def test_a_run_stopped_by_signals_resumes_to_the_same_result(tmp_path, teacher, 
 def test_a_full_or_read_only_disk_is_an_error_and_loses_nothing(fault, tmp_path, teacher, whole):
     """At a random byte: an error in two lines at once, and nothing is lost."""
     chance = random.Random(3)
-    for number in range(10):
+    for number in range(10 if THOROUGH else 3):
         run = Run(tmp_path / str(number), teacher)
         assert run.start(fault, int(10 ** chance.uniform(0, 6.5))) == 1
         cause, hint = run.errors()
