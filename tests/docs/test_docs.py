@@ -42,6 +42,7 @@ FLAGS = flags_of_commands(typer.main.get_command(absld.cli.app.app)) | {
     | {"--help"},
     "torchrun": {"--nproc-per-node"},
     "pip install": {"--upgrade", "--group"},
+    "tensorboard": {"--logdir"},
     "mypy": {"--strict"},
     "device_step_times.py": {"--student", "--rounds", "--steps"},
 }
