@@ -80,7 +80,7 @@ def fit(
             before it is reported, and an interrupted training resumes, bit-equal on the CPU.
         role: part of the keys of all random numbers.
         about: plain values that go into the checkpoints.
-        observer: its `step` may raise Interrupted: the training so far is then saved, to the step.
+        observer: receives all reports. If its `step` raises Interrupted, that step is saved first.
         logit_cache: where the teacher's logits of clean views are cached; by default nowhere.
         distributed: the processes that share every batch and yield the same reports.
 

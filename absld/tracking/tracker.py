@@ -154,7 +154,7 @@ class Tracker(Observer):
             self.flush()
             self.store.close(completed)
         if self.pending:
-            hint = f"; `absld evaluate {self.run.folder} --track {self.name}` adds them"
+            hint = "; the same command (absld train: with --resume) adds them"
             self.warn_user(
                 f"warning: {self.name} lacks the last {len(self.pending)} reports of "
                 f"{self.run.name}{hint if self.run.folder else ''}"

@@ -43,6 +43,12 @@ def install_katex() -> Path:
     return folder / "node_modules" / "katex" / "dist"
 
 
+def on_shutdown() -> None:
+    """Remove the temporary folder."""
+    if install_katex.cache_info().currsize:
+        shutil.rmtree(install_katex().parents[2])
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add KaTeX's style sheet and fonts to the site."""
     katex = install_katex()
