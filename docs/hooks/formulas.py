@@ -71,8 +71,8 @@ def on_page_content(content: str, page: Page, **_: object) -> str:
         encoding="utf-8",
     )
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "KaTeX" in line]
-        raise PluginError(f"{page.file.src_uri}: {errors[0] if errors else done.stderr}")
+        error = re.search(r"^ParseError: (.*)$", done.stderr, re.MULTILINE)
+        raise PluginError(f"{page.file.src_uri}: {error[1] if error else done.stderr}")
     texts = iter(json.loads(done.stdout))
     # The search would index a formula three times: as HTML, MathML and TeX.
     content = FORMULA.sub(lambda m: f"<{m[1]} data-search-exclude>{next(texts)}</{m[1]}>", content)

@@ -42,14 +42,10 @@ FLAGS = flags_of_commands(typer.main.get_command(absld.cli.app.app)) | {
     "absld_min.py": {"--" + f.name.replace("_", "-") for f in fields(absld_min.Config)}
     | {"--help"},
     "torchrun": {"--nproc-per-node"},
-<<<<<<< HEAD
     "pip install": {"--upgrade", "--group", "--index-url"},
     "pip wheel": {"--no-deps"},
     "mkdocs build": {"--strict"},
-=======
-    "pip install": {"--upgrade", "--group"},
     "tensorboard": {"--logdir"},
->>>>>>> i19-track
     "mypy": {"--strict"},
     "#SBATCH": {"--time", "--signal", "--requeue", "--open-mode"},
     "uv pip install": {"--python", "--resolution"},
