@@ -26,7 +26,12 @@ SET_ALL = """
 const katex = require(process.argv[1])
 const formulas = JSON.parse(require("fs").readFileSync(0))
 const set = ([tex, displayMode]) => katex.renderToString(tex, { displayMode, strict: "error" })
-console.log(JSON.stringify(formulas.map(set)))
+try {
+  console.log(JSON.stringify(formulas.map(set)))
+} catch (error) {
+  console.error(error.message)
+  process.exitCode = 1
+}
 """
 
 
@@ -71,8 +76,7 @@ def on_page_content(content: str, page: Page, **_: object) -> str:
         encoding="utf-8",
     )
     if done.returncode:
-        error = re.search(r"^ParseError: (.*)$", done.stderr, re.MULTILINE)
-        raise PluginError(f"{page.file.src_uri}: {error[1] if error else done.stderr}")
+        raise PluginError(f"{page.file.src_uri}: {done.stderr}")
     texts = iter(json.loads(done.stdout))
     # The search would index a formula three times: as HTML, MathML and TeX.
     content = FORMULA.sub(lambda m: f"<{m[1]} data-search-exclude>{next(texts)}</{m[1]}>", content)
