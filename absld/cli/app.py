@@ -79,7 +79,7 @@ def about(
     [cyan]absld push RUN hf:owner/name[/]             the student on the Hugging Face Hub
     [cyan]absld compare --methods rslad,absld[/]      methods under the same conditions
     [cyan]absld export RUN[/]                         an ONNX file of the network, checked
-    [cyan]absld teacher list[/]                       published teachers, and where they are
+    [cyan]absld teacher list[/]                       published teachers, with links
     [cyan]absld teacher check FILE[/]                 accuracy and soft labels of a teacher
     [cyan]absld recipe show cifar10[/]                all settings, with their sources
     """
@@ -171,7 +171,7 @@ def evaluate(
     """
     config = resolve_evaluation(explicit(settings))
     if strict and not config.checks:
-        raise UsageError("--strict needs the checks, which are left out", "--checks")
+        raise UsageError("--strict needs the sanity checks", "leave out --no-checks")
 
     from absld.cli.evaluation_view import EvaluationView, evaluation_lines
     from absld.evaluation import corruptions, runner

@@ -344,7 +344,7 @@ def test_a_recipe_file_is_a_method(tmp_path, capfd):
     assert [m["name"] for m in results["methods"]] == ["absld", "absld kl_scale=0.1"]
     capfd.readouterr()
     Path("grey.toml").write_text('student = "resnet18"\n')
-    refused(capfd, 2, "grey.toml sets student, which is not a method's", "as a flag",
+    refused(capfd, 2, "grey.toml sets student, which is not a setting of a method", "as a flag",
             "compare", "--methods", "absld,grey.toml", *SETTINGS)  # fmt: skip
 
 
@@ -416,9 +416,9 @@ def test_a_run_that_fails_is_named(capfd):
         (["--methods", "rslad,absld", "--seeds", "2,2"], "different numbers", "0,3,7"),
         (["--methods", "rslad,absld", "--baseline", "sat"], "no 'sat'", "rslad, absld"),
         (["--methods", "rslad,gone.toml"], "gone.toml", "name = value"),
-        (["a run", "another", "--epochs", "3"], "epochs cannot be set", "omit it"),
-        (["a run", "another", "--recipe", "my.toml"], "recipe cannot be set", "omit it"),
-        (["a run", "another", "--seeds", "3"], "seeds cannot be set", "omit it"),
+        (["a run", "another", "--epochs", "3"], "epochs cannot be set", "leave it out"),
+        (["a run", "another", "--recipe", "my.toml"], "recipe cannot be set", "leave it out"),
+        (["a run", "another", "--seeds", "3"], "seeds cannot be set", "leave it out"),
         (["--methods", "rslad,absld", "--attacks", "pgd"], "pgd", "pgd20"),
     ],
 )

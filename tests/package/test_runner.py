@@ -359,7 +359,7 @@ def test_a_folder_of_images(tmp_path, capfd):
         (2, "epsilon must be 0 or more, not -1", "--help", ["n.pt", "--eps", "-1"]),
         (2, "dataset takes one of", "cifar10", ["n.pt", "--dataset", "cifar"]),
         (2, "examples must be 1 or more", "--help", ["n.pt", "--examples", "0"]),
-        (2, "--strict needs the checks", "--checks", ["n.pt", "--strict", "--no-checks"]),
+        (2, "--strict needs the sanity checks", "--no-checks", ["n.pt", "--strict", "--no-checks"]),
         (2, "--device cuda", "--device cpu", ["n.pt", "--dataset", "digits", "--device", "cuda"]),
         (2, "No such option: --stric", "--help", ["n.pt", "--stric"]),
         (3, "data/test", "needed in data", ["n.pt", "--dataset", "folder"]),
@@ -471,7 +471,7 @@ def test_each_of_two_networks_has_its_own_model(runs, capfd):
 def test_the_other_network_is_looked_at_first_and_checked_too(runs, capfd):
     flags = ["evaluate", runs["absld"], *FAST, "--out", "out"]
     torch.save(build_model("convnet", 3, "mine").state_dict(), "n.pt")
-    refused(capfd, 4, "needed is (10, 64)", "classes", *flags, "--against", "n.pt")
+    refused(capfd, 4, "expected (10, 64)", "classes", *flags, "--against", "n.pt")
     assert not Path("out").exists()
     assert main(*flags, "--against", "nets:killed", "--strict") == 6
     assert "no input gradient is zero" in capfd.readouterr().err
@@ -609,7 +609,7 @@ def test_results_of_another_evaluation_are_refused(key, flags, runs, finished, c
     capfd.readouterr()
     against = ["--against", runs["teacher"]] if key == "weights_sha256" else []
     command = ["evaluate", runs["absld"], *LITTLE, *against, "--out", "out"]
-    refused(capfd, 4, f"another evaluation, by {key}", "remove it", *command)
+    refused(capfd, 4, f"different evaluation, by {key}", "remove it", *command)
     (finished / "evaluation.json").unlink()
     assert main(*command) == 0
 
