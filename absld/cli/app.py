@@ -171,7 +171,7 @@ def evaluate(
     """
     config = resolve_evaluation(explicit(settings))
     if strict and not config.checks:
-        raise UsageError("--strict needs the sanity checks", "leave out --no-checks")
+        raise UsageError("--strict needs the checks, which are left out", "--checks")
 
     from absld.cli.evaluation_view import EvaluationView, evaluation_lines
     from absld.evaluation import corruptions, runner

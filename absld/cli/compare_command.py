@@ -65,7 +65,7 @@ def compare(
     )
     if runs and (extra := sorted(training_flags.keys() - {"out", *OF_BOTH})):
         raise UsageError(
-            f"finished runs keep their settings: {', '.join(extra)} cannot be set", "leave it out"
+            f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
         )
 
     from absld.cli.comparison_view import ComparisonView, comparison_lines

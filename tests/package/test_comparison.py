@@ -416,9 +416,9 @@ def test_a_run_that_fails_is_named(capfd):
         (["--methods", "rslad,absld", "--seeds", "2,2"], "different numbers", "0,3,7"),
         (["--methods", "rslad,absld", "--baseline", "sat"], "no 'sat'", "rslad, absld"),
         (["--methods", "rslad,gone.toml"], "gone.toml", "name = value"),
-        (["a run", "another", "--epochs", "3"], "epochs cannot be set", "leave it out"),
-        (["a run", "another", "--recipe", "my.toml"], "recipe cannot be set", "leave it out"),
-        (["a run", "another", "--seeds", "3"], "seeds cannot be set", "leave it out"),
+        (["a run", "another", "--epochs", "3"], "epochs cannot be set", "omit it"),
+        (["a run", "another", "--recipe", "my.toml"], "recipe cannot be set", "omit it"),
+        (["a run", "another", "--seeds", "3"], "seeds cannot be set", "omit it"),
         (["--methods", "rslad,absld", "--attacks", "pgd"], "pgd", "pgd20"),
     ],
 )

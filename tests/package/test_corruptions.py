@@ -168,7 +168,7 @@ def test_one_corruption_is_an_evaluation_like_any_other(network, capfd):
         ("has test images only", "only", ["--split", "validation"]),
         ("severity must be in [1, 5]", "--help", ["--severity", "6"]),
         ("one corruption at a time, not 2", "--corruption fog", ["--against", "net.pt"]),
-        ("--strict needs the sanity checks", "--no-checks", ["--strict"]),
+        ("--strict needs the checks", "--checks", ["--strict"]),
         ("are for corrupted images", "cifar10-c", ["--dataset", "digits", "--severity", "1"]),
     ],
 )

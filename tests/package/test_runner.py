@@ -359,7 +359,7 @@ def test_a_folder_of_images(tmp_path, capfd):
         (2, "epsilon must be 0 or more, not -1", "--help", ["n.pt", "--eps", "-1"]),
         (2, "dataset takes one of", "cifar10", ["n.pt", "--dataset", "cifar"]),
         (2, "examples must be 1 or more", "--help", ["n.pt", "--examples", "0"]),
-        (2, "--strict needs the sanity checks", "--no-checks", ["n.pt", "--strict", "--no-checks"]),
+        (2, "--strict needs the checks", "--checks", ["n.pt", "--strict", "--no-checks"]),
         (2, "--device cuda", "--device cpu", ["n.pt", "--dataset", "digits", "--device", "cuda"]),
         (2, "No such option: --stric", "--help", ["n.pt", "--stric"]),
         (3, "data/test", "needed in data", ["n.pt", "--dataset", "folder"]),
