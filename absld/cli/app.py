@@ -82,7 +82,7 @@ def about(
     [cyan]absld compare --methods rslad,absld[/]      methods under the same conditions
     [cyan]absld sweep --over adv_weight=0.5,0.9[/]    a setting's average and worst class
     [cyan]absld export RUN[/]                         an ONNX file of the network, checked
-    [cyan]absld teacher list[/]                       published teachers, and where they are
+    [cyan]absld teacher list[/]                       published teachers, with links
     [cyan]absld teacher check FILE[/]                 accuracy and soft labels of a teacher
     [cyan]absld recipe show cifar10[/]                all settings, with their sources
     """

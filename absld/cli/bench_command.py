@@ -29,7 +29,7 @@ def bench(
     ] = 5,
     minutes: Annotated[
         float,
-        typer.Option(metavar="N", min=0, max=10**6, help="leave out the rows after N minutes"),
+        typer.Option(metavar="N", min=0, max=10**6, help="stop measuring after N minutes"),
     ] = 10,
     device: Annotated[
         str, typer.Option(metavar="TEXT", help="torch device; auto: cuda if there is one, else cpu")
@@ -43,10 +43,10 @@ def bench(
     [cyan]absld bench[/]                       the networks of the paper
     [cyan]absld bench --student mobilenetv2[/]
 
-    The step of absld_min.py, those of `absld train --engine auto`, plain and
-    fast, and techniques added to auto one by one, kept if they are faster. Two
-    steps that are compared take turns. What the device lacks is left out by
-    name. The last line is the fastest command.
+    Measures the step of absld_min.py, the engines auto, plain and fast, and
+    techniques added to auto one by one, kept if they are faster. Steps that
+    are compared run alternately. Techniques that the device lacks are listed
+    as left out. The last line is the fastest command.
     """
     from absld.bench.contenders import BenchConfig
     from absld.cli.bench_view import BenchView

@@ -91,7 +91,7 @@ def with_settings(
             for f in fields(settings_class)
             if f.name not in without and (not only or f.name in only)
         ]
-        parameters = sorted([*own, *options], key=group_rank)
+        parameters = sorted([*own, *options], key=rank)
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it
         command.__annotations__.pop("settings", None)
         command.__annotations__ |= {p.name: p.annotation for p in options}
@@ -100,10 +100,10 @@ def with_settings(
     return decorate
 
 
-def group_rank(parameter: inspect.Parameter) -> int:
-    """Return the place of an option's group in the help; a command's own options come first."""
+def rank(parameter: inspect.Parameter) -> tuple[int, bool]:
+    """Return the place of an option in the help: own options first, then groups, rare ones last."""
     group = getattr(parameter.annotation.__metadata__[0], "rich_help_panel", None)
-    return GROUPS.index(group) if group in GROUPS else -1
+    return GROUPS.index(group) if group in GROUPS else -1, parameter.name.endswith("_column")
 
 
 def option(f: "Field[Any]", kind: Any, meaning: str, *, method_recipes: bool) -> inspect.Parameter:
@@ -111,7 +111,7 @@ def option(f: "Field[Any]", kind: Any, meaning: str, *, method_recipes: bool) ->
     kind, choices = strip_optional(kind), choices_of(kind)
     words = choices or COMPLETED.get(f.name, ())
     flag = "--" + f.name.replace("_", "-")
-    metavar = {str: "TEXT", float: "X"}.get(kind, "N")
+    metavar = {str: "TEXT", float: "X", int: "N"}.get(kind, "X,X,...")
     meaning, _, default = meaning.partition(" [default: ")
     default = default.removesuffix("]") or describe_defaults(f, method_recipes=method_recipes)
     if choices:

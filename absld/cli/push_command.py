@@ -30,7 +30,7 @@ EvaluationFile = Annotated[
     typer.Option(
         "--evaluation",
         metavar="FILE",
-        help=r"evaluation.json that the card shows \[default: the lowest on all test images]",
+        help=r"evaluation.json that the card shows \[default: the one of lowest robust average on all test images]",
     ),
 ]
 Folder = Annotated[

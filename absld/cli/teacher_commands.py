@@ -36,7 +36,7 @@ def list_published(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List published robust networks that fit, and where to get them.
+    """List published robust networks that can teach, and where to get them.
 
     [bold]Examples[/]
 

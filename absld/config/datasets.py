@@ -53,10 +53,12 @@ class HubSettings(Settings):
     """Columns of a data set on the hub; `dataset` is a field of the classes below."""
 
     image_column: str = setting(
-        "", "Data", "column of the images, of hf: data sets [default: the only one of images]"
+        "", "Data", "column of the images, of hf: data sets [default: the only image column]"
     )
     label_column: str = setting(
-        "", "Data", "column of the labels, of hf: data sets [default: the only one of classes]"
+        "",
+        "Data",
+        "column of the labels, of hf: data sets [default: the only column of class labels]",
     )
 
     def __post_init__(self) -> None:

@@ -34,12 +34,13 @@ class EvaluationConfig(EvaluatedData, TrackingSettings):
         "any of clean, fgsm, pgd20, pgd20-sat, cw30 (or other numbers of steps), autoattack",
     )
     norm: Norm | None = setting(
-        None, "Attacks", "norm of the budget [default: the run's, else linf]", RELEASE
+        None, "Attacks", "norm of the perturbation [default: the run's, else linf]", RELEASE
     )
     epsilon: float | None = setting(
         None,
         "Attacks",
-        "budget in the norm; pixels are in [0,1] [default: the run's, else the data set's]",
+        "largest perturbation, in the norm; pixels are in [0,1] [default: the run's, else the data "
+        "set's]",
         RELEASE,
         high=1.0,
     )
@@ -86,8 +87,7 @@ class EvaluationConfig(EvaluatedData, TrackingSettings):
     weights: str = setting(
         "",
         "Network",
-        "key of the state dict in the file, if the file has several [default: the first of a "
-        "known name]",
+        "key of the state dict in the file, if the file has several [default: the first known key]",
     )
     precision: Precision = setting(
         "fp32", "Network", "numeric precision of the network; tf32 has an effect only on CUDA"

@@ -30,11 +30,11 @@ RESIZE = (
 CHANNELS = "channels of an image; 1: grey, 3: RGB (grey images are repeated)"
 IN_MEMORY = (
     "keep the images in memory, or decode them once into a memory-mapped file; auto: in memory "
-    "if they take at most half of what is available, and a quarter of that of a GPU"
+    "if they take at most half of the available memory, and a quarter of a GPU's free memory"
 )
 CLASS_ORDER = (
-    "by-name: refuse weights of other class names than the data's; by-position: take the classes "
-    "in the order of the data, whatever their names"
+    "by-name: refuse weights whose class names differ from the data's; by-position: take the "
+    "classes in the order of the data, whatever their names"
 )
 
 
@@ -99,10 +99,17 @@ class TrainConfig(Settings):
         None, "Training", "end each epoch after N steps, for a quick trial", low=1.0
     )
     norm: Norm = setting(
-        "linf", "Attack", "norm of the budget: largest change of a pixel, or Euclidean", RELEASE
+        "linf",
+        "Attack",
+        "norm of the perturbation; linf: largest change of a pixel, l2: Euclidean",
+        RELEASE,
     )
     epsilon: float = setting(
-        8 / 255, "Attack", "budget in the norm; pixels are in [0,1]", RELEASE, high=1.0
+        8 / 255,
+        "Attack",
+        "largest perturbation, in the norm; pixels are in [0,1]",
+        RELEASE,
+        high=1.0,
     )
     relative_step_size: float = setting(
         0.25, "Attack", "step size of the training attack, as a fraction of epsilon", RELEASE
@@ -128,8 +135,8 @@ class TrainConfig(Settings):
     engine: Literal["auto", "plain", "fast"] = setting(
         "auto",
         "Speed",
-        "techniques that speed up a step; plain: none; auto: those that keep a GPU busy; fast: all "
-        "that the device has",
+        "techniques that speed up a step; plain: none; auto: none on a CPU, on CUDA TF32 and CUDA "
+        "graphs; fast: all that the device has, such as bf16",
     )
     precision: Precision | None = setting(
         None,
@@ -223,7 +230,7 @@ class Config(TrainConfig, HubSettings, TrackingSettings):
         "",
         "Networks",
         "key of the student's state dict in its file, if the file has several [default: the first "
-        "of a known name]",
+        "known key]",
     )
     teacher: str = setting(
         "",
@@ -242,7 +249,7 @@ class Config(TrainConfig, HubSettings, TrackingSettings):
         "",
         "Networks",
         "key of the teacher's state dict in its file, if the file has several [default: the "
-        "first of a known name]",
+        "first known key]",
     )
     teacher_epochs: int = setting(
         76, "Networks", "epochs of the teacher if it is trained here", "TRADES", low=1.0
@@ -256,7 +263,7 @@ class Config(TrainConfig, HubSettings, TrackingSettings):
         2.0, "Networks", "largest size of the teacher's logit cache, in GiB; 0: no cache"
     )
     allow_weak_teacher: bool = setting(
-        False, "Networks", "accept a teacher near chance, or made for another scale of pixels"
+        False, "Networks", "accept a teacher near chance, or one made for a different pixel scale"
     )
     out: str = setting("runs", "Run", "folder of the runs and their teachers")
     device: str = setting("auto", "Run", "torch device; auto: cuda if there is one, else cpu")

@@ -117,7 +117,7 @@ def fetch(archive: Archive, path: Path, observer: Observer) -> None:
     mirror = os.environ.get(MIRROR, "").rstrip("/")
     faults = []
     if path.exists():
-        faults.append(f"{path} is another file")
+        faults.append(f"{path} is a different file")
         observer.note(f"{path} is not the published file, and will be replaced")
     for source in [*([f"{mirror}/{archive.name}"] if mirror else []), *archive.urls]:
         shown = without_password(source)

@@ -236,7 +236,7 @@ class Decoding:
         self.refuse_faults()
         if self.passes is not None and len(self.passes) > 1:
             raise DataError(
-                f"{self.part}: the images are others each time they are read",
+                f"{self.part}: the images differ each time they are read",
                 "leave random transforms out of the dataset",
             )
         count, form = len(self.reader), self.form

@@ -131,8 +131,8 @@ def init_distributed(device: str) -> Iterator[Distributed]:
     local_rank = launch.local_rank
     if kind.type != "cpu" and (local_rank is None or launch.local_world_size is None):
         raise UsageError(
-            f"started as one of {count} processes, without LOCAL_RANK and LOCAL_WORLD_SIZE: which "
-            "GPU is whose is unknown",
+            f"started as one of {count} processes, without LOCAL_RANK and LOCAL_WORLD_SIZE: each "
+            "process's GPU is unknown",
             launch_hint(count),
         )
     local_rank = local_rank or 0

@@ -83,7 +83,7 @@ class LogitCache:
             reserve(path, size)
         if path.stat().st_size != size:
             raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes, needed are {size}", "remove it"
+                f"{path}: {path.stat().st_size} bytes, expected {size}", "remove it"
             )
         words = rows * (num_classes + 1)
         mapped = torch.from_file(str(path), shared=True, size=words, dtype=torch.int32)

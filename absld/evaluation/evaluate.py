@@ -160,10 +160,10 @@ def evaluate(
     Raises:
         CheckpointError: the network does not take the images, writes to them, or gives no logits.
         NonFiniteError: its logits are NaN or infinite.
-        UsageError: an argument is of another type, out of range, or of another evaluation.
+        UsageError: an argument has the wrong type, is out of range, or belongs to another evaluation.
     """
     if not isinstance(data, ImageSet):
-        raise UsageError(f"the data are a {type(data).__name__}, not an absld.ImageSet")
+        raise UsageError(f"the data set is a {type(data).__name__}, not an absld.ImageSet")
     given: dict[str, object] = {"norm": norm, "epsilon": epsilon, "restarts": restarts}
     given |= {"each": each, "examples": examples, "seed": seed, "batch_size": batch_size}
     settings = EvaluationConfig(**parse_all(given, EvaluationConfig))

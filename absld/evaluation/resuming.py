@@ -120,7 +120,7 @@ def read_predictions(
     except CheckpointError as error:
         raise CheckpointError(str(error), REMOVE) from error
     if not isinstance(saved, dict) or saved.get("identity") != identity:
-        raise CheckpointError(f"{path}: is of another evaluation", REMOVE)
+        raise CheckpointError(f"{path}: belongs to a different evaluation", REMOVE)
     predictions = saved.get("predictions")
     if predictions is None:
         raise CheckpointError(f"{path}: holds no predictions", REMOVE)

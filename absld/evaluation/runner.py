@@ -185,7 +185,7 @@ def read_before(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     found = before["settings"] | before["network"] | before["data"]
     for key, value in identity.items():
         if key != "outputs" and found.get(key) != value:
-            raise CheckpointError(f"{path}: is of another evaluation, by {key}", REMOVE)
+            raise CheckpointError(f"{path}: belongs to a different evaluation, by {key}", REMOVE)
     return before
 
 

@@ -171,7 +171,9 @@ def check_teacher(teacher: nn.Module, validation: ImageSet, name: str, allow_wea
     try:
         accuracy = fairness(validate(teacher, validation, epsilon=0.0, steps=0).clean).average
     except NonFiniteError as error:
-        raise CheckpointError(f"{name}: {error}", "needed: a sound teacher") from error
+        raise CheckpointError(
+            f"{name}: {error}", "needed: a teacher that gives finite logits"
+        ) from error
     if accuracy < 1 / validation.num_classes + ABOVE_CHANCE and not allow_weak:
         raise CheckpointError(
             f"{name}: near chance on validation images, {accuracy:.1%} clean",

@@ -22,12 +22,12 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path
         given = state[name]
         if tensor.shape != given.shape:
             raise CheckpointError(
-                f"{path}: {name} is {tuple(given.shape)}, needed is {tuple(tensor.shape)}",
-                "the number of classes or channels, or the network, is another",
+                f"{path}: {name} is {tuple(given.shape)}, expected {tuple(tensor.shape)}",
+                "the number of classes or channels, or the network, is different",
             )
         if tensor.is_floating_point() and not given.is_floating_point():
             raise CheckpointError(
-                f"{path}: {name} is {given.dtype}, needed is {tensor.dtype}",
+                f"{path}: {name} is {given.dtype}, expected {tensor.dtype}",
                 "export the weights as floating-point numbers, not quantised",
             )
 

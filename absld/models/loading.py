@@ -104,6 +104,10 @@ def load_network(
     if not named and os.path.exists(target):
         of_run = os.path.isdir(target)
         path = RunDirectory(target).best if of_run else Path(target)
+        if of_run and not path.exists():
+            raise CheckpointError(
+                f"{path}: no such file", "needed: a run directory in which an epoch is finished"
+            )
         content = load(path, sealed=of_run)
         return load_weights(content, path, num_classes, key, architecture, weights, image_shape)
     if target.startswith(HUB):

@@ -66,7 +66,7 @@ def build_configs(
             recipe = read_recipe(name, common_settings)
             if other := [key for key in recipe if SETTING_GROUPS[key] not in METHOD_GROUPS]:
                 raise UsageError(
-                    f"{name} sets {', '.join(other)}, which is not a method's",
+                    f"{name} sets {', '.join(other)}, which is not a setting of a method",
                     "give it as a flag, to all methods alike",
                 )
             if schedule := [key for key in recipe if SETTING_GROUPS[key] == "Training"]:

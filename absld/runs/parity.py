@@ -142,7 +142,7 @@ def judge(parity: Mapping[str, Mapping[str, Any]], name: str) -> str:
         )
         apart = max(part["largest_difference"] for part in parity.values())
         raise CheckpointError(
-            f"{name}: it predicts another class for {counts} images than the original; logits "
+            f"{name}: it predicts a different class than the original for {counts} images; logits "
             f"differ by up to {apart:.3g}",
             NOT_WRITTEN,
         )

@@ -81,7 +81,7 @@ class TrainingCheckpoint:
             return {}
         best: dict[str, Any] = load_of_program(self.run.best, "model")["model"]
         if shapes(best) != shapes(student):
-            raise CheckpointError(f"{self.run.best}: is of another network", COPY_AGAIN)
+            raise CheckpointError(f"{self.run.best}: belongs to a different network", COPY_AGAIN)
         return best
 
 

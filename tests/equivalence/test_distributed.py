@@ -307,7 +307,7 @@ def test_processes_that_cannot_find_each_other_are_refused(missing, torchrun, mo
 @pytest.mark.parametrize("missing", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
 def test_without_a_rank_on_the_machine_only_cpus_are_shared(missing, torchrun, monkeypatch):
     monkeypatch.delenv(missing)
-    with pytest.raises(UsageError, match="which GPU is whose"), init_distributed("cuda"):
+    with pytest.raises(UsageError, match="process's GPU is unknown"), init_distributed("cuda"):
         pass
     assert torchrun == []
     with init_distributed("cpu") as distributed:

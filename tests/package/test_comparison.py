@@ -345,7 +345,7 @@ def test_a_recipe_file_is_a_method(tmp_path, capfd):
     assert [m["name"] for m in results["methods"]] == ["absld", "absld kl_scale=0.1"]
     capfd.readouterr()
     Path("grey.toml").write_text('student = "resnet18"\n')
-    refused(capfd, 2, "grey.toml sets student, which is not a method's", "as a flag",
+    refused(capfd, 2, "grey.toml sets student, which is not a setting of a method", "as a flag",
             "compare", "--methods", "absld,grey.toml", *SETTINGS)  # fmt: skip
 
 

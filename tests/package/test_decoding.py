@@ -376,7 +376,7 @@ def test_images_that_change_from_pass_to_pass_have_no_file(cache):
             image, label = super().__getitem__(index)
             return image + np.uint8(self.read), label
 
-    refused(Noise(items()), "others each time", "random transforms", in_memory="no")
+    refused(Noise(items()), "differ each time", "random transforms", in_memory="no")
     assert not [*cache.glob("*.images")]
 
 

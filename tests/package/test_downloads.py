@@ -190,7 +190,7 @@ def test_all_sources_with_their_causes_are_named_when_none_has_the_file(server, 
         provide(["svhn-test"], str(path.parent), SILENT)
     assert str(caught.value) == (
         f"cannot download x.mat (262,144 bytes, MD5 {hashlib.md5(CONTENT).hexdigest()}): "
-        f"{path} is another file; {urls[0]}: HTTP 404 Not Found; {urls[1]}: an HTML page; "
+        f"{path} is a different file; {urls[0]}: HTTP 404 Not Found; {urls[1]}: an HTML page; "
         "http://127.0.0.1:9/x.mat: Connection refused"
     )
     assert caught.value.hint.startswith(f"put it into {path.parent} by hand, or set ABSLD_DATA_MIR")

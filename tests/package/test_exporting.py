@@ -283,7 +283,10 @@ def test_a_tie_is_told_apart_from_another_prediction():
     assert (found["equal"], found["ties"], found["different"]) == (2, 1, 1)
     assert [row["equal"] for row in found["classes"]] == [1, 1]
     assert found["largest_difference"] == pytest.approx(0.2)
-    with pytest.raises(CheckpointError, match=r"another class for 1 of 4 clean images .* 0\.2"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"a different class than the original for 1 of 4 clean images; .* 0\.2",
+    ):
         parity.judge({"clean": found}, "net")
     assert parity.judge({"clean": found | {"different": 0}}, "net") == "same predictions"
 

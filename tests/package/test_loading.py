@@ -529,7 +529,7 @@ def test_weights_that_are_not_finite(value, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
 def test_whole_numbers_are_not_read_as_weights(dtype, tmp_path):
     state = weights() | {"linear.bias": torch.ones(C, dtype=dtype)}
-    refused(file_of(tmp_path, state), f"linear.bias is {dtype}, needed is torch.float32")
+    refused(file_of(tmp_path, state), f"linear.bias is {dtype}, expected torch.float32")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -579,7 +579,7 @@ def test_another_architecture_is_told_what_differs_and_what_is_near(tmp_path):
 
 def test_another_number_of_classes(tmp_path):
     path = file_of(tmp_path, weights(classes=7))
-    refused(path, "linear.weight is (7, 64), needed is (3, 64)", "number of classes")
+    refused(path, "linear.weight is (7, 64), expected (3, 64)", "number of classes")
 
 
 @pytest.mark.parametrize("spec", ["none.pt", "folder/none", "é ü.pth"])

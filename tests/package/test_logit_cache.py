@@ -151,7 +151,7 @@ def test_a_cache_is_a_file_of_its_size_beside_its_identity(tmp_path):
     assert path.stat().st_size == cache_bytes(len(cache.rows), C) == 4 * len(cache.rows) * (C + 1)
     assert '"about": "x"' in path.with_suffix(".json").read_text()
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="bytes, needed are") as caught:
+    with pytest.raises(CheckpointError, match="bytes, expected") as caught:
         empty(tmp_path)
     assert caught.value.hint == "remove it"
 

@@ -302,7 +302,7 @@ def test_a_file_says_which_stem_it_has(side, tmp_path):
 
 def test_a_file_of_other_channels_is_refused(tmp_path):
     path = file_of(tmp_path, shaken("convnet", dtype=torch.float32).state_dict())
-    with pytest.raises(CheckpointError, match=r"needed is \(16, 1, 3, 3\)") as caught:
+    with pytest.raises(CheckpointError, match=r"expected \(16, 1, 3, 3\)") as caught:
         load_network(path, C, KEY, image_shape=(1, 8, 8))
     assert "channels" in caught.value.hint
 

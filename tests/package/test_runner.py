@@ -472,7 +472,7 @@ def test_each_of_two_networks_has_its_own_model(runs, capfd):
 def test_the_other_network_is_looked_at_first_and_checked_too(runs, capfd):
     flags = ["evaluate", runs["absld"], *FAST, "--out", "out"]
     torch.save(build_model("convnet", 3, "mine").state_dict(), "n.pt")
-    refused(capfd, 4, "needed is (10, 64)", "classes", *flags, "--against", "n.pt")
+    refused(capfd, 4, "expected (10, 64)", "classes", *flags, "--against", "n.pt")
     assert not Path("out").exists()
     assert main(*flags, "--against", "nets:killed", "--strict") == 6
     assert "no input gradient is zero" in capfd.readouterr().err
@@ -610,7 +610,7 @@ def test_results_of_another_evaluation_are_refused(key, flags, runs, finished, c
     capfd.readouterr()
     against = ["--against", runs["teacher"]] if key == "weights_sha256" else []
     command = ["evaluate", runs["absld"], *LITTLE, *against, "--out", "out"]
-    refused(capfd, 4, f"another evaluation, by {key}", "remove it", *command)
+    refused(capfd, 4, f"different evaluation, by {key}", "remove it", *command)
     (finished / "evaluation.json").unlink()
     assert main(*command) == 0
 

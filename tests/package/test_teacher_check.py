@@ -206,7 +206,7 @@ def test_bad_files(capfd):
     refused(capfd, 4, "no such run or file", "check the path", "teacher", "check", "no.pt", *DIGITS)
     refused(capfd, 2, "no data set given", "--dataset", "teacher", "check", "page.pt")
     save({"model": build_model("convnet", 7, "x").state_dict()}, Path("seven.pt"))
-    refused(capfd, 4, "needed is (10, 64)", "number of classes", "teacher", "check", "seven.pt", *DIGITS)  # fmt: skip
+    refused(capfd, 4, "expected (10, 64)", "number of classes", "teacher", "check", "seven.pt", *DIGITS)  # fmt: skip
 
 
 def test_what_was_stripped_is_said(teacher, capfd):
