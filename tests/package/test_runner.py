@@ -450,7 +450,8 @@ def test_against_another_network(runs, capfd):
     (path,) = Path("out").glob("*/against-*.json")
     assert json.loads(path.read_text()) == made
     assert json.loads(path.with_name("evaluation.json").read_text())["against"] is None
-    assert main("evaluate", runs["absld"], "--against", runs["teacher"], *FAST) == 0
+    again = "--against", runs["teacher"], *FAST, "--out", "out"  # read from there
+    assert main("evaluate", runs["absld"], *again) == 0
     text = capfd.readouterr().out
     assert "\nminus " in text and "\nrho" in text
 
