@@ -100,3 +100,28 @@ def teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("a teacher") / "tëacher é.pt"
     save({"model": build_model("convnet", 10, "teacher").state_dict()}, path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def trades_run(tmp_path_factory, worker_id):
+    """A run of TRADES on the digits, somewhat robust: once for all workers of pytest, so not to be
+    written to."""
+    from filelock import FileLock
+    from helpers.program import main
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "trained by trades"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            flags = ["--method", "trades", "--epochs", "12", "--device", "cpu"]
+            assert main("train", *flags, "--out", folder) == 0
+    (run,) = folder.glob("digits-trades-*")
+    return run
+
+
+@pytest.fixture
+def trained_on_digits(trades_run):
+    """A convnet that is somewhat robust on the digits, in eval mode."""
+    from absld.models.loading import load_network
+
+    return load_network(str(trades_run), 10, ()).model.eval()

@@ -349,13 +349,10 @@ def test_each_part_has_its_float32_precision(around, inside):
         assert settings == [torch_names[inside]]
 
 
-@pytest.fixture(scope="module")
-def digits():
+@pytest.fixture
+def digits(trained_on_digits):
     """A trained student, images, their labels, and soft labels for the attack's objective."""
-    splits = absld.load_data("digits", "nowhere")
-    config = replace(TrainConfig(), epochs=6, padding=1, flip=0.0, epsilon=0.1, method="trades")
-    student = absld.build_model("convnet", 10, "runtime")
-    list(absld.fit(student, None, splits.train, splits.validation, config, role="teacher"))
+    splits, student = absld.load_data("digits", "nowhere"), trained_on_digits
     x_nat = splits.test.images[:250] / 255
     with torch.no_grad():
         soft = F.softmax(student.eval()(x_nat), dim=1)

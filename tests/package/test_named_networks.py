@@ -57,10 +57,14 @@ REFERENCES = {
 }
 
 
+# Deeper ones amplify the rounding of a batch norm over three values, one an image.
+SIDES = {"resnet50": 16, "mobilenetv2-imagenet": 64}
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 def test_a_network_computes_what_its_published_names_say(name):
     """Logits, and gradients of the images and of the first weights; in eval and in train mode."""
-    model, side = shaken(name), 32 if "imagenet" in name else 8
+    model, side = shaken(name), SIDES.get(name, 32 if "imagenet" in name else 8)
     drawn = torch.rand(
         3, 3, side, side, generator=torch.Generator().manual_seed(2), dtype=torch.float64
     )

@@ -37,7 +37,6 @@ SCHEMA = json.loads(
     Path(absld.__file__).parent.joinpath("evaluation", "evaluation.schema.json").read_text()
 )
 FAST = ["--attacks", "fgsm,pgd2,cw2", "--device", "cpu"]
-TRAIN = ["--epochs", "8", "--teacher-epochs", "4", "--allow-weak-teacher"]
 
 # Networks as other people have them, on top of one with weights.
 NETS = """
@@ -81,11 +80,13 @@ NETS = """
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, trades_run):
     """The runs of a student and its teacher on the digits, little trained."""
     folder = tmp_path_factory.mktemp("trained")
-    assert main("train", *TRAIN, "--device", "cpu", "--out", folder) == 0
-    return {kind: str(next(folder.glob(f"digits-{kind}-*"))) for kind in ("absld", "teacher")}
+    teacher = shutil.copytree(trades_run, folder / trades_run.name)
+    flags = ["--epochs", "8", "--teacher", teacher, "--device", "cpu"]
+    assert main("train", *flags, "--out", folder) == 0
+    return {"absld": str(next(folder.glob("digits-absld-*"))), "teacher": str(teacher)}
 
 
 @pytest.fixture(autouse=True)
@@ -450,7 +451,8 @@ def test_against_another_network(runs, capfd):
     (path,) = Path("out").glob("*/against-*.json")
     assert json.loads(path.read_text()) == made
     assert json.loads(path.with_name("evaluation.json").read_text())["against"] is None
-    assert main("evaluate", runs["absld"], "--against", runs["teacher"], *FAST) == 0
+    again = "--against", runs["teacher"], *FAST, "--out", "out"  # read from there
+    assert main("evaluate", runs["absld"], *again) == 0
     text = capfd.readouterr().out
     assert "\nminus " in text and "\nrho" in text
 
@@ -488,23 +490,23 @@ def test_a_network_is_no_better_than_itself(runs, capfd):
 # --- Interruption ---
 
 
-@pytest.mark.parametrize("batches", [1, 3, 6, 8])
-def test_an_evaluation_goes_on_where_it_was_stopped(runs, batches, capfd):
+def test_an_evaluation_goes_on_where_it_was_stopped(runs, capfd):
     config = EvaluationConfig(attacks="fgsm,pgd2,cw2", batch_size=150, checks=False, out="whole")
     whole = runner.run_evaluation(runs["absld"], config, Quiet())
-    config = EvaluationConfig(**vars(config) | {"out": "here"})
-    with pytest.raises(Stopped):
-        runner.run_evaluation(runs["absld"], config, Quiet(batches))
-    (path,) = Path("here").iterdir()
-    assert RunDirectory(path).status() == "interrupted"
-    assert not (path / "evaluation.json").exists()
-    seen = []
-    observer = Quiet()
-    observer.attack_batch = lambda progress: seen.append(progress)
-    again = runner.run_evaluation(runs["absld"], config, observer)
-    assert figures(again.results) == figures(whole.results)
-    total = 4 + 3 * 4  # at most; what was done is not done again
-    assert len(seen) <= total - batches
+    for batches in (1, 3, 6, 8):
+        config = EvaluationConfig(**vars(config) | {"out": str(batches)})
+        with pytest.raises(Stopped):
+            runner.run_evaluation(runs["absld"], config, Quiet(batches))
+        (path,) = Path(config.out).iterdir()
+        assert RunDirectory(path).status() == "interrupted"
+        assert not (path / "evaluation.json").exists()
+        seen = []
+        observer = Quiet()
+        observer.attack_batch = seen.append
+        again = runner.run_evaluation(runs["absld"], config, observer)
+        assert figures(again.results) == figures(whole.results)
+        total = 4 + 3 * 4  # at most; what was done is not done again
+        assert len(seen) <= total - batches
 
 
 @pytest.mark.slow

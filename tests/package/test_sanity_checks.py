@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import absld
-from absld.config.resolve import resolve
 from absld.data.dataset import stratified
 from absld.data.sources import load_data
 from absld.errors import Stopped
@@ -97,92 +96,67 @@ def test_a_linear_network_passes_all(norm, epsilon, data):
     assert 0.2 < evaluation.robust_accuracy.mean() < 0.8 and evaluation.clean_accuracy.mean() > 0.95
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda net, x: net(x.detach()), {GRADIENT, SEARCH, FALLS}),
-        (lambda net, x: 1000 * net(x), {GRADIENT, FALLS}),
-        (lambda net, x: net(x).softmax(1), {LOGITS}),
-        (lambda net, x: net(x.clamp(0, 1)), {GRADIENT}),
-        (lambda net, x: net(x / 255), {PIXELS, FALLS}),
-    ],
-    ids=["gradient cut", "saturated", "softmax", "pixels clipped", "scaled"],
-)
-def test_faults_are_found_in_the_l2_norm_by_the_same_checks(change, expected, data):
-    assert warned(data, change, norm="l2", epsilon=0.7) == expected
+FAULTS = {
+    "gradient cut": (lambda net, x: net(x.detach()), {GRADIENT, SEARCH, FALLS}),
+    "rounded": (lambda net, x: net((x * 8).round() / 8), {GRADIENT, SEARCH, FALLS}),
+    # CW is blind to this one's cross-entropy, so that what is robust stays so.
+    "saturated": (lambda net, x: 1000 * net(x), {GRADIENT, FALLS}),
+    "softmax": (lambda net, x: net(x).softmax(1), {LOGITS}),
+    "softmax less a number": (lambda net, x: net(x).softmax(1) - 0.25, {LOGITS}),
+    "sigmoid": (lambda net, x: net(x).sigmoid(), {LOGITS}),
+    "sigmoid, pixels clipped": (lambda net, x: net(x.clamp(0, 1)).sigmoid(), {LOGITS, GRADIENT}),
+    "pixels clipped": (lambda net, x: net(x.clamp(0, 1)), {GRADIENT}),
+    "pixels clipped at 0": (lambda net, x: net(x.relu()), {GRADIENT}),
+    "tanh, scaled": (lambda net, x: 10 * net(x).tanh() - 2, {LOGITS}),
+    "softsign": (lambda net, x: nn.functional.softsign(net(x)), {LOGITS}),
+    "outputs clipped": (lambda net, x: net(x).clamp(-9, 9), {LOGITS}),
+    "random output, slightly": (lambda net, x: net(x) + 0.005 * torch.randn(len(x), C), {REPEAT}),
+    "random output far from 0": (
+        lambda net, x: net(x) + 1000 + 0.005 * torch.randn(len(x), C),
+        {REPEAT},
+    ),
+    "random output": (lambda net, x: net(x) + 0.05 * torch.randn(len(x), C), {REPEAT, COMPANY}),
+    "company": (lambda net, x: net(x) + 0.5 * net(x).mean(0).detach(), {COMPANY}),
+    "normalised": (lambda net, x: net(x * 0.1 + 0.5), {PIXELS}),
+    "-1 to 1": (lambda net, x: net((x + 1) / 2), {PIXELS}),
+    "0 to 255": (lambda net, x: net(x / 255), {PIXELS, FALLS}),
+}
+HARMLESS = {
+    "rounding": lambda net, x: net(x) + 1e-5 * torch.randn(len(x), C),  # as a GPU may round
+    "log of softmax": lambda net, x: net(x).softmax(1).log(),
+    "positive": lambda net, x: net(x) + 20,  # positive, but no probabilities
+    "sums to 1": lambda net, x: net(x) / 10 + 0.25,  # adds up to 1, but some are negative
+    "in [0,1]": lambda net, x: net(x) / 10 + 0.4,  # in [0,1], but not of every image
+    "a shift of its own": lambda net, x: net(x + 0.03),
+}
+# Of these, another one in the default run takes the same branches.
+ALIKE = {"softmax less a number", "pixels clipped at 0", "tanh, scaled", "softsign",
+         "outputs clipped", "random output far from 0", "positive", "sums to 1"}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda net, x: net(x.detach()), {GRADIENT, SEARCH, FALLS}),
-        (lambda net, x: net((x * 8).round() / 8), {GRADIENT, SEARCH, FALLS}),
-        # CW is blind to this one's cross-entropy, so that what is robust stays so.
-        (lambda net, x: 1000 * net(x), {GRADIENT, FALLS}),
-        (lambda net, x: net(x).softmax(1), {LOGITS}),
-        (lambda net, x: net(x).softmax(1) - 0.25, {LOGITS}),
-        (lambda net, x: net(x).sigmoid(), {LOGITS}),
-        (lambda net, x: net(x.clamp(0, 1)).sigmoid(), {LOGITS, GRADIENT}),
-        (lambda net, x: net(x.clamp(0, 1)), {GRADIENT}),
-        (lambda net, x: net(x.relu()), {GRADIENT}),
-        (lambda net, x: 10 * net(x).tanh() - 2, {LOGITS}),
-        (lambda net, x: nn.functional.softsign(net(x)), {LOGITS}),
-        (lambda net, x: net(x).clamp(-9, 9), {LOGITS}),
-        (lambda net, x: net(x) + 0.005 * torch.randn(len(x), C), {REPEAT}),
-        (lambda net, x: net(x) + 1000 + 0.005 * torch.randn(len(x), C), {REPEAT}),
-        (lambda net, x: net(x) + 0.05 * torch.randn(len(x), C), {REPEAT, COMPANY}),
-        (lambda net, x: net(x) + 0.5 * net(x).mean(0).detach(), {COMPANY}),
-        (lambda net, x: net(x * 0.1 + 0.5), {PIXELS}),
-        (lambda net, x: net((x + 1) / 2), {PIXELS}),
-        (lambda net, x: net(x / 255), {PIXELS, FALLS}),
-    ],
-    ids=[
-        "gradient cut",
-        "rounded",
-        "saturated",
-        "softmax",
-        "softmax less a number",
-        "sigmoid",
-        "sigmoid, pixels clipped",
-        "pixels clipped",
-        "pixels clipped at 0",
-        "tanh, scaled",
-        "softsign",
-        "outputs clipped",
-        "random output, slightly",
-        "random output far from 0",
-        "random output",
-        "company",
-        "normalised",
-        "-1 to 1",
-        "0 to 255",
-    ],
-)
-def test_every_fault_is_found_by_its_check(change, expected, data):
+def each(*names):
+    """Parametrise by name; the rarer ones are slow."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=slow) if n in ALIKE else n for n in names]
+    )
+
+
+@each(*FAULTS)
+def test_every_fault_is_found_by_its_check(name, data):
+    change, expected = FAULTS[name]
     assert warned(data, change) == expected
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda net, x: net(x) + 1e-5 * torch.randn(len(x), C),  # as a GPU may round
-        lambda net, x: net(x).softmax(1).log(),
-        lambda net, x: net(x) + 20,  # positive, but no probabilities
-        lambda net, x: net(x) / 10 + 0.25,  # adds up to 1, but some are negative
-        lambda net, x: net(x) / 10 + 0.4,  # in [0,1], but not of every image
-        lambda net, x: net(x + 0.03),
-    ],
-    ids=[
-        "rounding",
-        "log of softmax",
-        "positive",
-        "sums to 1",
-        "in [0,1]",
-        "a shift of its own",
-    ],
-)
-def test_harmless_changes_pass_all_checks(change, data):
-    assert warned(data, change) == set()
+@each("gradient cut", "saturated", "softmax", "pixels clipped", "0 to 255")
+def test_faults_are_found_in_the_l2_norm_by_the_same_checks(name, data):
+    change, expected = FAULTS[name]
+    assert warned(data, change, norm="l2", epsilon=0.7) == expected
+
+
+@each(*HARMLESS)
+def test_harmless_changes_pass_all_checks(name, data):
+    assert warned(data, HARMLESS[name]) == set()
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
@@ -399,30 +373,19 @@ def digits():
     return load_data("digits", "")
 
 
-@pytest.fixture(scope="module")
-def trained(digits):
-    """A convnet trained adversarially for a few epochs."""
-    config = resolve({"method": "trades", "epochs": 6}).training()
-    model = absld.build_model("convnet", 10, "checks")
-    for _ in absld.fit(model, None, digits.train, digits.validation, config):
-        pass
-    return model.eval()
-
-
 def failed_checks(model, data, attacks="pgd20,cw30", **settings):
     evaluation = evaluate(model, data, **{"epsilon": 0.1, "attacks": attacks} | settings)
     return {check.name for check in run_checks(model, data, evaluation) if not check.passed}
 
 
-def test_a_trained_network_passes_all_and_is_left_unchanged(trained, digits):
+def test_a_trained_network_passes_all_and_is_left_unchanged(trained_on_digits, digits):
     """Also the random state of torch."""
-    trained.train()
-    state = {k: v.clone() for k, v in trained.state_dict().items()}
+    trained_on_digits.train()
+    state = {k: v.clone() for k, v in trained_on_digits.state_dict().items()}
     random = torch.get_rng_state()
-    assert failed_checks(trained, digits.test) == set()
-    assert trained.training and torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(v, state[k]) for k, v in trained.state_dict().items())
-    trained.eval()
+    assert failed_checks(trained_on_digits, digits.test) == set()
+    assert trained_on_digits.training and torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, state[k]) for k, v in trained_on_digits.state_dict().items())
 
 
 class TrainMode(nn.Module):
@@ -436,8 +399,8 @@ class TrainMode(nn.Module):
         return self.net.train()(x)
 
 
-def test_a_network_in_train_mode_is_found(trained, digits):
-    failed = failed_checks(TrainMode(trained), digits.test)
+def test_a_network_in_train_mode_is_found(trained_on_digits, digits):
+    failed = failed_checks(TrainMode(trained_on_digits), digits.test)
     assert {COMPANY, REPEAT} <= failed <= {COMPANY, REPEAT, PIXELS, ZERO, MORE, SEARCH, FALLS}
 
 
@@ -449,11 +412,14 @@ def test_a_constant_network_is_found(digits):
     assert {PIXELS, GRADIENT, FALLS} <= failed_checks(Constant(), digits.test)
 
 
-def test_stronger_attacks_clear_the_warnings_about_weak_ones(trained, digits):
+@pytest.mark.slow
+def test_stronger_attacks_clear_the_warnings_about_weak_ones(trained_on_digits, digits):
     """The images judged are those that the attacks of the evaluation leave robust."""
     settings = {"epsilon": 0.2, "restarts": 3}
     data = digits.test.subset(torch.arange(200))
     assert (
-        {MORE, MARGIN} <= failed_checks(trained, data, "fgsm", **settings) <= {MORE, MARGIN, SEARCH}
+        {MORE, MARGIN}
+        <= failed_checks(trained_on_digits, data, "fgsm", **settings)
+        <= {MORE, MARGIN, SEARCH}
     )
-    assert failed_checks(trained, data, "pgd100,cw100,pgd100-sat", **settings) == set()
+    assert failed_checks(trained_on_digits, data, "pgd100,cw100,pgd100-sat", **settings) == set()

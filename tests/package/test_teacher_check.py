@@ -1,6 +1,7 @@
 """absld teacher check: what it says of good, weak and broken networks, and exit codes."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,13 +21,9 @@ DIGITS = ["--dataset", "digits", *CPU]
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
+def teacher(tmp_path_factory, trades_run):
     """The run of a teacher that is somewhat robust."""
-    folder = tmp_path_factory.mktemp("trained")
-    flags = ["--method", "trades", "--epochs", "12", "--out", folder, *CPU]
-    assert main("train", *flags) == 0
-    (run,) = folder.glob("digits-trades-*")
-    return str(run)
+    return str(shutil.copytree(trades_run, tmp_path_factory.mktemp("trained") / trades_run.name))
 
 
 @pytest.fixture(autouse=True)
