@@ -239,7 +239,7 @@ def report(
     [bold]Examples[/]
 
     [cyan]absld report RUN[/]                             report.html beside the evaluation
-    [cyan]absld report evaluation.json --out card.pdf[/]  a figure (needs matplotlib)
+    [cyan]absld report evaluation.json --out card.pdf[/]  a figure
     """
     from absld.report.html import write_report
 
