@@ -1,5 +1,6 @@
 """`absld compare`: methods under the same conditions."""
 
+from collections.abc import Collection
 from typing import Annotated, Any
 
 import typer
@@ -71,23 +72,19 @@ def compare(
     if bool(runs) == bool(methods):
         raise UsageError("compare takes either --methods or finished runs", "see --help")
     flags = explicit(settings)
-    of_launcher = take_settings(flags, LauncherSettings) | ({"status": True} if status else {})
     if methods and "model" in flags:
         raise UsageError("--model is for finished runs", "--student sets the network to train")
     evaluation = take_evaluation(flags)
-    training_flags = (
-        flags | ({"seeds": seeds} if seeds else {}) | ({"recipe": recipe} if recipe else {})
-    )
-    if runs and (extra := sorted((training_flags | of_launcher).keys() - {"out", *OF_BOTH})):
-        raise UsageError(
-            f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
-        )
-    launcher = launcher_settings({n: v for n, v in of_launcher.items() if n != "status"})
+    if runs:
+        own = {"seeds": seeds, "recipe": recipe, "status": status}
+        refuse_settings_of_trainings({*flags, *(name for name in own if own[name])})
+    launcher = launcher_settings(take_settings(flags, LauncherSettings))
 
     from absld.cli.comparison_view import ComparisonView, comparison_lines
     from absld.cli.status_view import status_lines
     from absld.runs import comparison
 
+    states = None
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with ComparisonView(output) as view:
             if runs:
@@ -101,10 +98,18 @@ def compare(
                     states = comparison.comparison_states(*given, view, launcher)
                 else:
                     result = comparison.compare_methods(*given, baseline, view, launcher)
-        if status:
-            output.present({"schema": STATUS_SCHEMA, "trainings": states}, status_lines(states))
-        else:
+        if states is None:
             output.present(result.results, comparison_lines(result))
+        else:
+            output.present({"schema": STATUS_SCHEMA, "trainings": states}, status_lines(states))
+
+
+def refuse_settings_of_trainings(given: Collection[str]) -> None:
+    """Raise UsageError for settings that finished runs have already."""
+    if extra := sorted({*given} - {"out", *OF_BOTH}):
+        raise UsageError(
+            f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
+        )
 
 
 def take_evaluation(flags: dict[str, Any]) -> EvaluationConfig:
