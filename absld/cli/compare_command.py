@@ -1,6 +1,6 @@
 """`absld compare`: methods under the same conditions."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,71 +64,87 @@ def compare(
     [cyan]absld compare --methods rslad,absld --seeds 5[/]
     [cyan]absld compare --methods absld,mypackage.methods:Mart,warm.toml[/]
     [cyan]absld compare --methods rslad,absld --launcher local --jobs 2[/]
-    [cyan]absld compare --methods rslad,absld --launcher slurm --gpus 1[/]
     [cyan]absld compare RUN RUN RUN[/]
 
     Prints means and standard deviations over the seeds and differences to the
     baseline with confidence intervals. Settings apply to all methods. Finished
     runs are used again; the same command continues after an interruption.
     """
+    if bool(runs) == bool(methods):
+        raise UsageError("compare takes either --methods or finished runs", "see --help")
     flags = explicit(settings)
-    of_launcher = take_settings(flags, LauncherSettings)
-    check_use(
-        runs,
-        methods,
-        flags | of_launcher | {"seeds": seeds, "recipe": recipe, "status": status or None},
-    )
-    evaluation = take_evaluation(flags)
-    launcher = launcher_settings(of_launcher)
+    evaluation = take_evaluation(flags, of_methods=bool(methods))
+    if runs:
+        own = {"seeds": seeds, "recipe": recipe, "status": status}
+        refuse_settings_of_trainings({*flags, *(name for name in own if own[name])})
+    launcher = launcher_settings(take_settings(flags, LauncherSettings))
+    given = take_methods(methods, seeds, recipe, flags)
+    if status:
+        print_status(given, evaluation, launcher, as_json=as_json)
+        return
 
     from absld.cli.comparison_view import ComparisonView, comparison_lines
-    from absld.cli.status_view import status_lines
     from absld.runs import comparison
     from absld.tracking.start import tracked
 
-    of_all = (read_recipe(recipe, flags) if recipe else {}) | flags
-    tracking = launcher.launcher == "here" and not status  # else each job tracks itself
-    place = Path(runs[0]).parent if runs else resolve(of_all).out
+    common = given[2]
+    place = Path(runs[0]).parent if runs else resolve(common).out
+    # The jobs of a launcher track themselves.
+    trackers = common.get("track", "") if launcher.launcher == "here" else ""
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with (
             ComparisonView(output) as view,
-            tracked(of_all.get("track", "") if tracking else "", place, view) as observer,
+            tracked(trackers, place, view) as observer,
         ):
             if runs:
-                out = flags.get("out", "")
-                result = comparison.compare_runs(runs, evaluation, baseline, out, observer)
+                folder = flags.get("out", "")
+                result = comparison.compare_runs(runs, evaluation, baseline, folder, observer)
             else:
-                names = [name.strip() for name in methods.split(",") if name.strip()]
-                given = names, seed_list(seeds), of_all, evaluation
-                if status:
-                    states = comparison.comparison_states(*given, view, launcher)
-                else:
-                    result = comparison.compare_methods(*given, baseline, observer, launcher)
-        if status:
-            output.present({"schema": STATUS_SCHEMA, "trainings": states}, status_lines(states))
-        else:
-            output.present(result.results, comparison_lines(result))
+                result = comparison.compare_methods(
+                    *given, evaluation, baseline, observer, launcher
+                )
+        output.present(result.results, comparison_lines(result))
 
 
-def check_use(runs: list[str] | None, methods: str, flags: Mapping[str, Any]) -> None:
-    """Raise UsageError for flags that finished runs, or trainings, do not take."""
-    if bool(runs) == bool(methods):
-        raise UsageError("compare takes either --methods or finished runs", "see --help")
-    if methods and "model" in flags:
-        raise UsageError("--model is for finished runs", "--student sets the network to train")
-    taken = {"out", *OF_BOTH, *EVALUATION_OF_COMPARISON}
-    if runs and (
-        extra := sorted(
-            name for name, value in flags.items() if value not in (None, "") and name not in taken
-        )
-    ):
+def print_status(
+    given: tuple[list[str], list[int], dict[str, Any]],
+    evaluation: EvaluationConfig,
+    launcher: LauncherSettings,
+    *,
+    as_json: bool,
+) -> None:
+    """Print the state of each training of a comparison, for --status."""
+    from absld.cli.comparison_view import ComparisonView
+    from absld.cli.status_view import status_lines
+    from absld.runs.comparison import comparison_states
+
+    with command_output(as_json, continue_with=SAME_COMMAND) as output:
+        with ComparisonView(output) as view:
+            states = comparison_states(*given, evaluation, view, launcher)
+        output.present({"schema": STATUS_SCHEMA, "trainings": states}, status_lines(states))
+
+
+def take_methods(
+    methods: str, seeds: str, recipe: str | None, flags: dict[str, Any]
+) -> tuple[list[str], list[int], dict[str, Any]]:
+    """Return the methods, the seeds and the settings of all their runs."""
+    of_all = (read_recipe(recipe, flags) if recipe else {}) | flags
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    return names, seed_list(seeds), of_all
+
+
+def refuse_settings_of_trainings(given: Collection[str]) -> None:
+    """Raise UsageError for settings that finished runs have already."""
+    if extra := sorted({*given} - {"out", *OF_BOTH}):
         raise UsageError(
             f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
         )
 
 
-def take_evaluation(flags: dict[str, Any]) -> EvaluationConfig:
+def take_evaluation(flags: dict[str, Any], *, of_methods: bool) -> EvaluationConfig:
     """Return the settings of the evaluations, and remove from `flags` those of them alone."""
+    if of_methods and "model" in flags:
+        raise UsageError("--model is for finished runs", "--student sets the network to train")
     chosen = {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
     chosen |= {name: flags[name] for name in OF_BOTH if name in flags}
     return EvaluationConfig(**parse_all(chosen, EvaluationConfig))

@@ -15,5 +15,5 @@ def status_lines(states: Sequence[Mapping[str, Any]]) -> list[str]:
         done, total = state["epochs"]
         job = f"  job {state['job']}" if state["job"] else ""
         name = column(state["training"], min(width, 60))
-        rows.append(f"{name}  {done:>4}/{total:<4} epochs  {state['state']}{job}")
+        rows.append(f"{name}  {f'{done}/{total}':>9} epochs  {state['state']}{job}")
     return [*rows, f"{finished} of {len(states)} finished"]

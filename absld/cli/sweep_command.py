@@ -91,12 +91,12 @@ def sweep(
 
     grid = parse_over(over or [])
     base = (read_recipe(recipe, flags) if recipe else {}) | flags
-    tracking = launcher.launcher == "here" and not status  # else each job tracks itself
-    place = resolve(base).out
+    here = launcher.launcher == "here" and not status
+    trackers = base.get("track", "") if here else ""  # the jobs of a launcher track themselves
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with (
             ComparisonView(output) as view,
-            tracked(base.get("track", "") if tracking else "", place, view) as observer,
+            tracked(trackers, resolve(base).out, view) as observer,
         ):
             given = grid, seed_list(seeds), base, evaluation, observer, launcher
             if status:

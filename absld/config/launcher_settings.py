@@ -63,10 +63,11 @@ class LauncherSettings(Settings):
             )
         if self.memory and not re.fullmatch(r"\d+[KMGT]?", self.memory):
             raise UsageError(f"memory takes a size such as 16G, not {self.memory!r}", "16G, 500M")
-        if self.minutes() * 60 <= self.notice:
+        # Slurm may send the signal a minute early, and a minute is to be left for training.
+        if self.minutes() * 60 < self.notice + 120:
             raise UsageError(
-                f"a time of {self.time} is not longer than a notice of {self.notice} seconds",
-                "a longer --time, or a shorter --notice",
+                f"a time of {self.time} leaves no time beside a notice of {self.notice} seconds",
+                "a time at least two minutes longer than --notice",
             )
 
     def minutes(self) -> int:

@@ -94,7 +94,7 @@ def run_network_evaluation(
 ) -> EvaluationRun:
     """Run an evaluation of a network and images that are loaded, with a complete configuration."""
     device = resolve_device(config.device)
-    assert config.norm is not None  # complete_config
+    assert config.norm  # complete_config
     attacks = parse_attacks(config.attacks, data.num_classes, config.restarts, config.norm)
     if config.save_adversarial and not attacks:
         raise UsageError(f"{FLAG} needs an attack: there is none", "--attacks pgd20, for example")
@@ -141,8 +141,8 @@ def run_network_evaluation(
 def identify(
     target: str, network: Network, data: ImageSet, config: EvaluationConfig
 ) -> dict[str, Any]:
-    """Return everything that decides the results of an evaluation."""
-    assert config.norm is not None  # complete_config
+    """Return everything that decides the results of an evaluation, of a complete configuration."""
+    assert config.norm
     attacks = parse_attacks(config.attacks, data.num_classes, config.restarts, config.norm)
     identity = {name: getattr(config, name) for name in DECIDING}
     if config.examples is not None and config.examples >= len(data):
@@ -157,10 +157,14 @@ def identify(
 
 
 def directory_of(target: str, config: EvaluationConfig, identity: dict[str, Any]) -> RunDirectory:
-    """Return the directory of an evaluation."""
-    folder = results_folder(target, config)
+    """Return the directory of an evaluation, named by the target and what decides the results.
+
+    It is in `config.out`, else in the run, else in ./evaluations.
+    """
+    home = Path(target) if config_of_run(target) else Path()
+    folder = Path(config.out) if config.out else home / "evaluations"
     root = folder.parent if folder.parent == Path(target) else folder  # a run may be anybody's
-    return RunDirectory(folder / directory_name(target, identity), root)
+    return RunDirectory(folder / f"{short_name(target)}-{key_of(identity)}", root)
 
 
 def is_evaluated(target: str, network: Network, data: ImageSet, config: EvaluationConfig) -> bool:
@@ -337,17 +341,6 @@ def blame_target(target: str) -> Iterator[None]:
             f"{target}: {type(error).__name__}: {error}",
             "it must be differentiable, take any batch and leave its input alone; see --debug",
         ) from error
-
-
-def results_folder(target: str, config: EvaluationConfig) -> Path:
-    """Return the folder of evaluations: `config.out`, else in the run, else ./evaluations."""
-    home = Path(target) if config_of_run(target) else Path()
-    return Path(config.out) if config.out else home / "evaluations"
-
-
-def directory_name(target: str, identity: dict[str, Any]) -> str:
-    """Return the directory's name: that of the target, and a digest of what decides the results."""
-    return f"{short_name(target)}-{key_of(identity)}"
 
 
 def short_name(target: str) -> str:

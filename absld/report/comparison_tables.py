@@ -134,7 +134,9 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
     """Return a table as lines of Markdown, the last one empty."""
-    safe = [[in_markdown(text).replace("|", "\\|") for text in row] for row in (head, *body)]
+    safe = [
+        [in_markdown(text.strip()).replace("|", "\\|") for text in row] for row in (head, *body)
+    ]
     lines = [f"| {' | '.join(row)} |" for row in safe]
     return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
 

@@ -66,7 +66,14 @@ def point_table(
     more: figures beside those of the frontier, with their headings. pm: plus or minus.
     """
     names = list(results["sweep"]["over"])
-    heads = ["", *names, *more.values(), *AXES.values(), "change in average", "change in worst"]
+    heads = [
+        "point",
+        *names,
+        *more.values(),
+        *AXES.values(),
+        "change in average",
+        "change in worst",
+    ]
     rows = [
         [
             f"{'*' if method['frontier'] else ' '}{place}",

@@ -1,4 +1,4 @@
-"""How much there is to train, said before the first training starts."""
+"""The forecast of a comparison or sweep, said before the first training starts."""
 
 from collections.abc import Sequence
 

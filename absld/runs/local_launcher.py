@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from absld.storage.opening import open_regular
 
 POLL = 0.2  # seconds between two looks at the processes
 WAIT = 10.0  # seconds before a run in which another command's process is at work is tried again
+# Unlike a SIGTERM, it may come to a process that a scheduler has signalled, too. Windows has neither.
+SAVE_AND_STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 IN_ORDER = "PCI_BUS_ID"  # so that CUDA numbers GPUs as nvidia-smi does
 
 
@@ -115,14 +119,14 @@ class LocalLauncher:
         observer.wait(
             f"stopping {len(self.running)} trainings: each saves its state after the current step"
         )
-        for number in range(2):
+        for stop in (SAVE_AND_STOP, KILL):
             for work in self.running:
                 with contextlib.suppress(OSError):
-                    work.process.terminate() if number == 0 else work.process.kill()
+                    work.process.send_signal(stop)
             try:
                 for work in self.running:
                     work.process.wait()
                 return
             except BaseException:  # a second signal
-                if number:
+                if stop == KILL:
                     raise

@@ -25,6 +25,7 @@ from absld.storage.files import key_of
 from absld.storage.opening import make_private_folder, open_regular
 
 POLL = 5.0  # seconds between two looks at the queue
+AGAIN = 60.0  # seconds before a queue that did not answer is asked again
 LAG = 20.0  # seconds after which what a node has written is seen on a network file system
 SUBMISSION = "submission-"  # begins the name of a folder that submitit writes into
 MOST_RESTARTS = 1000  # of a job, after as many time limits
@@ -93,7 +94,12 @@ class SlurmLauncher:
         with self.going_on(left, observer):
             while left:
                 time.sleep(POLL)
-                queue = read_queue()
+                try:
+                    queue = read_queue()
+                except AbsldError as error:  # Slurm's controller may be restarting
+                    observer.wait(f"{error}; asked again in {AGAIN:.0f} s")
+                    time.sleep(AGAIN)
+                    continue
                 for job in [*left]:
                     entry, now = queue.get(name_of(job)), time.monotonic()
                     if entry:

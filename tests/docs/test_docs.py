@@ -41,7 +41,10 @@ def flags_of_commands(command, name="absld"):
 FLAGS = flags_of_commands(typer.main.get_command(absld.cli.app.app)) | {
     "absld_min.py": {"--" + f.name.replace("_", "-") for f in fields(absld_min.Config)}
     | {"--help"},
-    "torchrun": {"--nproc-per-node"},
+    "torchrun": {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"},
+    "sbatch": {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
+    | {"--time", "--signal", "--requeue", "--open-mode"},
+    "scancel": {"--batch", "--signal"},
     "pip install": {"--upgrade", "--group", "--index-url"},
     "pip wheel": {"--no-deps"},
     "mkdocs build": {"--strict"},

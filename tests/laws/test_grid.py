@@ -41,7 +41,7 @@ grids = st.dictionaries(
     st.sampled_from(["temperature_rate", "temperature_lower", "adv_weight", "flip"]),
     values,
     min_size=1,
-    max_size=3,
+    max_size=2,
 )
 
 

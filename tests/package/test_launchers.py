@@ -80,7 +80,11 @@ def test_a_training_of_a_launcher_has_the_settings_of_one_here(given, monkeypatc
         (["--launcher", "local", "--gpus", "1"], "--gpus is not a setting of", "--launcher slurm"),
         (["--launcher", "local", "--jobs", "0"], "jobs must be 1 or more, not 0", "--help"),
         (["--launcher", "slurm", "--time", "1:30"], "not '1:30'", "1:30:00"),
-        (["--launcher", "slurm", "--time", "1", "--notice", "60"], "not longer than", "--time"),
+        (
+            ["--launcher", "slurm", "--time", "1", "--notice", "60"],
+            "leaves no time beside",
+            "longer than --notice",
+        ),
         (["--launcher", "slurm", "--gpus", "4"], "gpus takes 0, 1 or TYPE:1", "cluster.md"),
         (["--launcher", "slurm", "--memory", "16 GB"], "a size such as 16G", "500M"),
         (["--launcher", "slurm", "--slurm", "gone.toml"], "gone.toml: No such file", "TOML"),
@@ -158,19 +162,19 @@ def test_each_job_has_a_device(folder):
 
 def test_a_signal_lets_the_processes_save_and_stop(folder):
     code = (
-        "signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w'), sys.exit(143)));"
+        "signal.signal(signal.SIGUSR1, lambda *_: (open('saved', 'w'), sys.exit(138)));"
         "open('began', 'w'); time.sleep(30)"
     )
 
     def stop(number, frame):
         raise Stopped(130)
 
-    before = signal.signal(signal.SIGUSR1, stop)
+    before = signal.signal(signal.SIGUSR2, stop)
 
     def send():
         while not Path("began").exists():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR2)
 
     threading.Thread(target=send).start()
     told = Told()
@@ -178,7 +182,7 @@ def test_a_signal_lets_the_processes_save_and_stop(folder):
         with pytest.raises(Stopped):
             LocalLauncher(1, []).run([job(folder, "a", code), job(folder, "b", "pass")], told)
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR2, before)
     assert Path("saved").exists() and not Path("order").exists()
     assert told.lines[-1].startswith("stopping 1 trainings: each saves its state")
 
