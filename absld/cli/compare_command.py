@@ -1,7 +1,6 @@
 """`absld compare`: methods under the same conditions."""
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +19,6 @@ from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe
 from absld.config.launcher_settings import LauncherSettings, launcher_settings
 from absld.config.parsing import parse_all
-from absld.config.resolve import resolve
 from absld.config.settings import Config
 from absld.errors import UsageError
 
@@ -83,19 +81,11 @@ def compare(
         print_status(given, evaluation, launcher, as_json=as_json)
         return
 
-    from absld.cli.comparison_view import ComparisonView, comparison_lines
+    from absld.cli.comparison_view import comparison_lines, observing
     from absld.runs import comparison
-    from absld.tracking.start import tracked
 
-    common = given[2]
-    place = Path(runs[0]).parent if runs else resolve(common).out
-    # The jobs of a launcher track themselves.
-    trackers = common.get("track", "") if launcher.launcher == "here" else ""
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
-        with (
-            ComparisonView(output) as view,
-            tracked(trackers, place, view) as observer,
-        ):
+        with observing(output, launcher, given[2], runs or ()) as observer:
             if runs:
                 folder = flags.get("out", "")
                 result = comparison.compare_runs(runs, evaluation, baseline, folder, observer)

@@ -1,14 +1,37 @@
 """The view of a comparison: a line for each run, and on a terminal a bar below them."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from absld.cli.output import Output
 from absld.cli.view import View, epochs_done, progress_row, time_left
-from absld.progress import AttackProgress, Check, StepReport, TrainingStart
+from absld.config.launcher_settings import LauncherSettings
+from absld.config.settings import Config
+from absld.progress import AttackProgress, Check, Observer, StepReport, TrainingStart
 from absld.report.comparison_tables import terminal_lines
 from absld.report.summary import number
 from absld.runs.comparison_results import Comparison
+from absld.tracking.start import tracked
+
+
+@contextmanager
+def observing(
+    output: Output,
+    launcher: LauncherSettings,
+    settings: Mapping[str, Any],
+    runs: Sequence[str] = (),
+) -> Iterator[Observer]:
+    """Yield a view of trainings, with trackers unless they are jobs, which track themselves.
+
+    settings: of the trainings. runs: finished runs instead of trainings.
+    """
+    place = Path(runs[0]).parent if runs else settings.get("out", Config.out)
+    names = settings.get("track", "") if launcher.launcher == "here" else ""
+    with ComparisonView(output) as view, tracked(names, place, view) as observer:
+        yield observer
 
 
 class ComparisonView(View):

@@ -20,7 +20,6 @@ from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe
 from absld.config.launcher_settings import LauncherSettings, launcher_settings
 from absld.config.parsing import parse_all
-from absld.config.resolve import resolve
 from absld.config.settings import Config
 
 EVALUATION_OF_SWEEP = ("attacks", "examples", "checks", "split")
@@ -82,22 +81,16 @@ def sweep(
     chosen = {"split": "validation"} | chosen | {n: flags[n] for n in OF_BOTH if n in flags}
     evaluation = EvaluationConfig(**parse_all(chosen, EvaluationConfig))
 
-    from absld.cli.comparison_view import ComparisonView
+    from absld.cli.comparison_view import observing
     from absld.cli.status_view import status_lines
     from absld.report.sweep_tables import terminal_lines
     from absld.runs import sweep as sweeps
     from absld.runs.grid import parse_over
-    from absld.tracking.start import tracked
 
     grid = parse_over(over or [])
     base = (read_recipe(recipe, flags) if recipe else {}) | flags
-    here = launcher.launcher == "here" and not status
-    trackers = base.get("track", "") if here else ""  # the jobs of a launcher track themselves
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
-        with (
-            ComparisonView(output) as view,
-            tracked(trackers, resolve(base).out, view) as observer,
-        ):
+        with observing(output, launcher, {} if status else base) as observer:
             given = grid, seed_list(seeds), base, evaluation, observer, launcher
             if status:
                 states = sweeps.sweep_states(*given)

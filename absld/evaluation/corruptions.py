@@ -8,7 +8,8 @@ from typing import Any
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.data.corrupted import list_corruptions
 from absld.evaluation.results import to_json
-from absld.evaluation.runner import EvaluationRun, complete_config, run_evaluation
+from absld.evaluation.runner import EvaluationRun, run_evaluation
+from absld.evaluation.targets import complete_config
 from absld.progress import Observer
 from absld.storage.files import key_of, write_text
 

@@ -20,7 +20,7 @@ from absld.evaluation.evaluate import Evaluation, evaluate
 from absld.evaluation.images import describe_data, load_images
 from absld.evaluation.input_scale import HINT, InputScale, examine_scale
 from absld.evaluation.results import describe_network, evaluation_results
-from absld.evaluation.runner import blame_target, complete_config, load_target
+from absld.evaluation.targets import blame_target, complete_config, load_target
 from absld.evaluation.validation import ABOVE_CHANCE
 from absld.metrics import present
 from absld.progress import Observer

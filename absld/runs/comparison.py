@@ -25,11 +25,8 @@ from absld.data.sources import load_split
 from absld.engine.precision import resolve_device
 from absld.errors import AbsldError, CheckpointError, Interrupted, UsageError
 from absld.evaluation.attacks import parse_attacks
-from absld.evaluation.runner import (
-    complete_config,
-    load_target,
-    run_network_evaluation,
-)
+from absld.evaluation.runner import run_network_evaluation
+from absld.evaluation.targets import complete_config, load_target
 from absld.progress import Observer
 from absld.report.summary import budget
 from absld.runs import planning, training_run

@@ -19,7 +19,8 @@ from absld.engine.precision import float32_precision, resolve_device
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation.images import load_images
 from absld.evaluation.results import describe_network, to_json
-from absld.evaluation.runner import (
+from absld.evaluation.sanity_checks import check_outputs
+from absld.evaluation.targets import (
     blame_target,
     complete_config,
     config_of_run,
@@ -27,7 +28,6 @@ from absld.evaluation.runner import (
     sample_outputs,
     short_name,
 )
-from absld.evaluation.sanity_checks import check_outputs
 from absld.progress import Observer
 from absld.runs.adversarial_images import ATTACK, images_to_attack, stored_adversarial
 from absld.runs.export_formats import (

@@ -16,7 +16,8 @@ from absld.config.launcher_settings import LauncherSettings
 from absld.config.settings import Config
 from absld.data.dataset import Splits
 from absld.engine.precision import parse_device, resolve_device
-from absld.evaluation.runner import complete_config, is_evaluated, load_target
+from absld.evaluation.runner import is_evaluated
+from absld.evaluation.targets import complete_config, load_target
 from absld.progress import Observer
 from absld.runs.jobs import Job, Launcher
 from absld.runs.local_launcher import LocalLauncher

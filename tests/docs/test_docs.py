@@ -38,19 +38,21 @@ def flags_of_commands(command, name="absld"):
     return flags
 
 
+SBATCH = {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"} | {
+    *("--time", "--signal", "--requeue", "--open-mode")
+}
 FLAGS = flags_of_commands(typer.main.get_command(absld.cli.app.app)) | {
     "absld_min.py": {"--" + f.name.replace("_", "-") for f in fields(absld_min.Config)}
     | {"--help"},
     "torchrun": {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"},
-    "sbatch": {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}
-    | {"--time", "--signal", "--requeue", "--open-mode"},
+    "sbatch": SBATCH,
+    "#SBATCH": SBATCH,
     "scancel": {"--batch", "--signal"},
     "pip install": {"--upgrade", "--group", "--index-url"},
     "pip wheel": {"--no-deps"},
     "mkdocs build": {"--strict"},
     "tensorboard": {"--logdir"},
     "mypy": {"--strict"},
-    "#SBATCH": {"--time", "--signal", "--requeue", "--open-mode"},
     "uv pip install": {"--python", "--resolution"},
     "uv venv": {"--python"},
     "device_step_times.py": {"--student", "--rounds", "--steps"},

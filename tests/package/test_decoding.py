@@ -26,7 +26,7 @@ from absld.data.mapped import MappedImages
 from absld.data.placement import Placement
 from absld.data.sources import load_data
 from absld.errors import DataError
-from absld.evaluation.runner import complete_config
+from absld.evaluation.targets import complete_config
 from absld.progress import Observer
 from absld.storage.files import digest
 from absld.trainer import training_identity

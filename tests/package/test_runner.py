@@ -24,7 +24,7 @@ from absld.config.files import to_toml
 from absld.config.resolve import resolve
 from absld.data.sources import load_data
 from absld.errors import CheckpointError, Stopped, UsageError
-from absld.evaluation import resuming, runner
+from absld.evaluation import resuming, runner, targets
 from absld.evaluation.differences import paired_differences
 from absld.evaluation.evaluate import evaluate
 from absld.evaluation.results import difference_results, read_results
@@ -167,7 +167,7 @@ def test_a_norm_brings_its_budget(runs, capfd):
     assert made["confusion"] == own.confusion().tolist()
     assert made["attacks"][2]["step_size"] == 15 / 128
     given = EvaluationConfig(norm="l2", epsilon=2.0)
-    assert runner.complete_config(given, runs["absld"]).epsilon == 2.0
+    assert targets.complete_config(given, runs["absld"]).epsilon == 2.0
     for wrong, bound in (("14", "[0, 13.8564]"), ("-1", "0 or more")):
         flags = [runs["absld"], *FAST, "--norm", "l2", "--eps", wrong]
         refused(
@@ -187,7 +187,7 @@ def test_a_run_is_evaluated_in_its_own_norm(runs, tmp_path):
     target = str(tmp_path / "run")
 
     def completed(**settings):
-        own = runner.complete_config(EvaluationConfig(**settings), target)
+        own = targets.complete_config(EvaluationConfig(**settings), target)
         return own.norm, own.epsilon
 
     assert completed() == ("l2", 0.7)
