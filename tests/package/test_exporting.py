@@ -256,8 +256,7 @@ def test_stored_images_that_do_not_fit_are_refused(teacher, capfd):
     """Other images, NaN, fewer, of another type, none; other labels, numbers or logits."""
     _, report = exported(capfd, teacher, "--format", "safetensors")
     stored = report["adversarial"]["path"]
-<<<<<<< HEAD
-    kept = load_file(stored)
+    kept = {key: value.clone() for key, value in load_file(stored).items()}  # not mapped
     faults = [
         ({"images": torch.zeros(40, 3, 8, 8)}, stored),
         ({"images": torch.full((40, 3, 8, 8), torch.nan)}, stored),
@@ -272,13 +271,6 @@ def test_stored_images_that_do_not_fit_are_refused(teacher, capfd):
     for content, cause in faults:
         save_file(content, stored)
         refused(capfd, 4, cause, "remove it", "export", teacher, *flags)
-=======
-    kept = {key: value.clone() for key, value in load_file(stored).items()}  # not mapped
-    for other in (kept[name] + 1, torch.zeros(3)):
-        save_file(kept | {name: other}, stored)
-        flags = ["--dataset", "digits", "--device", "cpu", "--format", "safetensors"]
-        refused(capfd, 4, f"its {name} are not", "remove it", "export", teacher, *flags)
->>>>>>> i19-package
 
 
 # --- Parity ---
