@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.program import main, refused
+from helpers.program import QUICK, main, refused, the_run
 
 import absld
 from absld.config.launcher_settings import LauncherSettings, launcher_settings
@@ -110,9 +110,10 @@ def test_flags_override_a_file_of_slurm_settings(folder):
     assert LauncherSettings(launcher="slurm", time="2:00:00").minutes() == 120
 
 
+@pytest.mark.usefixtures("few_digits_in_an_empty_folder")
 @pytest.mark.parametrize("missing", ["squeue", "submitit"])
-def test_a_machine_without_slurm_says_so(missing, folder, capfd, monkeypatch):
-    monkeypatch.setenv("PATH", os.fspath(folder))
+def test_a_machine_without_slurm_says_so(missing, capfd, monkeypatch):
+    monkeypatch.setenv("PATH", os.getcwd())
     if missing == "submitit":
         monkeypatch.setitem(sys.modules, "submitit", None)
     found = {"squeue": ("there is no squeue", "--launcher local"),
@@ -198,6 +199,24 @@ def test_folders_of_jobs_are_private(folder, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(CheckpointError, match="belongs to somebody else"):
         log_of(one)
+
+
+# --- Teachers alone ---
+
+
+@pytest.mark.usefixtures("few_digits_in_an_empty_folder")
+def test_a_teacher_trained_alone_is_the_teacher_of_the_run(capfd):
+    assert main("teacher", "train", *QUICK) == 0
+    teacher = str(the_run("teacher"))
+    assert capfd.readouterr().out.splitlines()[-1] == teacher and not list(Path().glob("*/*absld*"))
+    trained = Path(teacher, "best.pt").stat().st_mtime_ns
+    assert main("train", *QUICK) == 0
+    assert f"teacher: {teacher}" in capfd.readouterr().out
+    assert Path(teacher, "best.pt").stat().st_mtime_ns == trained
+    refused(capfd, 2, "trains no teacher: its method needs none", "absld train",
+            "teacher", "train", *QUICK, "--method", "sat")  # fmt: skip
+    refused(capfd, 2, f"trains no teacher: --teacher {teacher} is given", "absld train",
+            "teacher", "train", *QUICK, "--teacher", teacher)  # fmt: skip
 
 
 # --- Real trainings ---
