@@ -4,6 +4,7 @@ Finished runs are used again and missing ones trained, so the same command resum
 comparison. The results are plain values (docs/comparing.md) and the files made of them.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from absld.data.hub_datasets import refuse_unfetched
 from absld.data.placement import Placement
 from absld.data.sources import load_split
 from absld.engine.precision import resolve_device
-from absld.errors import AbsldError, CheckpointError, Interrupted, UsageError
+from absld.errors import AbsldError, BusyError, CheckpointError, Interrupted, UsageError
 from absld.evaluation.attacks import parse_attacks
 from absld.evaluation.runner import run_network_evaluation
 from absld.evaluation.targets import complete_config, load_target
@@ -43,6 +44,7 @@ from absld.runs.run_record import YOUNGER, deciding_settings
 from absld.storage.run_directory import RunDirectory
 
 HERE = LauncherSettings()
+WAIT = 1.0  # seconds before an evaluation at which another process is at work is tried again
 METHOD_GROUPS = ("Method", "Attack", "Training")  # groups of settings that a recipe may have
 
 
@@ -243,11 +245,23 @@ def evaluate_run(
     data: ImageSet,
     observer: Observer,
 ) -> Member:
-    """Evaluate a finished run; a network that is a factory counts if `evaluation.model` has it."""
+    """Evaluate a finished run, after another process that does.
+
+    A network that is a factory counts if `evaluation.model` has it.
+    """
     trusted = names_code(config.student) and config.student in evaluation.model.split(",")
     evaluation = replace(evaluation, model=config.student if trusted else "")
     own = complete_config(evaluation, str(path))
     network = load_target(str(path), own, data)
-    evaluation_run = run_network_evaluation(str(path), network, data, own, observer)
+    waits = False
+    while True:
+        try:
+            evaluation_run = run_network_evaluation(str(path), network, data, own, observer)
+            break
+        except BusyError as error:  # another command computes or reads the same evaluation
+            if not waits:
+                observer.wait(f"waiting: {error}")
+            waits = True
+            time.sleep(WAIT)
     seconds = sum(record.get("seconds", 0.0) for record in RunDirectory(path).records())
     return Member(label, path, config, evaluation_run, float(seconds))

@@ -51,9 +51,12 @@ def launch(
 
     Raises AbsldError.
     """
+    launcher = build_launcher(settings, device)
     left = [job for job in jobs if not job.is_finished()]
+    teachers, needed = {job.needs for job in jobs}, {job.needs for job in left}
+    left = [job for job in left if job not in teachers or job in needed]
     if left:
-        build_launcher(settings, device).run(left, observer)
+        launcher.run(left, observer)
     return {job.run.path for job in left}
 
 

@@ -30,7 +30,7 @@ LAG = 20.0  # seconds after which what a node has written is seen on a network f
 SUBMISSION = "submission-"  # begins the name of a folder that submitit writes into
 MOST_RESTARTS = 1000  # of a job, after as many time limits
 KILL_WAIT = 600.0  # seconds in which Slurm kills a job that it asked to stop
-STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+STOPPED = {128 + 15, 128 + 10, 128 + 12}  # by SIGTERM, SIGUSR1 and SIGUSR2, which Windows lacks
 
 
 class Queued(NamedTuple):
@@ -76,7 +76,7 @@ class SlurmLauncher:
     """Runs jobs on the nodes of a cluster; they go on when this process stops."""
 
     def __init__(self, settings: LauncherSettings) -> None:
-        """Raises UsageError if this machine has no Slurm, or submitit is missing."""
+        """Raises AbsldError if no Slurm answers, or submitit is missing."""
         try:
             import submitit
         except ImportError as error:
@@ -84,14 +84,15 @@ class SlurmLauncher:
                 "--launcher slurm needs submitit", "pip install 'absld[slurm]'"
             ) from error
         self.submitit, self.settings = submitit, settings
+        read_queue()
 
     def run(self, jobs: Sequence[Job], observer: Observer) -> None:
         """Submit the jobs, and wait until all have ended. Raises AbsldError that names the failed."""
-        self.submit_missing(jobs, observer)
         left, states = list(jobs), dict.fromkeys(jobs, "")
         failed: dict[Job, str] = {}
         ended: dict[Job, float] = {}  # when a job was first missing from the queue
         with self.going_on(left, observer):
+            self.submit_missing(jobs, observer)
             while left:
                 time.sleep(POLL)
                 try:
@@ -129,10 +130,13 @@ class SlurmLauncher:
                 ids[job] = entry.id if entry else self.submit(job, ids.get(job.needs or job))
                 how = "is in the queue" if entry else "submitted"
                 observer.wait(f"{job.title}: {how} as job {ids[job]}, log {log_of(job)}")
+                queue[name_of(job)] = Queued(ids[job], "PENDING", "")
 
     def submit(self, job: Job, after: str | None) -> str:
         """Submit a job that starts once job `after` has succeeded; return its number."""
         settings, log = self.settings, str(log_of(job).absolute())
+        if "%" in log:
+            raise UsageError(f"{log}: Slurm replaces % in a path", "an --out without it")
         given: dict[str, Any] = {
             "partition": settings.partition,
             "account": settings.account,

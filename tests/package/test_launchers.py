@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.program import main, refused
+from helpers.program import QUICK, main, refused, the_run
 
 import absld
 from absld.config.launcher_settings import LauncherSettings, launcher_settings
@@ -111,9 +110,10 @@ def test_flags_override_a_file_of_slurm_settings(folder):
     assert LauncherSettings(launcher="slurm", time="2:00:00").minutes() == 120
 
 
+@pytest.mark.usefixtures("few_digits_in_an_empty_folder")
 @pytest.mark.parametrize("missing", ["squeue", "submitit"])
-def test_a_machine_without_slurm_says_so(missing, folder, capfd, monkeypatch):
-    monkeypatch.setenv("PATH", os.fspath(folder))
+def test_a_machine_without_slurm_says_so(missing, capfd, monkeypatch):
+    monkeypatch.setenv("PATH", os.getcwd())
     if missing == "submitit":
         monkeypatch.setitem(sys.modules, "submitit", None)
     found = {"squeue": ("there is no squeue", "--launcher local"),
@@ -201,22 +201,42 @@ def test_folders_of_jobs_are_private(folder, monkeypatch):
         log_of(one)
 
 
+# --- Teachers alone ---
+
+
+@pytest.mark.usefixtures("few_digits_in_an_empty_folder")
+def test_a_teacher_trained_alone_is_the_teacher_of_the_run(capfd):
+    assert main("teacher", "train", *QUICK) == 0
+    teacher = str(the_run("teacher"))
+    assert capfd.readouterr().out.splitlines()[-1] == teacher and not list(Path().glob("*/*absld*"))
+    trained = Path(teacher, "best.pt").stat().st_mtime_ns
+    assert main("train", *QUICK) == 0
+    assert f"teacher: {teacher}" in capfd.readouterr().out
+    assert Path(teacher, "best.pt").stat().st_mtime_ns == trained
+    refused(capfd, 2, "trains no teacher: its method needs none", "absld train",
+            "teacher", "train", *QUICK, "--method", "sat")  # fmt: skip
+    refused(capfd, 2, f"trains no teacher: --teacher {teacher} is given", "absld train",
+            "teacher", "train", *QUICK, "--teacher", teacher)  # fmt: skip
+
+
 # --- Real trainings ---
 
 SMALL = [
-    *("compare", "--methods", "rslad,sat", "--seeds", "2", "--epochs", "3"),
-    *("--teacher-epochs", "2", "--allow-weak-teacher", "--attacks", "fgsm", "--no-checks"),
+    *("compare", "--methods", "rslad,sat", "--epochs", "4"),
+    *("--teacher-epochs", "4", "--allow-weak-teacher", "--attacks", "fgsm", "--no-checks"),
     *("--device", "cpu"),
 ]
 
 
 @pytest.fixture
 def absld_in(tmp_path, single_thread):
-    """Start the program in a folder, as a process."""
+    """Start the program in a folder, as a process, which ends with the test."""
     environment = single_thread | {"PYTHONPATH": str(Path(absld.__file__).parents[1])}
 
+    started = []
+
     def start(*flags):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "absld", *SMALL, *flags],
             cwd=tmp_path,
             env=environment,
@@ -224,8 +244,13 @@ def absld_in(tmp_path, single_thread):
             stderr=subprocess.STDOUT,
             text=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def output(process, code=0):
@@ -273,7 +298,7 @@ def test_two_local_jobs_stopped_and_resumed_give_the_results_of_one_process(
     text = output(absld_in(*local))
     assert results(tmp_path / "runs") == here
     states = json.loads(output(absld_in("--status", "--json")))["trainings"]
-    assert [s["state"] for s in states] == ["finished"] * 6
+    assert [s["state"] for s in states] == ["finished"] * 3
 
 
 needs_slurm = pytest.mark.skipif(
@@ -288,31 +313,27 @@ needs_slurm = pytest.mark.skipif(
 def test_jobs_of_slurm_preempted_and_killed_give_the_results_of_one_process(
     tmp_path, absld_in, here
 ):
-    """One job gets the signal before its time limit, one is killed; a second command joins."""
+    """A job gets the signal before its time limit, one is killed; a second command joins."""
     slurm = ["--launcher", "slurm", "--time", "30"]
     process = absld_in(*slurm)
-
-    def id_of(kind):
-        entry = state(kind)
-        return entry["job"] if entry["state"] == "running" and entry["epochs"][0] else None
-
-    def state(kind):
-        states = json.loads(output(absld_in(*slurm, "--status", "--json")))["trainings"]
-        return next(s for s in states if s["training"] == f"{kind}, seed 0")
-
-    until(lambda: id_of("teacher") or state("teacher")["state"] == "finished", process)
+    until((tmp_path / "runs/jobs/.lock").exists, process)
     second = absld_in(*slurm)
-    until(lambda: id_of("rslad"), process)
-    subprocess.run(["scancel", "--signal=USR2", id_of("rslad")], check=True)
-    until(lambda: id_of("sat"), process)
-    subprocess.run(["scancel", "--signal=KILL", id_of("sat")], check=True)
-    first = output(process, 1)
-    assert "1 of 6 jobs failed: sat, seed 0 (" in first and "is in the queue" in second_text(second)
+    for kind, sent in (("teacher", "USR2"), ("sat", "KILL")):
+        records = f"runs/digits-{kind}-seed0-*/metrics.jsonl"
+        until(lambda records=records: list(tmp_path.glob(records)), process)
+        number = queued()[f"digits-{kind}-seed0"]
+        subprocess.run(["scancel", f"--signal={sent}", number], check=True)
+    assert "sat, seed 0 (" in output(process, 1)
+    joined = output(second, 1)
+    assert "is in the queue as job" in joined and "submitted as job" not in joined
+    assert "Requeued job" in (next(tmp_path.glob("runs/jobs/*teacher-seed0*/log.txt")).read_text())
     output(absld_in(*slurm))
     assert results(tmp_path / "runs") == here
 
 
-def second_text(process):
-    text = process.communicate(timeout=600)[0]
-    assert not re.search(r"submitted as job", text), text
-    return text
+def queued():
+    """Numbers of the jobs in the queue, by the beginnings of their names."""
+    command = ["squeue", "--me", "--noheader", "--format=%j %i"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
+    pairs = (line.rsplit(" ", 1) for line in lines[:-1])
+    return {name.rsplit("-", 2)[0]: number for name, number in pairs}
