@@ -107,6 +107,7 @@ def begin_recording(
     data: ImageSet,
     index: Int[Tensor, " n"],
     before: Int[Tensor, "a n"] | None,
+    identity: Mapping[str, Any],
     observer: Observer,
     *,
     save_all: bool,
@@ -114,13 +115,14 @@ def begin_recording(
     """Return what is to take the images, or None, and the predictions to continue from.
 
     index: numbers of the images of the evaluation. before: predictions of an earlier command.
-    save_all: whether all adversarial images are to be stored; they can be missing for `before`: then
-    the attacks run again.
+    identity: what decides the evaluation. save_all: whether all adversarial images are to be stored;
+    they can be missing for `before`: then the attacks run again.
 
     Raises UsageError if the disk is too small for all.
     """
     stored, partial = folder / NAME, folder / PARTIAL
-    if stored.exists() and (not save_all or count_stored(stored) == len(index)):
+    if stored.exists() and (not save_all or count_stored(stored, identity) == len(index)):
+        partial.unlink(missing_ok=True)  # it would lack the images of what runs now
         return None, before
     recorder = functools.partial(Recorder, partial, total=len(index), image_shape=data.image_shape)
     found = partial.stat().st_size if before is not None and partial.exists() else -1
@@ -168,13 +170,29 @@ def candidates(labels: Int[Tensor, " n"], row_bytes: int) -> Int[Tensor, " m"]:
     return first[: max(MOST_CANDIDATES // row_bytes, 1)].sort().values
 
 
-def count_stored(path: Path) -> int:
+def count_stored(path: Path, identity: Mapping[str, Any]) -> int:
     """Return the number of images in a file. Raises CheckpointError for another file."""
     try:
         with open_regular(path) as file, opened_safetensors(file, path) as content:
+            check_origin(content.metadata() or {}, identity, ["clean", *identity["attacks"]])
             return int(content.get_slice("labels").get_shape()[0])
     except Exception as error:  # the library has its own
         raise CheckpointError(f"{path}: {error}", "remove it: it is made anew") from error
+
+
+def check_origin(
+    metadata: Mapping[str, str], known: Mapping[str, Any], attacks: Sequence[str]
+) -> None:
+    """Raise ValueError if a file is not of an evaluation.
+
+    metadata: of the file. known: what decides the evaluation. attacks: their names, clean first.
+    """
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
+    expected = {name: known[name] for name in FROM_EVALUATION} | {"attacks": attacks}
+    for name, value in expected.items():
+        if json.loads(metadata.get(name, "null")) != value:
+            raise ValueError(f"it is of another evaluation, by {name}")
 
 
 # --- After the attacks ---

@@ -45,7 +45,7 @@ def resume_attacks(
         return attack_and_save(model, data, config, attacks, path, identity, before, None, observer)
     index = stratified(data.labels, data.num_classes, config.examples, "examples", config.seed)
     recorder, before = begin_recording(
-        directory.path, data, index, before, observer, save_all=config.save_adversarial
+        directory.path, data, index, before, identity, observer, save_all=config.save_adversarial
     )
     with recorder or contextlib.nullcontext():
         evaluation = attack_and_save(

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from absld.data.dataset import pixels
 from absld.errors import CheckpointError
-from absld.evaluation.adversarial_images import FORMAT, FROM_EVALUATION, NAME, example_rows
+from absld.evaluation.adversarial_images import NAME, check_origin, example_rows
 from absld.report import summary
 from absld.storage.opening import open_regular
 from absld.storage.safetensors_files import opened_safetensors
@@ -89,16 +88,20 @@ def read_examples(path: Path, results: Mapping[str, Any]) -> list[Example]:
     names, worst_first = results["data"]["classes"], summary.worst_first(results)
     try:
         with open_regular(path) as file, opened_safetensors(file, path) as content:
-            check_origin(content.metadata() or {}, results)
+            known = results["settings"] | results["network"] | results["data"]
+            attacks = [attack["name"] for attack in results["attacks"]]
+            check_origin(content.metadata() or {}, known, attacks)
             labels, attack, predictions, index = (
                 content.get_tensor(name) for name in ("labels", "attack", "predictions", "index")
             )
             rows = example_rows(labels, attack, predictions, worst_first)[: summary.MANY]
             adversarial, clean = content.get_slice("images"), content.get_slice("clean")
+            if adversarial.get_shape() != clean.get_shape():
+                raise ValueError("its clean images have another shape than the others")
             return [
                 Example(
                     names[labels[row]],
-                    results["attacks"][attack[row]]["name"],
+                    attacks[attack[row]],
                     names[predictions[row]],
                     int(index[row]),
                     as_image(clean[row]),
@@ -110,18 +113,6 @@ def read_examples(path: Path, results: Mapping[str, Any]) -> list[Example]:
         raise CheckpointError(str(error), REMOVE) from error
     except Exception as error:  # whatever the library raises for a damaged file
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}", REMOVE) from error
-
-
-def check_origin(metadata: Mapping[str, str], results: Mapping[str, Any]) -> None:
-    """Raise ValueError if the file is not of these results."""
-    known = results["settings"] | results["network"] | results["data"]
-    expected = {name: known[name] for name in FROM_EVALUATION}
-    expected["attacks"] = [attack["name"] for attack in results["attacks"]]
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"its format is not {FORMAT}")
-    for name, value in expected.items():
-        if json.loads(metadata.get(name, "null")) != value:
-            raise ValueError(f"it is of another evaluation, by {name}")
 
 
 def as_image(tensor: Tensor) -> ImageTensor:

@@ -190,6 +190,14 @@ def test_the_flag_after_an_evaluation_runs_the_attacks_again(folder, tmp_path):
     assert len(stored_by(run)["labels"]) == 80
 
 
+def test_images_that_an_evaluation_went_on_without_are_not_taken_up(folder, tmp_path, saved):
+    with pytest.raises(Stopped):  # the attacks run again for the flag
+        evaluated(tmp_path, Watching(5), save_adversarial=True)
+    evaluated(tmp_path)
+    _, run = evaluated(tmp_path, save_adversarial=True)
+    assert torch.equal(stored_by(run)["images"], stored_by(saved[1])["images"])
+
+
 def test_an_interrupted_evaluation_without_images_says_that_it_begins_again(tmp_path):
     with pytest.raises(Stopped):
         evaluated(tmp_path, Watching(5))
@@ -300,11 +308,15 @@ def flat(stored, texts):
     stored["images"] = stored["images"].flatten(1)
 
 
+def other_shape(stored, texts):
+    stored["clean"] = stored["clean"][:, :, :3].clone()
+
+
 def no_labels(stored, texts):
     del stored["labels"]
 
 
-@pytest.mark.parametrize("change", [other_seed, row_of_no_attack, flat, no_labels])
+@pytest.mark.parametrize("change", [other_seed, row_of_no_attack, flat, other_shape, no_labels])
 def test_images_of_something_else_are_refused(folder, change):
     path = folder / "adversarial.safetensors"
     with safe_open(path, "pt") as file:
@@ -315,6 +327,15 @@ def test_images_of_something_else_are_refused(folder, change):
     with pytest.raises(CheckpointError, match=r"adversarial\.safetensors") as fault:
         write_report(str(folder))
     assert "remove it" in fault.value.hint
+
+
+def test_all_images_of_another_evaluation_are_not_taken_for_those_of_this_one(tmp_path):
+    _, one = evaluated(tmp_path / "one", save_adversarial=True)
+    _, other = evaluated(tmp_path / "other", seed=1)
+    name = "adversarial.safetensors"
+    shutil.copy(one.path.with_name(name), other.path.with_name(name))
+    with pytest.raises(CheckpointError, match="another evaluation, by seed"):
+        evaluated(tmp_path / "other", seed=1, save_adversarial=True)
 
 
 def test_a_damaged_file_is_refused(folder, tmp_path):
