@@ -180,7 +180,8 @@ class SlurmLauncher:
         if job.needs in failed:
             return f"not started, {job.needs.title} failed"
         status = job.run.status() if job.run.exists() else ""
-        return status.removeprefix("failed: ") if status.startswith("failed") else "ended early"
+        words = {"": "ended before it began", "running": "killed", "finished": "not evaluated"}
+        return words.get(status, status.removeprefix("failed: "))
 
     @contextlib.contextmanager
     def going_on(self, left: list[Job], observer: Observer) -> Iterator[None]:
