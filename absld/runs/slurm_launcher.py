@@ -133,6 +133,7 @@ class SlurmLauncher:
     def submit(self, job: Job, after: str | None) -> str:
         """Submit a job that starts once job `after` has succeeded; return its number."""
         settings, log = self.settings, str(log_of(job).absolute())
+        output = log.replace("%", "%%")  # for Slurm puts numbers in the place of %j and the like
         given: dict[str, Any] = {
             "partition": settings.partition,
             "account": settings.account,
@@ -156,9 +157,9 @@ class SlurmLauncher:
             "signal_delay_s": settings.notice,
             "stderr_to_stdout": True,
             "wckey": None,
-            "srun_args": ["--output", log, "--open-mode", "append"],
+            "srun_args": ["--output", output, "--open-mode", "append"],
             "additional_parameters": {
-                "output": log,
+                "output": output,
                 "requeue": True,
                 "kill-on-invalid-dep": "yes",
             },
@@ -201,8 +202,12 @@ def name_of(job: Job) -> str:
 def read_queue() -> dict[str, Queued]:
     """Return the user's jobs in Slurm's queue, by name. Raises UsageError if it cannot be asked."""
     command = ["squeue", "--me", "--noheader", "--format=%i|%T|%r|%j"]
+    # SQUEUE_STATES and the like would hide jobs, which then count as ended.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=120, env=environment
+        )
     except FileNotFoundError as error:
         raise UsageError(
             "--launcher slurm: there is no squeue on this machine",
