@@ -1,6 +1,6 @@
 """`absld compare`: methods under the same conditions."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -71,12 +71,13 @@ def compare(
     if bool(runs) == bool(methods):
         raise UsageError("compare takes either --methods or finished runs", "see --help")
     flags = explicit(settings)
-    evaluation = take_evaluation(flags, of_methods=bool(methods))
+    of_evaluation = take_evaluation(flags, of_methods=bool(methods))
     if runs:
         own = {"seeds": seeds, "recipe": recipe, "status": status}
         refuse_settings_of_trainings({*flags, *(name for name in own if own[name])})
     launcher = launcher_settings(take_settings(flags, LauncherSettings))
     given = take_methods(methods, seeds, recipe, flags)
+    evaluation = with_those_of_both(of_evaluation, given[2])
     if status:
         print_status(given, evaluation, launcher, as_json=as_json)
         return
@@ -85,7 +86,7 @@ def compare(
     from absld.runs import comparison
 
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
-        with observing(output, launcher, given[2], runs or ()) as observer:
+        with observing(output, given[2], runs or ()) as observer:
             if runs:
                 folder = flags.get("out", "")
                 result = comparison.compare_runs(runs, evaluation, baseline, folder, observer)
@@ -131,10 +132,16 @@ def refuse_settings_of_trainings(given: Collection[str]) -> None:
         )
 
 
-def take_evaluation(flags: dict[str, Any], *, of_methods: bool) -> EvaluationConfig:
-    """Return the settings of the evaluations, and remove from `flags` those of them alone."""
+def take_evaluation(flags: dict[str, Any], *, of_methods: bool) -> dict[str, Any]:
+    """Remove from `flags` the settings of the evaluations alone, and return them."""
     if of_methods and "model" in flags:
         raise UsageError("--model is for finished runs", "--student sets the network to train")
-    chosen = {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
-    chosen |= {name: flags[name] for name in OF_BOTH if name in flags}
-    return EvaluationConfig(**parse_all(chosen, EvaluationConfig))
+    return {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
+
+
+def with_those_of_both(
+    of_evaluation: Mapping[str, Any], of_trainings: Mapping[str, Any]
+) -> EvaluationConfig:
+    """Return the settings of the evaluations, also those that they share with the trainings."""
+    both = {name: of_trainings[name] for name in OF_BOTH if name in of_trainings}
+    return EvaluationConfig(**parse_all({**of_evaluation, **both}, EvaluationConfig))

@@ -8,7 +8,6 @@ from typing import Any
 
 from absld.cli.output import Output
 from absld.cli.view import View, epochs_done, progress_row, time_left
-from absld.config.launcher_settings import LauncherSettings
 from absld.config.settings import Config
 from absld.progress import AttackProgress, Check, Observer, StepReport, TrainingStart
 from absld.report.comparison_tables import terminal_lines
@@ -20,17 +19,18 @@ from absld.tracking.start import tracked
 @contextmanager
 def observing(
     output: Output,
-    launcher: LauncherSettings,
     settings: Mapping[str, Any],
     runs: Sequence[str] = (),
 ) -> Iterator[Observer]:
-    """Yield a view of trainings, with trackers unless they are jobs, which track themselves.
+    """Yield a view of trainings, with their trackers.
 
     settings: of the trainings. runs: finished runs instead of trainings.
     """
     place = Path(runs[0]).parent if runs else settings.get("out", Config.out)
-    names = settings.get("track", "") if launcher.launcher == "here" else ""
-    with ComparisonView(output) as view, tracked(names, place, view) as observer:
+    with (
+        ComparisonView(output) as view,
+        tracked(settings.get("track", ""), place, view) as observer,
+    ):
         yield observer
 
 

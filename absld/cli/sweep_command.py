@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from absld.cli.compare_command import OF_BOTH, STATUS_SCHEMA
+from absld.cli.compare_command import STATUS_SCHEMA, with_those_of_both
 from absld.cli.options import (
     AsJson,
     Command,
@@ -19,7 +19,6 @@ from absld.cli.output import SAME_COMMAND, command_output
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe
 from absld.config.launcher_settings import LauncherSettings, launcher_settings
-from absld.config.parsing import parse_all
 from absld.config.settings import Config
 
 EVALUATION_OF_SWEEP = ("attacks", "examples", "checks", "split")
@@ -78,8 +77,8 @@ def sweep(
     flags = explicit(settings)
     launcher = launcher_settings(take_settings(flags, LauncherSettings))
     chosen = {name: flags.pop(name) for name in EVALUATION_OF_SWEEP if name in flags}
-    chosen = {"split": "validation"} | chosen | {n: flags[n] for n in OF_BOTH if n in flags}
-    evaluation = EvaluationConfig(**parse_all(chosen, EvaluationConfig))
+    base = (read_recipe(recipe, flags) if recipe else {}) | flags
+    evaluation = with_those_of_both({"split": "validation"} | chosen, base)
 
     from absld.cli.comparison_view import observing
     from absld.cli.status_view import status_lines
@@ -88,9 +87,8 @@ def sweep(
     from absld.runs.grid import parse_over
 
     grid = parse_over(over or [])
-    base = (read_recipe(recipe, flags) if recipe else {}) | flags
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
-        with observing(output, launcher, {} if status else base) as observer:
+        with observing(output, {} if status else base) as observer:
             given = grid, seed_list(seeds), base, evaluation, observer, launcher
             if status:
                 states = sweeps.sweep_states(*given)

@@ -119,6 +119,7 @@ def train_teacher(*, recipe: RecipeFile = None, **settings: Any) -> None:
     from absld.cli.training_view import TrainingView
     from absld.engine.distributed import init_distributed
     from absld.runs.training_run import train_teacher_alone
+    from absld.tracking.start import tracked
 
     with (
         init_distributed(config.device) as distributed,
@@ -129,8 +130,9 @@ def train_teacher(*, recipe: RecipeFile = None, **settings: Any) -> None:
             is_main=distributed.is_main,
         ) as output,
         TrainingView(output) as view,
+        tracked(config.track, config.out, view, is_main=distributed.is_main) as observer,
     ):
-        view.line(train_teacher_alone(config, view, distributed))
+        view.line(train_teacher_alone(config, observer, distributed))
 
 
 CACHE_SETTINGS = (

@@ -56,6 +56,12 @@ class LauncherSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("partition", "account", "qos", "constraint"):
+            # A line break would end the line of the batch script, and the rest would be run.
+            if not getattr(self, name).isprintable():
+                raise UsageError(
+                    f"{name} has a control character: {getattr(self, name)!r}", "names are one line"
+                )
         if not re.fullmatch(r"(\w[\w.-]*:)?1|0", self.gpus):
             raise UsageError(
                 f"gpus takes 0, 1 or TYPE:1, not {self.gpus!r}",

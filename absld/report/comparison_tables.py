@@ -105,9 +105,9 @@ def terminal_lines(results: Mapping[str, Any]) -> list[str]:
     return [printable(line) for line in lines]
 
 
-def wrapped(text: str, width: int = 100) -> list[str]:
-    """Return a text as lines of at most `width` letters."""
-    return textwrap.wrap(printable(text), width)
+def wrapped(text: str) -> list[str]:
+    """Return a text as lines for a terminal of 80 columns."""
+    return textwrap.wrap(printable(text), 80)
 
 
 def aligned(table: list[list[str]], left: Sequence[int] = (0,)) -> list[str]:

@@ -21,7 +21,6 @@ from absld.report.comparison_tables import (
 from absld.report.summary import ABSENT, number, verdict
 from absld.text import printable
 
-WIDTH = 80
 AXES = {"robust_average": "robust average", "robust_worst": "robust worst"}
 MORE = {"clean_average": "clean average", "robust_normalized_std": "robust NSD"}
 MEANING = (
@@ -91,12 +90,12 @@ def terminal_lines(results: Mapping[str, Any]) -> list[str]:
     heads, rows = point_table(results, {}, "±")
     words = [head.replace("_", " ").rsplit(" ", 1) for head in heads]
     words = [[*[""] * (2 - len(column)), *column] for column in words]
-    lines = [*wrapped(title(results), WIDTH), *wrapped(explanation(results), WIDTH), ""]
+    lines = [*wrapped(title(results)), *wrapped(explanation(results)), ""]
     lines += aligned([*map(list, zip(*words, strict=True)), *rows])
-    lines += ["", *(line for note in results["notes"] for line in wrapped(f"note: {note}", WIDTH))]
+    lines += ["", *(line for note in results["notes"] for line in wrapped(f"note: {note}"))]
     for method in results["methods"]:
         if method["warnings"]:
-            lines += wrapped(f"WARN {method['name']}: {'; '.join(method['warnings'])}", WIDTH)
+            lines += wrapped(f"WARN {method['name']}: {'; '.join(method['warnings'])}")
     return [printable(line) for line in lines]
 
 

@@ -28,7 +28,7 @@ from absld.errors import AbsldError, BusyError, CheckpointError, Interrupted, Us
 from absld.evaluation.attacks import parse_attacks
 from absld.evaluation.runner import run_network_evaluation
 from absld.evaluation.targets import complete_config, load_target
-from absld.progress import Observer
+from absld.progress import SILENT, Observer
 from absld.report.summary import budget
 from absld.runs import planning, training_run
 from absld.runs.comparison_results import Comparison, Member, summarise
@@ -196,7 +196,9 @@ def train_and_evaluate(
                 raise type(error)(cause, error.hint) from error
         own = evaluation_of(config, evaluation)
         images = getattr(splits, evaluation.split)
-        members.append(evaluate_run(label, run.path, config, own, images, observer))
+        # A job has shown and tracked its evaluation itself.
+        shown = SILENT if run.path in launched else observer
+        members.append(evaluate_run(label, run.path, config, own, images, shown))
         reused = finished and run.path not in launched
         observer.end_run(members[-1].figures(), members[-1].seconds, reused)
     return members, splits.describe()

@@ -206,8 +206,12 @@ def name_of(job: Job) -> str:
 def read_queue() -> dict[str, Queued]:
     """Return the user's jobs in Slurm's queue, by name. Raises UsageError if it cannot be asked."""
     command = ["squeue", "--me", "--noheader", "--format=%i|%T|%r|%j"]
+    # SQUEUE_STATES and the like would hide jobs, which then count as ended.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=120, env=environment
+        )
     except FileNotFoundError as error:
         raise UsageError(
             "--launcher slurm: there is no squeue on this machine",

@@ -8,6 +8,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from absld.errors import UsageError
 from absld.storage.opening import make_folder
 from absld.tracking.tracker import TrackedRun
 from absld.tracking.values import Values
@@ -33,6 +34,10 @@ class MLflow:
             self.reach(MlflowClient(tracking_uri=address))
             return address
         folder = (out / "mlflow").resolve()
+        if {"%", "?"} & {*str(folder)}:  # in the address of a database they mean something else
+            raise UsageError(
+                f"--track mlflow: % or ? in {folder}", "another --out, or MLFLOW_TRACKING_URI"
+            )
         make_folder(folder)
         address = f"sqlite:///{folder}/mlflow.db"
         with FileLock(folder / ".lock"):  # another process may make the same database

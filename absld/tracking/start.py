@@ -60,5 +60,5 @@ def start_tracker(name: str, out: Path, observer: Observer) -> Tracker:
         raise UsageError(
             f"--track {name}: {told(error)}", "docs/tracking.md says how its address is set"
         ) from error
-    observer.note(f"tracked by {name}: {place}")
+    observer.warn(f"tracked by {name}: {place}")
     return Tracker(name, store, observer.warn)

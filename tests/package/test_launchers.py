@@ -88,12 +88,14 @@ def test_a_training_of_a_launcher_has_the_settings_of_one_here(given, monkeypatc
         (["--launcher", "slurm", "--memory", "16 GB"], "a size such as 16G", "500M"),
         (["--launcher", "slurm", "--slurm", "gone.toml"], "gone.toml: No such file", "TOML"),
         (["--launcher", "slurm", "--slurm", "bad.toml"], "no Slurm setting 'partion'", "'partit"),
+        (["--launcher", "slurm", "--slurm", "odd.toml"], "control character", "one line"),
         (["--launcher", "slurm", "--slurm", "new.toml"], "no Slurm setting 'nodes'", "there are: "),
     ],
 )
 def test_settings_that_a_launcher_does_not_have_are_refused(flags, cause, hint, folder, capfd):
     Path("bad.toml").write_text('partion = "gpu"\n')
     Path("new.toml").write_text("nodes = 3\n")
+    Path("odd.toml").write_text(r'account = "a\ntouch seen"')  # would be a line of the batch script
     refused(capfd, 2, cause, hint, "compare", *TWO, *flags)
 
 
