@@ -191,9 +191,9 @@ def trajectory_lines(
         if end is not None and (few or k in highlighted):
             ends.append((end, k, look["color"]))
     low, high = trajectory.limits
-    margin = (high - low or 1.0) / 20
+    margin = max((high - low) / 20, 0.02 * high) or 0.05  # ticks of values that hardly differ fit
     axes.set_ylim(low - margin, high + margin)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
     axes.grid(axis="y")
     if trajectory.best is not None:
