@@ -95,7 +95,7 @@ class View(Observer):
 
     def begin_training(self, start: TrainingStart) -> None:
         self.stop.training = True
-        self.stop.epoch = 1
+        self.stop.role, self.stop.epoch = start.role, 1
 
     def step(self, report: StepReport) -> None:
         self.stop.epoch = report.epoch

@@ -294,6 +294,16 @@ def test_without_a_network_the_folder_of_the_images_is_named(capfd, monkeypatch)
     assert time.monotonic() - start < 5
 
 
+def test_a_run_on_few_images_says_what_they_are_too_few_for(tmp_path, capfd):
+    root = make_folder(tmp_path / "images")
+    flags = ["--dataset", "folder", "--data", root, "--batch-size", 16, "--method", "sat"]
+    flags += ["--student", "convnet"]
+    assert train(*flags) == 0
+    text = capfd.readouterr().out
+    assert "1 step of 16 an epoch" in text and "for more steps: --batch-size 4\n" in text
+    assert "1 validation image in class cat (fewest): the best epoch is mostly chance\n" in text
+
+
 @pytest.mark.parametrize("fault", ["empty class", "unreadable", "one class", "differ"])
 def test_a_faulty_folder_is_a_data_error(fault, tmp_path, capfd):
     classes = ["cat"] if fault == "one class" else ["cat", "dog"]
@@ -937,6 +947,7 @@ def test_an_interrupted_teacher_continues(capfd, start):
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process) == 143
     assert (the_run("teacher") / "STATUS").read_text() == "interrupted\n"
+    assert " of the teacher. Continue with: " in text_of("err")
     assert main(*flags, "--resume") == 0
     resumed = digests(capfd.readouterr().out)
     assert main(*flags, "--out", "whole") == 0
