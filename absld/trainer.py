@@ -42,13 +42,6 @@ def describe_temperatures(method: nn.Module) -> str:
     return "".join(f", {name} temperatures {low:.3g} to {high:.3g}" for name, low, high in ends)
 
 
-def describe_network(model: nn.Module, name: str | None) -> str:
-    """Return the name of a network, or else its class, and its size."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    size = f"{count / 1e6:.1f} million" if count >= 1e5 else f"{count:,}"
-    return f"{name or type(model).__name__} ({size} parameters)"
-
-
 def learning_rate(config: TrainConfig, epoch: int) -> float:
     """Compute the learning rate in an epoch: a tenth after each milestone. Source: D7."""
     return config.learning_rate * 0.1 ** sum(epoch > m for m in config.milestone_epochs())  # D7
@@ -106,10 +99,7 @@ def fit(
         identity = training_identity(student, teacher, train, validation, stepper.config, role)
         checkpoint = TrainingCheckpoint(run, about or {}, identity)
         training.resume(checkpoint)
-    network = describe_network(student, (about or {}).get("architecture"))
-    observer.begin_training(
-        TrainingStart(role, stepper.config, train.classes, run, training.progress.epoch, network)
-    )
+    observer.begin_training(training.start(run, about or {}))
     while training.progress.epoch <= config.epochs:
         try:
             report = training.epoch()
@@ -179,6 +169,15 @@ class Training:
         self.progress = Position()
         self.metrics = StepMetrics(self.techniques.check_every, stepper.distributed)
         self.best: dict[str, Tensor] = {}
+
+    def start(self, run: RunDirectory | None, about: Mapping[str, Any]) -> TrainingStart:
+        """Return what is trained, and from which epoch on."""
+        student, classes = self.stepper.student, self.validation.classes
+        count = sum(parameter.numel() for parameter in student.parameters())
+        size = f"{count / 1e6:.1f} million" if count >= 1e5 else f"{count:,}"
+        network = f"{about.get('architecture') or type(student).__name__} ({size} parameters)"
+        epoch = self.progress.epoch
+        return TrainingStart(self.stepper.role, self.config, classes, run, epoch, network)
 
     def epoch(self) -> EpochReport:
         """Train the next epoch, or the rest of it, and validate."""
