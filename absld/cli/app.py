@@ -36,7 +36,7 @@ from absld.config.recipes import METHOD_RECIPES, RECIPES
 from absld.config.resolve import resolve, resolve_evaluation
 from absld.config.settings import Config
 from absld.errors import AbsldError, UnreliableError, UsageError
-from absld.text import clip
+from absld.text import clip, page_of
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -199,7 +199,7 @@ def evaluate(
     if strict and result.warnings:
         raise UnreliableError(
             f"{len(result.warnings)} checks warn: {'; '.join(result.warnings)}",
-            "docs/gradient-masking.md explains each check",
+            f"{page_of('gradient-masking')} explains each check",
         )
 
 
