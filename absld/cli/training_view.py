@@ -70,7 +70,7 @@ def epoch_line(report: EpochReport) -> str:
     high = max((t.max().item() for t in temperatures), default=1.0)
     return (
         f"{report.epoch:5} {report.learning_rate:6.4f} {report.loss:7.4f} {clean.average:6.1%} "
-        f"{robust.average:6.1%} {robust.worst:6.1%} {robust.normalized_std:6.3f}  "
+        f"{robust.average:6.1%} {robust.worst:6.1%} {robust.normalized_std:6.1%}  "
         f"{low:4.2f} - {high:4.2f} {report.seconds:7.1f} {report.images_per_second:8.0f}"
     )
 

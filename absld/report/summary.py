@@ -21,7 +21,6 @@ METRICS = {
     "gap": "gap",
     "normalized_std": "NSD",
 }
-RATIOS = ("normalized_std", "rho")  # all other figures are shown in per cent
 LOWER_IS_BETTER = ("gap", "normalized_std")
 TRAJECTORIES = {
     "temperature_adv": "Temperature, adversarial images",
@@ -45,10 +44,10 @@ ABSENT = "\N{EN DASH}"  # for a missing figure
 
 
 def number(value: float | None, name: str = "", sign: str = "") -> str:
-    """Return a figure as text: in per cent; ratios and seconds as they are. sign: maybe "+"."""
+    """Return a figure as text: in per cent; rho and seconds as they are. sign: maybe "+"."""
     if value is None:
         return ABSENT
-    if name in RATIOS:
+    if name == "rho":
         text = f"{value:{sign}z.3f}"
     else:
         text = f"{value if name == 'seconds' else 100 * value:{sign}z.1f}"
@@ -57,7 +56,7 @@ def number(value: float | None, name: str = "", sign: str = "") -> str:
 
 def with_unit(value: float | None, name: str = "") -> str:
     """Return a figure as text with its unit."""
-    return number(value, name) + ("" if value is None or name in RATIOS else "\N{NBSP}%")
+    return number(value, name) + ("" if value is None or name == "rho" else "\N{NBSP}%")
 
 
 def bracket(ends: Sequence[float | None], name: str = "", sign: str = "") -> str:
