@@ -399,7 +399,7 @@ def test_a_run_prints_header_epochs_classes_and_digests(capfd):
     assert re.search(r"\nstudent by absld: .* parameters\), 1 epochs, seed 3\nepoch ", text)
     head = "epoch     lr    loss  clean robust  worst    NSD temperatures seconds images/s\n"
     assert text.count(head) == 2
-    assert [row[6][-1] for row in rows if len(row) == 11 and row[0] == "1"] == ["%", "%"]
+    assert [row[6][-1] for row in rows if len(row) == 12 and row[0] == "1"] == ["%", "%"]
     assert [row[0] for row in rows if len(row) == 3 and row[0].isdigit()] == list("0123456789")
     assert {"average", "worst", "NSD"} <= {row[0] for row in rows}
     assert [str(the_run())] in rows and rows[-2][:2] == ["teacher", "sha256:"]

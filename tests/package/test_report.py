@@ -15,6 +15,7 @@ import pytest
 import torch
 from markupsafe import Markup
 
+from absld.cli.evaluation_view import metric
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation import results as documents
 from absld.evaluation.attacks import parse_attacks
@@ -332,6 +333,19 @@ def test_all_numbers_of_the_results_are_there(undrawn):
         assert str(value) in page.text
     for attack in results["attacks"][1:]:
         assert f"objective {attack['objective']}, steps {attack['steps']}" in page.text
+
+
+def test_a_worst_class_that_is_all_wrong_has_its_own_interval_and_other_metrics_have_none():
+    point = {"value": 0.0, "low": 0.0, "high": 0.0}
+    classes = [{"value": 0.5, "low": 0.3, "high": 0.7}, {"value": 0.0, "low": 0.0, "high": 0.16}]
+    part = {"classes": classes, "metrics": dict.fromkeys(summary.METRICS, point)}
+    for name in ("worst", "worst_tenth"):
+        assert summary.shown_interval(part, name) == classes[1]
+        assert metric(part, name) == "  0.0 [  0.0,  16.0]"
+    assert metric(part, "gap") == "  0.0 [    -,     -]"
+    assert summary.estimate(summary.shown_interval(part, "gap")) == ("0.0", "")
+    part["metrics"]["gap"] = {"value": 0.5, "low": 0.3, "high": 0.6}
+    assert metric(part, "gap") == " 50.0 [ 30.0,  60.0]"
 
 
 def test_headlines(undrawn):
