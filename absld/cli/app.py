@@ -136,7 +136,9 @@ def train(
             result = absld.runs.training_run.train(
                 config, observer, resume=resume, distributed=distributed
             )
-        output.present(result.to_dict() | {"config": asdict(config)}, training_lines(result))
+        output.present(
+            result.to_dict() | {"config": asdict(config)}, training_lines(result, config.student)
+        )
 
 
 @app.command(cls=Command)

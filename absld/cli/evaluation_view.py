@@ -1,5 +1,6 @@
 """The view of an evaluation: progress with the time left, checks, and the tables."""
 
+import shlex
 import textwrap
 import time
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class EvaluationView(View):
 
 
 def evaluation_lines(run: EvaluationRun | CorruptionRun) -> list[str]:
-    """Return the tables of an evaluation, the number of warnings, and the file of the results."""
+    """Return the tables, the number of warnings, the file of the results, and the next command."""
     if isinstance(run, CorruptionRun):
         return [*corruption_lines(run.results), str(run.path)]
     lines = table_lines(run.results)
@@ -54,7 +55,8 @@ def evaluation_lines(run: EvaluationRun | CorruptionRun) -> list[str]:
         verb = "warns" if len(run.warnings) == 1 else "warn"
         count = f"{len(run.warnings)} of {checks} checks {verb}"
         lines.append(f"{count}: robust accuracy may be overestimated")
-    return [*lines, str(run.path)]
+    page = f"page: {shlex.join(['absld', 'report', str(run.path)])}"
+    return [*lines, str(run.path), page]
 
 
 def table_lines(results: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """The view of a run: an epoch a line, and on a terminal the step and the temperatures."""
 
 import math
+import shlex
 import time
 
 from rich.table import Table
@@ -8,6 +9,7 @@ from rich.text import Text
 from torch import Tensor
 
 from absld.cli.view import View, epochs_done, progress_row, time_left
+from absld.config.imports import names_code
 from absld.config.settings import TrainConfig
 from absld.metrics import fairness, worst_tenth
 from absld.progress import EpochReport, StepReport, TrainingStart
@@ -75,9 +77,15 @@ def epoch_line(report: EpochReport) -> str:
     )
 
 
-def training_lines(result: TrainingResult) -> list[str]:
-    """Return the result of a run: accuracies by class and in summary, and the digests."""
+def training_lines(result: TrainingResult, student: str) -> list[str]:
+    """Return the result of a run: accuracies by class and in summary, digests, the next command.
+
+    student: as the setting names it.
+    """
     clean, robust = result.accuracies
+    # A run names the code of its network, but is never trusted with it.
+    model = ["--model", student] if names_code(student) else []
+    command = ["absld", "evaluate", str(result.run), *model]
     rows = list(zip(result.classes, clean.tolist(), robust.tolist(), strict=True))
     rows.append(("worst 10 % of classes", worst_tenth(clean), worst_tenth(robust)))
     names = ("average", "worst class", "NSD")
@@ -89,6 +97,7 @@ def training_lines(result: TrainingResult) -> list[str]:
         *([result.warning] if result.warning else []),
         *([f"teacher sha256: {result.teacher_sha256}"] if result.teacher_sha256 else []),
         f"student sha256: {result.student_sha256}",
+        f"evaluate it: {shlex.join(command)}",
     ]
 
 

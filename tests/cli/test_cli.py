@@ -378,8 +378,10 @@ def test_networks_by_name_file_run_and_factory(teacher, capfd):
 def test_the_run_of_a_factory_teaches_with_that_factory(capfd):
     module = module_of(NETWORKS)
     assert train("--method", "trades", "--student", f"{module}:plain") == 0
-    first = digests(capfd.readouterr().out)["student"]
+    text = capfd.readouterr().out
+    first = digests(text)["student"]
     (run,) = Path("runs").glob("digits-*")
+    assert text.endswith(f"\nevaluate it: absld evaluate {run} --model {module}:plain\n")
     assert train("--teacher", run, "--teacher-model", f"{module}:plain") == 0
     assert digests(capfd.readouterr().out)["teacher"] == first
     flags = ["train", *QUICK, "--seed", 2, "--student", run]
@@ -402,7 +404,8 @@ def test_a_run_prints_header_epochs_classes_and_digests(capfd):
     assert [row[6][-1] for row in rows if len(row) == 12 and row[0] == "1"] == ["%", "%"]
     assert [row[0] for row in rows if len(row) == 3 and row[0].isdigit()] == list("0123456789")
     assert {"average", "worst", "NSD"} <= {row[0] for row in rows}
-    assert [str(the_run())] in rows and rows[-2][:2] == ["teacher", "sha256:"]
+    assert [str(the_run())] in rows and rows[-3][:2] == ["teacher", "sha256:"]
+    assert text.endswith(f"\nevaluate it: absld evaluate {the_run()}\n")
     assert digests(text)["student"] == digest(load(the_run() / "best.pt")["model"])
     assert digests(text)["teacher"] == digest(load(the_run("teacher") / "best.pt")["model"])
 
