@@ -35,7 +35,7 @@ from absld.config.files import read_recipe
 from absld.config.recipes import METHOD_RECIPES, RECIPES
 from absld.config.resolve import resolve, resolve_evaluation
 from absld.config.settings import Config
-from absld.errors import AbsldError, UnreliableError, UsageError
+from absld.errors import AbsldError, UnreliableError, UsageError, in_words
 from absld.text import clip, page_of
 
 app = typer.Typer(
@@ -312,7 +312,7 @@ def explain(error: BaseException) -> tuple[int, str, str]:
     """Return the exit code, the cause and a hint."""
     if isinstance(error, typer.TyperException):
         return error.exit_code, " ".join(error.format_message().split()), "--help lists the flags"
-    cause = " ".join(str(error).split()) or type(error).__name__
+    cause = in_words(error) or type(error).__name__
     if isinstance(error, AbsldError):
         return error.exit_code, cause, error.hint
     if "out of memory" in cause.lower() or "can't allocate memory" in cause.lower():

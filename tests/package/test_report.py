@@ -650,6 +650,10 @@ def test_sources_that_are_not_evaluations(run, tmp_path):
     for source in (tmp_path / "missing", run / "metrics.jsonl"):
         with pytest.raises(CheckpointError):
             write_report(str(source))
+    (run / "best.pt").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match="a file of weights, not an evaluation") as error:
+        write_report(str(run / "best.pt"))
+    assert f"absld evaluate {run / 'best.pt'}; or " in error.value.hint
 
 
 @pytest.mark.parametrize("name", ["report.txt", "report", "report.html.zip"])
