@@ -3,6 +3,13 @@
 The message is one line with the cause; `hint` is one line with what to do.
 """
 
+import re
+
+
+def in_words(error: BaseException | str) -> str:
+    """Return a message on one line, without the number of a system's error, such as [Errno 2]."""
+    return re.sub(r"\[(Errno|WinError) -?\d+\] ", "", " ".join(str(error).split()))
+
 
 class AbsldError(Exception):
     """An expected fault. The command line prints both lines and ends with `exit_code`."""
@@ -10,7 +17,7 @@ class AbsldError(Exception):
     exit_code = 1
 
     def __init__(self, cause: str, hint: str = "") -> None:
-        super().__init__(" ".join(cause.split()))
+        super().__init__(in_words(cause))
         self.hint = hint
 
 

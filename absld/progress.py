@@ -112,12 +112,20 @@ class Check:
 
 @dataclass(frozen=True)
 class TrainingStart:
-    """A training that begins or goes on; `run`, if it has a directory, holds the epochs so far."""
+    """A training that begins or goes on.
+
+    Attributes:
+        run: if it has a directory, it holds the epochs so far.
+        epoch: the first one to train, from 1; after the last if all were trained before.
+        network: its architecture and number of parameters, in words.
+    """
 
     role: Role
     config: TrainConfig
     classes: tuple[str, ...]
     run: RunDirectory | None = None
+    epoch: int = 1
+    network: str = ""
 
 
 class Observer:

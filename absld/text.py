@@ -3,6 +3,13 @@
 import unicodedata
 from collections.abc import Sequence
 
+SITE = "https://absld.github.io/absld"
+
+
+def page_of(topic: str) -> str:
+    """Return the address of a page of the documentation, which no package contains."""
+    return f"{SITE}/{topic}/"
+
 
 def printable(text: str) -> str:
     r"""Return a text in which all that is not shown as itself is escaped, such as \x1b or \u202e.

@@ -99,7 +99,7 @@ def fit(
         identity = training_identity(student, teacher, train, validation, stepper.config, role)
         checkpoint = TrainingCheckpoint(run, about or {}, identity)
         training.resume(checkpoint)
-    observer.begin_training(TrainingStart(role, stepper.config, train.classes, run))
+    observer.begin_training(training.start(run, about or {}))
     while training.progress.epoch <= config.epochs:
         try:
             report = training.epoch()
@@ -169,6 +169,15 @@ class Training:
         self.progress = Position()
         self.metrics = StepMetrics(self.techniques.check_every, stepper.distributed)
         self.best: dict[str, Tensor] = {}
+
+    def start(self, run: RunDirectory | None, about: Mapping[str, Any]) -> TrainingStart:
+        """Return what is trained, and from which epoch on."""
+        student, classes = self.stepper.student, self.validation.classes
+        count = sum(parameter.numel() for parameter in student.parameters())
+        size = f"{count / 1e6:.1f} million" if count >= 1e5 else f"{count:,}"
+        network = f"{about.get('architecture') or type(student).__name__} ({size} parameters)"
+        epoch = self.progress.epoch
+        return TrainingStart(self.stepper.role, self.config, classes, run, epoch, network)
 
     def epoch(self) -> EpochReport:
         """Train the next epoch, or the rest of it, and validate."""

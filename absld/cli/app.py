@@ -35,8 +35,8 @@ from absld.config.files import read_recipe
 from absld.config.recipes import METHOD_RECIPES, RECIPES
 from absld.config.resolve import resolve, resolve_evaluation
 from absld.config.settings import Config
-from absld.errors import AbsldError, UnreliableError, UsageError
-from absld.text import clip
+from absld.errors import AbsldError, UnreliableError, UsageError, in_words
+from absld.text import clip, page_of
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -136,7 +136,9 @@ def train(
             result = absld.runs.training_run.train(
                 config, observer, resume=resume, distributed=distributed
             )
-        output.present(result.to_dict() | {"config": asdict(config)}, training_lines(result))
+        output.present(
+            result.to_dict() | {"config": asdict(config)}, training_lines(result, config.student)
+        )
 
 
 @app.command(cls=Command)
@@ -199,7 +201,7 @@ def evaluate(
     if strict and result.warnings:
         raise UnreliableError(
             f"{len(result.warnings)} checks warn: {'; '.join(result.warnings)}",
-            "docs/gradient-masking.md explains each check",
+            f"{page_of('gradient-masking')} explains each check",
         )
 
 
@@ -310,7 +312,7 @@ def explain(error: BaseException) -> tuple[int, str, str]:
     """Return the exit code, the cause and a hint."""
     if isinstance(error, typer.TyperException):
         return error.exit_code, " ".join(error.format_message().split()), "--help lists the flags"
-    cause = " ".join(str(error).split()) or type(error).__name__
+    cause = in_words(error) or type(error).__name__
     if isinstance(error, AbsldError):
         return error.exit_code, cause, error.hint
     if "out of memory" in cause.lower() or "can't allocate memory" in cause.lower():

@@ -1,5 +1,6 @@
 """The view of an evaluation: progress with the time left, checks, and the tables."""
 
+import shlex
 import textwrap
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from absld.evaluation.corruptions import CorruptionRun
 from absld.evaluation.runner import EvaluationRun
 from absld.norms import NORM_NAMES
 from absld.progress import AttackProgress, Check
-from absld.report.summary import METRICS, worst_classes
+from absld.report.summary import METRICS, shown_interval, worst_classes
 from absld.text import column, printable
 
 NAMES = {name: label.replace("\N{NBSP}", " ") for name, label in METRICS.items()}
@@ -44,7 +45,7 @@ class EvaluationView(View):
 
 
 def evaluation_lines(run: EvaluationRun | CorruptionRun) -> list[str]:
-    """Return the tables of an evaluation, the number of warnings, and the file of the results."""
+    """Return the tables, the number of warnings, the file of the results, and the next command."""
     if isinstance(run, CorruptionRun):
         return [*corruption_lines(run.results), str(run.path)]
     lines = table_lines(run.results)
@@ -54,7 +55,8 @@ def evaluation_lines(run: EvaluationRun | CorruptionRun) -> list[str]:
         verb = "warns" if len(run.warnings) == 1 else "warn"
         count = f"{len(run.warnings)} of {checks} checks {verb}"
         lines.append(f"{count}: robust accuracy may be overestimated")
-    return [*lines, str(run.path)]
+    page = f"page: {shlex.join(['absld', 'report', str(run.path)])}"
+    return [*lines, str(run.path), page]
 
 
 def table_lines(results: Mapping[str, Any]) -> list[str]:
@@ -77,15 +79,14 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name} {figure(of_clean)} {figure(of_robust)}{mark}")
     lines.append("")
     for name, label in NAMES.items():
-        pair = f"{figure(clean['metrics'][name])} {figure(robust['metrics'][name])}"
+        pair = f"{metric(clean, name)} {metric(robust, name)}"
         lines.append(f"{label:22} {'':6} {pair}")
     after = "alone" if settings["each"] else "after those above it"
     lines += ["", f"{'attack, ' + after:29} {'average':>20} {'worst class':>20} {'NSD':>7}"]
     for attack in results["attacks"]:
-        metrics = attack["metrics"]
         lines.append(
-            f"{attack['name']:29} {figure(metrics['average'])} {figure(metrics['worst'])} "
-            f"{100 * metrics['normalized_std']['value']:7.1f}"
+            f"{attack['name']:29} {metric(attack, 'average')} {metric(attack, 'worst')} "
+            f"{100 * attack['metrics']['normalized_std']['value']:7.1f}"
         )
     if results["against"]:
         lines += against_lines(results["against"])
@@ -107,7 +108,7 @@ def corruption_lines(results: Mapping[str, Any]) -> list[str]:
     for row in results["corruptions"]:
         least = [c for c in row["classes"] if c["value"] == row["metrics"]["worst"]["value"]]
         name = f"  {column(least[0]['class'], 17)}".rstrip() if least else ""
-        pair = f"{figure(row['metrics']['average'])} {figure(row['metrics']['worst'])}"
+        pair = f"{metric(row, 'average')} {metric(row, 'worst')}"
         lines.append(f"{column(row['corruption'], 18)} {pair}{name}")
     lines += ["", f"{'mean over corruptions':22} {'':>8} correct"]
     average = results["mean"]["average"]
@@ -127,6 +128,11 @@ def against_lines(against: Mapping[str, Any]) -> list[str]:
         lines.append(f"{label:29} {pair}")
     rho = against["rho"]
     return [*lines, f"{'rho, relative gains':50} {figure(rho)}"]
+
+
+def metric(part: Mapping[str, Any], name: str) -> str:
+    """Return a metric of an evaluation and its interval, as `figure` does."""
+    return figure(shown_interval(part, name))
 
 
 def figure(interval: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Settings as command-line options."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
@@ -46,10 +47,12 @@ class ShortHelp:
         return [piece.strip("{}") for piece in pieces]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        for parameter in self.get_params(ctx):  # type: ignore[attr-defined]  # of the other base
-            if getattr(parameter, "is_flag", False):
-                parameter.metavar, parameter.secondary_opts = "", []
-        super().format_help(ctx, formatter)  # type: ignore[misc]
+        with contextlib.ExitStack() as stack:  # the command is also parsed, maybe after its help
+            for parameter in self.get_params(ctx):  # type: ignore[attr-defined]  # of the other base
+                if getattr(parameter, "is_flag", False):
+                    stack.callback(vars(parameter).update, dict(vars(parameter)))
+                    parameter.metavar, parameter.secondary_opts = "", []
+            super().format_help(ctx, formatter)  # type: ignore[misc]
 
 
 class Command(ShortHelp, TyperCommand):

@@ -67,7 +67,8 @@ def command_output(
                 raise
             if is_main and not stop.unread:
                 continue_with = continue_with or resume_command(stop, world_size)
-                where = f" in epoch {stop.epoch}" if stop.training else ""
+                of = " of the teacher" if stop.role == "teacher" else ""
+                where = f" in epoch {stop.epoch}{of}" if stop.training else ""
                 say_aside(f"Interrupted{where}. {continue_with}".strip())
             raise SystemExit(exit_code) from error
     if output.document and is_main:

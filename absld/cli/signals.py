@@ -20,12 +20,14 @@ class StopRequest:
 
     Attributes:
         training: whether a training runs now.
-        epoch: the epoch of the latest training; 0 before one.
+        role: of the network of the latest training.
+        epoch: the epoch of that training; 0 before one.
         unread: whether nobody reads the output any more, as after `| head`.
     """
 
     def __init__(self, *, once: bool = False, ignore_pipes: bool = False) -> None:
         self.training = False
+        self.role = "student"
         self.epoch = 0
         self.received = 0
         self.unread = False

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from absld.cli.evaluation_view import NAMES, figure
+from absld.cli.evaluation_view import NAMES, figure, metric
 from absld.models.published import Published
 from absld.report.summary import budget
 from absld.text import column
@@ -41,7 +41,7 @@ def teacher_lines(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name} {figure(of_clean)} {figure(of_robust)} {labels}")
     lines += ["true: mean probability of the true class; nats: entropy of the soft label", ""]
     for name, label in NAMES.items():
-        pair = f"{figure(clean['metrics'][name])} {figure(robust['metrics'][name])}"
+        pair = f"{metric(clean, name)} {metric(robust, name)}"
         lines.append(f"{label:22} {pair}")
     lines += ["", "soft labels"]
     for name, label in CALIBRATION.items():

@@ -1,14 +1,15 @@
 """The view of a run: an epoch a line, and on a terminal the step and the temperatures."""
 
 import math
+import shlex
 import time
 
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from absld.cli.output import Output
 from absld.cli.view import View, epochs_done, progress_row, time_left
+from absld.config.imports import names_code
 from absld.config.settings import TrainConfig
 from absld.metrics import fairness, worst_tenth
 from absld.progress import EpochReport, StepReport, TrainingStart
@@ -22,16 +23,14 @@ MAX_CLASSES = 12  # in the live table of temperatures
 class TrainingView(View):
     """An observer of absld.runs.training_run."""
 
-    def __init__(self, output: Output) -> None:
-        super().__init__(output)
-        self.title = ""
-
     def begin_training(self, start: TrainingStart) -> None:
         super().begin_training(start)
         self.role, self.config, self.classes = start.role, start.config, start.classes
-        # Printed with the first epoch: a training that was finished before has none.
-        method, epochs, seed = self.config.method, self.config.epochs, self.config.seed
-        self.title = f"{self.role} by {method}, {epochs} epochs, seed {seed}"
+        if start.epoch <= self.config.epochs:  # a training that was finished before shows none
+            self.line(heading(start))
+            if start.role == "teacher":
+                self.line("choose another by --teacher-model NAME or --teacher FILE")
+            self.line(HEAD)
         self.temperatures: Table | str = ""
         self.started, self.first = time.perf_counter(), 0.0
 
@@ -42,22 +41,27 @@ class TrainingView(View):
             time.perf_counter() - self.started, done - self.first, self.config.epochs - self.first
         )
         title = f"{self.role} {report.epoch}/{self.config.epochs}"
-        text = f"{report.phase} {report.done}/{report.total}  {left}"
-        self.show(progress_row(title, report.done, report.total, text), self.temperatures)
+        text = f"{report.phase} {report.done}/{report.total}"
+        row = progress_row(title, report.done, report.total, f"{text}  {left}")
+        self.show(row, self.temperatures)
+        self.line_of_progress(f"{title}, {text}, {left}")
         super().step(report)
 
     def epoch(self, report: EpochReport) -> None:
-        if self.title:
-            self.line(self.title)
-            self.line(HEAD)
-            self.title = ""
         self.line(epoch_line(report))
+        self.last_line = time.perf_counter()
         if "temperature_adv" in report.per_class:
             self.temperatures = temperature_table(report, self.classes, self.config)
 
     def end_training(self) -> None:
         self.show()
         super().end_training()
+
+
+def heading(start: TrainingStart) -> str:
+    """Return what is trained, and how."""
+    of, config = start.network, start.config
+    return f"{start.role} by {config.method}: {of}, {config.epochs} epochs, seed {config.seed}"
 
 
 def epoch_line(report: EpochReport) -> str:
@@ -68,14 +72,20 @@ def epoch_line(report: EpochReport) -> str:
     high = max((t.max().item() for t in temperatures), default=1.0)
     return (
         f"{report.epoch:5} {report.learning_rate:6.4f} {report.loss:7.4f} {clean.average:6.1%} "
-        f"{robust.average:6.1%} {robust.worst:6.1%} {robust.normalized_std:6.3f}  "
+        f"{robust.average:6.1%} {robust.worst:6.1%} {robust.normalized_std:6.1%}  "
         f"{low:4.2f} - {high:4.2f} {report.seconds:7.1f} {report.images_per_second:8.0f}"
     )
 
 
-def training_lines(result: TrainingResult) -> list[str]:
-    """Return the result of a run: accuracies by class and in summary, and the digests."""
+def training_lines(result: TrainingResult, student: str) -> list[str]:
+    """Return the result of a run: accuracies by class and in summary, digests, the next command.
+
+    student: as the setting names it.
+    """
     clean, robust = result.accuracies
+    # A run names the code of its network, but is never trusted with it.
+    model = ["--model", student] if names_code(student) else []
+    command = ["absld", "evaluate", str(result.run), *model]
     rows = list(zip(result.classes, clean.tolist(), robust.tolist(), strict=True))
     rows.append(("worst 10 % of classes", worst_tenth(clean), worst_tenth(robust)))
     names = ("average", "worst class", "NSD")
@@ -87,6 +97,7 @@ def training_lines(result: TrainingResult) -> list[str]:
         *([result.warning] if result.warning else []),
         *([f"teacher sha256: {result.teacher_sha256}"] if result.teacher_sha256 else []),
         f"student sha256: {result.student_sha256}",
+        f"evaluate it: {shlex.join(command)}",
     ]
 
 

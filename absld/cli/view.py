@@ -63,9 +63,13 @@ class View(Observer):
     def progress(self, title: str, done: float, total: float, left: str, *, end: bool) -> None:
         """Show progress: a bar in the live region, else a line now and then and at the end."""
         self.show(progress_row(title, done, total, left))
+        self.line_of_progress(f"{title}, {left}", end=end)
+
+    def line_of_progress(self, text: str, *, end: bool = False) -> None:
+        """Print a line of progress where there is no live region, now and then and at the end."""
         now = time.perf_counter()
         if not self.live and (end or now - self.last_line > LINE_EVERY):
-            self.line(f"{title}, {left}")
+            self.line(text)
             self.last_line = now
 
     def note(self, text: str) -> None:
@@ -91,7 +95,7 @@ class View(Observer):
 
     def begin_training(self, start: TrainingStart) -> None:
         self.stop.training = True
-        self.stop.epoch = 1
+        self.stop.role, self.stop.epoch = start.role, 1
 
     def step(self, report: StepReport) -> None:
         self.stop.epoch = report.epoch

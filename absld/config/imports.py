@@ -63,6 +63,9 @@ def import_object(spec: str) -> Any:
     except Stopped:
         raise
     except (Exception, SystemExit) as error:
-        raise UsageError(
-            f"{spec}: {type(error).__name__}: {error}", "needed: package.module:name"
-        ) from error
+        hint = "needed: package.module:name"
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(
+            f"{error.name}."
+        ):
+            hint += f"; looked for in {os.getcwd()} and the installed packages"
+        raise UsageError(f"{spec}: {type(error).__name__}: {error}", hint) from error

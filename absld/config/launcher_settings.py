@@ -14,6 +14,7 @@ from absld.config.files import parse_toml
 from absld.config.parsing import did_you_mean, parse_all
 from absld.errors import CheckpointError, UsageError
 from absld.storage.opening import read_bytes
+from absld.text import page_of
 
 MOST_BYTES = 2**20
 NO_SLURM = ("launcher", "jobs", "slurm")  # not settings of Slurm
@@ -65,7 +66,7 @@ class LauncherSettings(Settings):
         if not re.fullmatch(r"(\w[\w.-]*:)?1|0", self.gpus):
             raise UsageError(
                 f"gpus takes 0, 1 or TYPE:1, not {self.gpus!r}",
-                "a training on several GPUs is an sbatch script: docs/cluster.md",
+                f"a training on several GPUs is an sbatch script: {page_of('cluster')}",
             )
         if self.memory and not re.fullmatch(r"\d+[KMGT]?", self.memory):
             raise UsageError(f"memory takes a size such as 16G, not {self.memory!r}", "16G, 500M")

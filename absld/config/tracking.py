@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from absld.config.fields import Settings, setting
 from absld.config.parsing import did_you_mean
 from absld.errors import UsageError
+from absld.text import page_of
 
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 
@@ -17,7 +18,7 @@ class TrackingSettings(Settings):
         "",
         "Run",
         f"trackers to report to, separated by commas: {', '.join(TRACKERS)} "
-        "(see docs/tracking.md) [default: none]",
+        f"(see {page_of('tracking')}) [default: none]",
     )
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from absld.evaluation.images import describe_data, load_images
 from absld.evaluation.input_scale import HINT, InputScale, examine_scale
 from absld.evaluation.results import describe_network, evaluation_results
 from absld.evaluation.targets import blame_target, complete_config, load_target
-from absld.evaluation.validation import ABOVE_CHANCE
+from absld.evaluation.validation import near_chance
 from absld.metrics import present
 from absld.progress import Observer
 from absld.storage.environment import environment
@@ -114,17 +114,17 @@ def judge(
     """
     if scale.other:
         return "unfit", [f"{scale.reason}: {HINT}"]
-    chance = 1 / len(evaluation.classes)
+    count = len(evaluation.classes)
     clean, robust = present(evaluation.clean_accuracy), present(evaluation.robust_accuracy)
-    if clean.mean() < chance + ABOVE_CHANCE:
+    if near_chance(clean.mean().item(), count):
         return "unfit", [f"near chance on clean images, {clean.mean():.1%}", scale.reason]
     reasons = []
-    if robust.mean() < chance + ABOVE_CHANCE:
+    if near_chance(robust.mean().item(), count):
         reasons.append(
             f"not robust, {robust.mean():.1%} under {ATTACK}: a student takes its robustness from "
             "a robust teacher"
         )
-    elif robust.min() < chance / 2:
+    elif robust.min() < 1 / count / 2:
         name = evaluation.classes[int(evaluation.robust_accuracy.nan_to_num(2).argmin())]
         reasons.append(
             f"class {name} is hardly robust, {robust.min():.1%}: it teaches little of it"

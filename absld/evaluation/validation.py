@@ -161,6 +161,11 @@ def freeze(teacher: nn.Module) -> nn.Module:
     return teacher
 
 
+def near_chance(accuracy: float, num_classes: int) -> bool:
+    """Return whether a network of this average accuracy has hardly learned anything."""
+    return accuracy < 1 / num_classes + ABOVE_CHANCE
+
+
 def check_teacher(teacher: nn.Module, validation: ImageSet, name: str, allow_weak: bool) -> float:
     """Return the teacher's average clean accuracy on validation images.
 
@@ -174,7 +179,7 @@ def check_teacher(teacher: nn.Module, validation: ImageSet, name: str, allow_wea
         raise CheckpointError(
             f"{name}: {error}", "needed: a teacher that gives finite logits"
         ) from error
-    if accuracy < 1 / validation.num_classes + ABOVE_CHANCE and not allow_weak:
+    if near_chance(accuracy, validation.num_classes) and not allow_weak:
         raise CheckpointError(
             f"{name}: near chance on validation images, {accuracy:.1%} clean",
             "needed: a better teacher, longer training of it, or --allow-weak-teacher",

@@ -288,7 +288,8 @@ def choose_architecture(
     if not architecture:
         raise CheckpointError(
             f"{path}: its network is unknown; {describe_nearest(raw) or 'no known one is near'}",
-            f"known are {', '.join(KNOWN)}; for others {type_model('package.module:factory')}",
+            f"{type_model('package.module:factory, the function that builds it')}; known are "
+            f"{', '.join(KNOWN)}",
         )
     return typed, notes
 

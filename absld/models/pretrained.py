@@ -13,6 +13,7 @@ from absld.models.loading import load_weights
 from absld.models.state_dicts import find_state_dict
 from absld.storage.checkpoint import load
 from absld.storage.safetensors_files import FORMAT, WEIGHTS, describe_weights, write_network
+from absld.text import page_of
 
 try:
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -102,7 +103,7 @@ class Classifier(
         if content.get("format") != FORMAT:
             raise CheckpointError(
                 f"{model_id}: its {WEIGHTS} describes no network",
-                "needed: a repository by `absld push`, see docs/publishing.md",
+                f"needed: a repository by `absld push`, see {page_of('publishing')}",
             )
         architecture, classes = content["architecture"], content["classes"]
         channels, height, width = content["image_shape"]

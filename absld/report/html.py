@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from absld.storage.opening import make_folder
 from absld.storage.run_directory import RunDirectory
 from absld.text import columns, printable
 
+WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")  # suffixes
 NARROW = 12  # more classes than these take the whole width
 
 
@@ -57,6 +59,11 @@ def write_report(source: str, out: str | None = None) -> Path:
 
 def find_results(source: Path) -> tuple[Path, dict[str, Any]]:
     """Return the path of the JSON that `source` means, and the results in it."""
+    if source.suffix in WEIGHTS and source.is_file():
+        raise CheckpointError(
+            f"{source} is a file of weights, not an evaluation",
+            f"first: {shlex.join(['absld', 'evaluate', str(source)])}; or give evaluations/NAME",
+        )
     path = source / "evaluation.json" if source.is_dir() else source
     if path.exists() or not source.is_dir():
         return path, read_results(path)

@@ -143,7 +143,7 @@ def text_columns(results: Mapping[str, Any]) -> list[dict[str, list[str]]]:
 
 def difference_texts(against: Mapping[str, Any]) -> list[str]:
     """Return the differences to a baseline."""
-    texts = [f"minus {against['network']['target']}, in points; NSD and rho are ratios"]
+    texts = [f"minus {against['network']['target']}, in points; rho is a ratio"]
     for name, label in {**summary.METRICS, "rho": "rho"}.items():
         interval = against["rho"] if name == "rho" else against["robust"][name]
         value, ends = summary.estimate(interval, name, "+")

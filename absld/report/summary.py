@@ -21,7 +21,6 @@ METRICS = {
     "gap": "gap",
     "normalized_std": "NSD",
 }
-RATIOS = ("normalized_std", "rho")  # all other figures are shown in per cent
 LOWER_IS_BETTER = ("gap", "normalized_std")
 TRAJECTORIES = {
     "temperature_adv": "Temperature, adversarial images",
@@ -30,7 +29,8 @@ TRAJECTORIES = {
     "class_risk_nat": "Class risk, clean images, in nats",
 }
 INTERVALS = (
-    "Brackets and whiskers are 95 % intervals: Wilson for a class, basic bootstrap for the metrics."
+    "Brackets and whiskers are 95 % intervals: Wilson for a class (also the worst, if it is all right "
+    "or all wrong), basic bootstrap for the metrics."
 )
 TERMS = (
     "Robust: correct when clean and under every attack. Gap: best minus worst class. NSD: standard "
@@ -45,10 +45,10 @@ ABSENT = "\N{EN DASH}"  # for a missing figure
 
 
 def number(value: float | None, name: str = "", sign: str = "") -> str:
-    """Return a figure as text: in per cent; ratios and seconds as they are. sign: maybe "+"."""
+    """Return a figure as text: in per cent; rho and seconds as they are. sign: maybe "+"."""
     if value is None:
         return ABSENT
-    if name in RATIOS:
+    if name == "rho":
         text = f"{value:{sign}z.3f}"
     else:
         text = f"{value if name == 'seconds' else 100 * value:{sign}z.1f}"
@@ -57,7 +57,7 @@ def number(value: float | None, name: str = "", sign: str = "") -> str:
 
 def with_unit(value: float | None, name: str = "") -> str:
     """Return a figure as text with its unit."""
-    return number(value, name) + ("" if value is None or name in RATIOS else "\N{NBSP}%")
+    return number(value, name) + ("" if value is None or name == "rho" else "\N{NBSP}%")
 
 
 def bracket(ends: Sequence[float | None], name: str = "", sign: str = "") -> str:
@@ -70,6 +70,24 @@ def estimate(interval: Mapping[str, Any], name: str = "", sign: str = "") -> tup
     """Return the figure `name` and its interval as texts."""
     ends = interval["low"], interval["high"]
     return number(interval["value"], name, sign), bracket(ends, name, sign)
+
+
+def shown_interval(part: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the interval of a metric, or another one where it has no width.
+
+    Resampling cannot vary a class that is all right or all wrong. If it is the worst class, its own
+    interval, Wilson's, holds for it; other metrics of no width have no interval.
+
+    part: accuracies of an evaluation, with `classes` and `metrics`.
+    """
+    interval: Mapping[str, Any] = part["metrics"][name]
+    if interval["low"] != interval["high"]:
+        return interval
+    classes: list[Mapping[str, Any]] = [c for c in part["classes"] if c["value"] is not None]
+    worst = [c for c in classes if c["value"] == interval["value"]]
+    if worst and (name == "worst" or (name == "worst_tenth" and len(classes) < MANY)):
+        return worst[0]  # the worst 10 % of fewer classes than MANY are one class
+    return {**interval, "low": None, "high": None}
 
 
 def verdict(name: str, *intervals: Sequence[float | None]) -> str:
@@ -174,17 +192,19 @@ def reproduction(results: Mapping[str, Any]) -> dict[str, str]:
 
 def headlines(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Return label, value, interval and a note of the clean average and the robust metrics."""
-    clean, robust = results["attacks"][0]["metrics"], results["robust"]["metrics"]
+    clean, robust = results["attacks"][0], results["robust"]
     names = [clip(results["data"]["classes"][k], 24) for k in worst_classes(results)]
-    value, interval = with_unit(clean["average"]["value"]), estimate(clean["average"])[1]
+    average = shown_interval(clean, "average")
+    value, interval = with_unit(average["value"]), estimate(average)[1]
     tiles = [("Clean average", value, interval, "no attack")]
     for name, label in METRICS.items():
-        note = f"clean {with_unit(clean[name]['value'], name)}"
+        note = f"clean {with_unit(clean['metrics'][name]['value'], name)}"
         if name == "worst" and names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             note = f"{'class ' if names[0].isdecimal() else ''}{names[0]}{more}"
         label = f"Robust, {label}" if name.startswith("worst") else f"Robust {label}"
-        value, interval = with_unit(robust[name]["value"], name), estimate(robust[name], name)[1]
+        shown = shown_interval(robust, name)
+        value, interval = with_unit(shown["value"], name), estimate(shown, name)[1]
         tiles.append((label, value, interval, note))
     return tiles
 

@@ -11,6 +11,7 @@ from absld.config.settings import Config
 from absld.engine.techniques import NEUTRAL
 from absld.errors import UsageError
 from absld.methods.registry import method_class
+from absld.text import page_of
 
 BASE = "base"
 EXAMPLE = "such as temperature_rate=0.05,0.1"
@@ -97,7 +98,8 @@ def build_points(settings: Mapping[str, Any], over: Over) -> tuple[list[Point], 
             methods = ", ".join(sorted({point.config.method for point in found}))
             raise UsageError(
                 f"{name} changes nothing for {methods}",
-                "a method of your own names those it uses in `settings`, see docs/contributing.md",
+                "a method of your own names those it uses in `settings`, see "
+                f"{page_of('contributing')}",
             )
     label = next((point.label for point in found if point.config == base), BASE)
     if label == BASE:

@@ -41,6 +41,9 @@ SELECTED_ON_TEST = (
     "warning: the best epoch is selected on the test images: reported accuracies are optimistic"
 )
 
+FEW_STEPS = 5  # an epoch, so few that a training hardly moves
+FEW_VALIDATION = 10  # images of a class, so few that one of them moves the score of an epoch much
+
 
 class Plan(NamedTuple):
     """The start of a run: device, techniques, images, method, networks, digests of these
@@ -139,6 +142,27 @@ def plan_teacher(
     return TeacherPlan(network, training, inputs, run)
 
 
+def describe_shortage(config: Config, splits: Splits) -> list[str]:
+    """Describe what too few images there are for, in lines."""
+    images, lines = len(splits.train), []
+    steps, rest = divmod(images, config.batch_size)
+    if 0 < steps < FEW_STEPS:
+        left_out = f", {rest} are left out each time" if rest else ""
+        make = f"make {steps} step{'s' * (steps > 1)} of {config.batch_size} an epoch"
+        lines.append(f"{images} training images {make}{left_out}")
+        # The largest power of two that gives enough steps.
+        batch_size = 2 ** max(0, (images // FEW_STEPS).bit_length() - 1)
+        lines += [f"for more steps: --batch-size {batch_size}"] * (batch_size < config.batch_size)
+    counts = splits.validation.class_counts()
+    if (fewest := min(counts)) < FEW_VALIDATION:
+        lines.append(
+            f"{fewest} validation image{'s' * (fewest != 1)} in class "
+            f"{splits.validation.classes[counts.index(fewest)]} (fewest): the best epoch is mostly "
+            "chance"
+        )
+    return lines
+
+
 def describe_start(
     config: Config, techniques: Techniques, device: torch.device, splits: Splits
 ) -> list[str]:
@@ -149,5 +173,6 @@ def describe_start(
         f"attack: epsilon {budget(vars(config))}",
         *emulation_warnings(asdict(techniques).values(), device),
         *splits.describe(),
+        *describe_shortage(config, splits),
         *([SELECTED_ON_TEST] if config.select_on == "test" else []),
     ]

@@ -21,7 +21,7 @@ from absld.engine.precision import (
 from absld.engine.techniques import Techniques, with_techniques
 from absld.errors import UsageError
 from absld.evaluation.input_scale import check_teacher_scale
-from absld.evaluation.validation import check_teacher, validate
+from absld.evaluation.validation import check_teacher, near_chance, validate
 from absld.metrics import ClassAccuracies, fairness
 from absld.models.fitting import load_state
 from absld.models.loading import Network
@@ -277,4 +277,9 @@ def accuracies_on_test(
         )
     accuracies = ClassAccuracies(clean.cpu(), robust.cpu())
     observer.test(accuracies)
+    average = fairness(accuracies.clean).average
+    if near_chance(average, splits.test.num_classes):
+        observer.note(
+            f"student: near chance on test images, {average:.1%} clean: too few epochs or steps"
+        )
     return accuracies

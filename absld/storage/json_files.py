@@ -33,6 +33,8 @@ def parse_json(text: bytes, schema: Schema) -> Any:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("too many brackets") from error
+    except UnicodeDecodeError as error:
+        raise ValueError("not a text, as JSON is") from error
     for fault in Validator(schema).iter_errors(value):
         field = fault.json_path.removeprefix("$").removeprefix(".") or "the document"
         raise ValueError(": ".join(clip(ends(text), MOST) for text in (field, fault.message)))

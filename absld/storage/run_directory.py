@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from absld.errors import BusyError, CheckpointError, Interrupted
+from absld.errors import BusyError, CheckpointError, Interrupted, in_words
 from absld.storage.checkpoint import save
 from absld.storage.files import write_text
 from absld.storage.json_files import parse_json
@@ -107,7 +107,7 @@ class RunDirectory:
             elif issubclass(kind, Interrupted) or not issubclass(kind, Exception):
                 self.set_status("interrupted")
             else:
-                self.set_status(f"failed: {' '.join(str(error).split())}")
+                self.set_status(f"failed: {in_words(str(error))}")
         except OSError:
             if error is None:
                 raise

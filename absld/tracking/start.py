@@ -7,6 +7,7 @@ from pathlib import Path
 from absld.config.tracking import parse_trackers
 from absld.errors import UsageError
 from absld.progress import Observer, Observers
+from absld.text import page_of
 from absld.tracking.mlflow import MLflow
 from absld.tracking.tensorboard import TensorBoard
 from absld.tracking.tracker import Store, Tracker, told
@@ -58,7 +59,7 @@ def start_tracker(name: str, out: Path, observer: Observer) -> Tracker:
         raise
     except Exception as error:
         raise UsageError(
-            f"--track {name}: {told(error)}", "docs/tracking.md says how its address is set"
+            f"--track {name}: {told(error)}", f"{page_of('tracking')} says how its address is set"
         ) from error
     observer.warn(f"tracked by {name}: {place}")
     return Tracker(name, store, observer.warn)

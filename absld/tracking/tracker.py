@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from absld.config.files import read_run_config
+from absld.errors import in_words
 from absld.metrics import ClassAccuracies
 from absld.progress import EpochReport, Observer, TrainingStart
 from absld.storage.environment import read_sessions
@@ -186,7 +187,7 @@ def is_new(values: Values, known: Mapping[str, float]) -> bool:
 
 def told(error: Exception) -> str:
     """Return a library's error in a line."""
-    text = clip(" ".join(str(error).split()), TOLD)
+    text = clip(in_words(error), TOLD)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

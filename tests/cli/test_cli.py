@@ -294,6 +294,16 @@ def test_without_a_network_the_folder_of_the_images_is_named(capfd, monkeypatch)
     assert time.monotonic() - start < 5
 
 
+def test_a_run_on_few_images_says_what_they_are_too_few_for(tmp_path, capfd):
+    root = make_folder(tmp_path / "images")
+    flags = ["--dataset", "folder", "--data", root, "--batch-size", 16, "--method", "sat"]
+    flags += ["--student", "convnet"]
+    assert train(*flags) == 0
+    text = capfd.readouterr().out
+    assert "1 step of 16 an epoch" in text and "for more steps: --batch-size 4\n" in text
+    assert "1 validation image in class cat (fewest): the best epoch is mostly chance\n" in text
+
+
 @pytest.mark.parametrize("fault", ["empty class", "unreadable", "one class", "differ"])
 def test_a_faulty_folder_is_a_data_error(fault, tmp_path, capfd):
     classes = ["cat"] if fault == "one class" else ["cat", "dog"]
@@ -368,8 +378,10 @@ def test_networks_by_name_file_run_and_factory(teacher, capfd):
 def test_the_run_of_a_factory_teaches_with_that_factory(capfd):
     module = module_of(NETWORKS)
     assert train("--method", "trades", "--student", f"{module}:plain") == 0
-    first = digests(capfd.readouterr().out)["student"]
+    text = capfd.readouterr().out
+    first = digests(text)["student"]
     (run,) = Path("runs").glob("digits-*")
+    assert text.endswith(f"\nevaluate it: absld evaluate {run} --model {module}:plain\n")
     assert train("--teacher", run, "--teacher-model", f"{module}:plain") == 0
     assert digests(capfd.readouterr().out)["teacher"] == first
     flags = ["train", *QUICK, "--seed", 2, "--student", run]
@@ -385,13 +397,15 @@ def test_a_run_prints_header_epochs_classes_and_digests(capfd):
     assert "\x1b" not in text and "━" not in text and max(map(len, text.splitlines())) <= 80
     rows = [line.split() for line in text.splitlines()]
     assert text.startswith(f"seed 3, device cpu, torch {torch.__version__}\n")
-    assert "teacher by trades, 1 epochs, seed 3\n" in text
-    assert "student by absld, 1 epochs, seed 3\n" in text
+    assert re.search(r"\nteacher by trades: .* parameters\), 1 epochs, seed 3\nchoose ano", text)
+    assert re.search(r"\nstudent by absld: .* parameters\), 1 epochs, seed 3\nepoch ", text)
     head = "epoch     lr    loss  clean robust  worst    NSD temperatures seconds images/s\n"
     assert text.count(head) == 2
+    assert [row[6][-1] for row in rows if len(row) == 12 and row[0] == "1"] == ["%", "%"]
     assert [row[0] for row in rows if len(row) == 3 and row[0].isdigit()] == list("0123456789")
     assert {"average", "worst", "NSD"} <= {row[0] for row in rows}
-    assert [str(the_run())] in rows and rows[-2][:2] == ["teacher", "sha256:"]
+    assert [str(the_run())] in rows and rows[-3][:2] == ["teacher", "sha256:"]
+    assert text.endswith(f"\nevaluate it: absld evaluate {the_run()}\n")
     assert digests(text)["student"] == digest(load(the_run() / "best.pt")["model"])
     assert digests(text)["teacher"] == digest(load(the_run("teacher") / "best.pt")["model"])
 
@@ -564,7 +578,7 @@ def test_a_name_that_is_too_long_is_a_usage_error(command, teacher, capfd):
 def test_an_error_of_a_path_is_told_apart_from_one_of_the_disk(number, code):
     error = OSError("broken") if number is None else OSError(number, "broken", "p" * 5000)
     found, cause, hint = cli.explain(error)
-    assert found == code and "broken" in cause and ("free space" in hint) == (code == 1)
+    assert found == code and cause.startswith("broken") and ("free space" in hint) == (code == 1)
     assert code == 1 or len(cause) <= 200
 
 
@@ -937,6 +951,7 @@ def test_an_interrupted_teacher_continues(capfd, start):
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process) == 143
     assert (the_run("teacher") / "STATUS").read_text() == "interrupted\n"
+    assert " of the teacher. Continue with: " in text_of("err")
     assert main(*flags, "--resume") == 0
     resumed = digests(capfd.readouterr().out)
     assert main(*flags, "--out", "whole") == 0

@@ -768,7 +768,8 @@ def test_a_file_does_not_choose_code(state, architecture, tmp_path, monkeypatch)
         name = "package.module:factory" if architecture else f"{module}:net"
         refused(path, said, hint, f"type --model {name} ", architecture=architecture)
     else:  # what is typed is imported, and nothing else
-        refused(path, "No module named 'mine", kind=UsageError, architecture=architecture)
+        said = "No module named 'mine", f"looked for in {tmp_path} and the installed packages"
+        refused(path, *said, kind=UsageError, architecture=architecture)
     assert module not in sys.modules
     with pytest.raises(UsageError, match="the file chose this code"):
         load_network(path, C, KEY, f"{module}:net")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from markupsafe import Markup
 
+from absld.cli.evaluation_view import metric
 from absld.errors import CheckpointError, UsageError
 from absld.evaluation import results as documents
 from absld.evaluation.attacks import parse_attacks
@@ -306,10 +307,10 @@ def undrawn(monkeypatch):
     monkeypatch.setattr("absld.report.figures.to_svg", lambda *args: Markup("drawn"))
 
 
-def cell(interval, scale=100, digits=1):
+def cell(interval):
     if interval["value"] is None:
         return f"{DASH} "
-    value, low, high = (f"{scale * interval[key]:.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{100 * interval[key]:.1f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
@@ -325,15 +326,26 @@ def test_all_numbers_of_the_results_are_there(undrawn):
     assert [[int(text) for text in row[1:]] for row in confusion[1:]] == results["confusion"]
     assert [row[0] for row in attacks[1:]] == ["clean", *ATTACKS.split(","), "worst case"]
     for row, part in zip(attacks[1:], parts, strict=True):
-        metrics = dict(part["metrics"])
-        nsd = metrics.pop("normalized_std")
-        assert row[1:] == [*map(cell, metrics.values()), cell(nsd, 1, 3)]
+        assert row[1:] == [*map(cell, part["metrics"].values())]
     assert [row[2] for row in checks[1:]] == [check["numbers"] for check in results["checks"]]
     environment = {k: v for k, v in results["environment"].items() if v is not None}
     for value in [*environment.values(), "ab" * 32, "cd" * 32, "24,346", "200 of 207", "8/255"]:
         assert str(value) in page.text
     for attack in results["attacks"][1:]:
         assert f"objective {attack['objective']}, steps {attack['steps']}" in page.text
+
+
+def test_a_worst_class_that_is_all_wrong_has_its_own_interval_and_other_metrics_have_none():
+    point = {"value": 0.0, "low": 0.0, "high": 0.0}
+    classes = [{"value": 0.5, "low": 0.3, "high": 0.7}, {"value": 0.0, "low": 0.0, "high": 0.16}]
+    part = {"classes": classes, "metrics": dict.fromkeys(summary.METRICS, point)}
+    for name in ("worst", "worst_tenth"):
+        assert summary.shown_interval(part, name) == classes[1]
+        assert metric(part, name) == "  0.0 [  0.0,  16.0]"
+    assert metric(part, "gap") == "  0.0 [    -,     -]"
+    assert summary.estimate(summary.shown_interval(part, "gap")) == ("0.0", "")
+    part["metrics"]["gap"] = {"value": 0.5, "low": 0.3, "high": 0.6}
+    assert metric(part, "gap") == " 50.0 [ 30.0,  60.0]"
 
 
 def test_headlines(undrawn):
@@ -638,6 +650,10 @@ def test_sources_that_are_not_evaluations(run, tmp_path):
     for source in (tmp_path / "missing", run / "metrics.jsonl"):
         with pytest.raises(CheckpointError):
             write_report(str(source))
+    (run / "best.pt").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match="a file of weights, not an evaluation") as error:
+        write_report(str(run / "best.pt"))
+    assert f"absld evaluate {run / 'best.pt'}; or " in error.value.hint
 
 
 @pytest.mark.parametrize("name", ["report.txt", "report", "report.html.zip"])

@@ -67,6 +67,24 @@ assert not {"torchvision", "sklearn", "matplotlib", "jinja2"} & set(sys.modules)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_messages_name_pages_of_the_site_that_exist():
+    """Who installed the package has no folder docs."""
+    texts, comments, pages = set(), set(), set()
+    for node in (node for tree in TREES.values() for node in ast.walk(tree)):
+        # A string that is a statement is a docstring: for those who have the repository.
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.add(node)
+        elif isinstance(node, ast.Expr):
+            comments.add(node.value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "page_of":
+            pages.add(node.args[0].value)
+    assert not [text.value for text in texts - comments if "docs/" in text.value]
+    docs = FOLDER.parent / "docs"
+    assert "tracking" in pages and not {
+        page for page in pages if not (docs / f"{page}.md").exists()
+    }
+
+
 # --- Size and language ---
 
 
