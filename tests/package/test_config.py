@@ -34,6 +34,7 @@ VALUES = (
     | dict.fromkeys(("data", "student", "teacher", "teacher_model", "out", "device"), text)
     | dict.fromkeys(("student_weights", "teacher_weights"), text)
     | dict.fromkeys(("image_column", "label_column"), st.just(""))  # of data sets on a hub only
+    | {"track": st.just("")}  # a run's file starts no tracker
     | {"dataset": st.sampled_from([*RECIPES, "hf:owner/name@v1/subset"])}
     | {"method": st.sampled_from([*METHOD_RECIPES, "mine.methods:Mart"])}
     | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))

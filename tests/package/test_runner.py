@@ -559,7 +559,7 @@ def test_two_processes_in_one_evaluation(runs, capfd):
     (path,) = Path("out").iterdir()
     with RunDirectory(path):
         flags = ["evaluate", runs["absld"], *FAST, "--out", "out", "--no-checks"]
-        refused(capfd, 4, "another process", "wait for it", *flags)
+        refused(capfd, 7, "another process", "wait for it", *flags)
 
 
 def test_files_that_were_changed_are_refused(runs, capfd):

@@ -51,7 +51,7 @@ from absld.methods import build_method
 from absld.metrics import ClassAccuracies
 from absld.models.loading import Network
 from absld.progress import Observer, StepReport
-from absld.runs import training_run
+from absld.runs import planning, training_run
 from absld.storage.checkpoint import load
 from absld.storage.files import digest
 from absld.storage.run_directory import RunDirectory
@@ -575,7 +575,7 @@ def test_networks_without_a_state_dict_of_dense_tensors_are_refused(message):
 def test_a_teacher_to_train_is_checked_before_anything_is_computed_of_it(monkeypatch, tmp_path):
     """Its digest and its device."""
     given = Network(network("teacher").to("meta"), "mine")
-    monkeypatch.setattr(training_run, "load_network", lambda *described, **more: given)
+    monkeypatch.setattr(planning, "load_network", lambda *described, **more: given)
     config = Config(teacher_model="mine:make", out=str(tmp_path), device="cpu")
     splits = Splits(TRAIN, VALIDATION, VALIDATION)
     with pytest.raises(CheckpointError, match=r"mine:make: .* in its state dict is Tensor"):
