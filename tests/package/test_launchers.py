@@ -84,7 +84,7 @@ def test_a_training_of_a_launcher_has_the_settings_of_one_here(given, monkeypatc
             "leaves no time beside",
             "longer than --notice",
         ),
-        (["--launcher", "slurm", "--gpus", "4"], "gpus takes 0, 1 or TYPE:1", "cluster.md"),
+        (["--launcher", "slurm", "--gpus", "4"], "gpus takes 0, 1 or TYPE:1", "/cluster/"),
         (["--launcher", "slurm", "--memory", "16 GB"], "a size such as 16G", "500M"),
         (["--launcher", "slurm", "--slurm", "gone.toml"], "gone.toml: No such file", "TOML"),
         (["--launcher", "slurm", "--slurm", "bad.toml"], "no Slurm setting 'partion'", "'partit"),

@@ -431,7 +431,7 @@ def check_refused(command, message, teacher, capfd):
     names = {"FILE": "tëacher.pt", "RUN": "a run", "BROKEN RUN": "a broken run", "OWN": teacher}
     before = set(Path().rglob("*"))
     out = refused(capfd, 4, message, "", *[names.get(word, word) for word in COMMANDS[command]])
-    assert "epoch" not in out and not PROOF.exists()
+    assert "epoch  " not in out and not PROOF.exists()
     new = {path for path in set(Path().rglob("*")) - before if "a run" not in path.parts}
     if "OWN" not in COMMANDS[command]:  # whose logits may be cached
         assert not [path for path in new if path.suffix in (".pt", ".cache", ".json")], new
