@@ -283,7 +283,8 @@ def test_an_interrupted_comparison_resumes_to_the_same_figures(compared, monkeyp
     monkeypatch.setattr("absld.runs.training_run.train", stopped)
     assert main("compare", *THREE, *SETTINGS, "--out", "here") == 130
     text = capfd.readouterr().err
-    assert re.fullmatch(r"Interrupted in epoch \d\. Continue with the same command\.\n", text)
+    stopped_in = r"Interrupted in epoch \d( of the teacher)?\."
+    assert re.fullmatch(stopped_in + r" Continue with the same command\.\n", text)
     assert not list(Path("here").glob("comparison-*"))
     monkeypatch.setattr("absld.runs.training_run.train", train)
     assert main("compare", *THREE, *SETTINGS, "--out", "here") == 0
