@@ -300,6 +300,10 @@ def other_seed(stored, texts):
     texts["seed"] = "5"
 
 
+def other_format(stored, texts):
+    texts["format"] = "another program's"
+
+
 def row_of_no_attack(stored, texts):
     stored["attack"] += 9
 
@@ -316,7 +320,9 @@ def no_labels(stored, texts):
     del stored["labels"]
 
 
-@pytest.mark.parametrize("change", [other_seed, row_of_no_attack, flat, other_shape, no_labels])
+@pytest.mark.parametrize(
+    "change", [other_seed, other_format, row_of_no_attack, flat, other_shape, no_labels]
+)
 def test_images_of_something_else_are_refused(folder, change):
     path = folder / "adversarial.safetensors"
     with safe_open(path, "pt") as file:
