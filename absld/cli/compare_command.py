@@ -8,6 +8,7 @@ import typer
 from absld.cli.options import (
     AsJson,
     RecipeFile,
+    Seeds,
     Status,
     explicit,
     seed_list,
@@ -43,10 +44,7 @@ def compare(
     methods: Annotated[
         str, typer.Option(metavar="NAMES", help="methods, package.module:Class or recipe files")
     ] = "",
-    seeds: Annotated[
-        str,
-        typer.Option(metavar="N", help=r"number of seeds, or a list such as 0,3,7 \[default: 1]"),
-    ] = "",
+    seeds: Seeds = "",
     baseline: Annotated[
         str, typer.Option(metavar="NAME", help=r"method to compare with \[default: the first]")
     ] = "",

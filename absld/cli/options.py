@@ -18,6 +18,9 @@ from absld.errors import UsageError
 AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON document on stdout, progress on stderr")
 ]
+Seeds = Annotated[
+    str, typer.Option(metavar="N", help=r"number of seeds, or a list such as 0,3,7 \[default: 1]")
+]
 Status = Annotated[
     bool, typer.Option("--status", help="print the state of each training, and train nothing")
 ]
