@@ -4,7 +4,7 @@ Weights are named as in published checkpoints, those of ResNets as in torchvisio
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -32,11 +32,30 @@ OF_LARGE, OF_SMALL = "-imagenet", "-cifar"  # ends of names that choose the stem
 
 def convnet(num_classes: int, in_channels: int = 3) -> nn.Sequential:
     """Build three convolutions: for the 8x8 digits, and for quick runs on larger images."""
-    net = nn.Sequential()
-    for width_in, width, stride in ((in_channels, 16, 1), (16, 32, 2), (32, 64, 2)):
-        net.extend([conv(width_in, width, stride), nn.BatchNorm2d(width), nn.ReLU()])
+    return plain_convolutions((16, 32, 64), 1, num_classes, in_channels)
+
+
+def convnet_wide(num_classes: int, in_channels: int = 3) -> nn.Sequential:
+    """Build three stages of two convolutions: a teacher for the 8x8 digits, of 47 times the
+    parameters of `convnet`."""
+    return plain_convolutions((64, 128, 256), 2, num_classes, in_channels)
+
+
+def plain_convolutions(
+    widths: Sequence[int], depth: int, num_classes: int, in_channels: int
+) -> nn.Sequential:
+    """Build stages of `depth` convolutions without shortcuts; each but the first halves the image.
+
+    widths: channels of each stage.
+    """
+    net, width_in = nn.Sequential(), in_channels
+    for number, width in enumerate(widths):
+        for layer in range(depth):
+            stride = 2 if number and not layer else 1
+            net.extend([conv(width_in, width, stride), nn.BatchNorm2d(width), nn.ReLU()])
+            width_in = width
     net.extend(average_pool())
-    net.add_module("linear", nn.Linear(64, num_classes))
+    net.add_module("linear", nn.Linear(width_in, num_classes))
     return net
 
 
@@ -51,6 +70,7 @@ STEMS: dict[str, Builder] = {
 
 MODELS: dict[str, Builder] = {
     "convnet": convnet,
+    "convnet-wide": convnet_wide,
     **STEMS,
     **{name + OF_LARGE: partial(build, large=True) for name, build in STEMS.items()},
     "preactresnet18-no-norm": partial(preactresnet18, last_norm=False, of_input=True),

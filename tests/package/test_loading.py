@@ -60,7 +60,7 @@ def module_of(folder, monkeypatch, text):
 # --- Names ---
 
 
-@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+@pytest.mark.parametrize("name", ["convnet", "convnet-wide", "resnet18"])
 def test_a_name_has_weights_from_the_key_alone(name):
     before = torch.get_rng_state()
     network = load_network(name, C, KEY)
