@@ -238,7 +238,13 @@ def test_a_normalisation_that_a_file_lacks_is_the_network_s_own_and_said(name, t
 
 @pytest.mark.parametrize(
     ("name", "before"),
-    [("convnet", ""), ("convnet-wide", ""), ("resnet18", ""), ("wrn-10-1", "module."), ("wrn-10-1", "net.module.")],
+    [
+        ("convnet", ""),
+        ("convnet-wide", ""),
+        ("resnet18", ""),
+        ("wrn-10-1", "module."),
+        ("wrn-10-1", "net.module."),
+    ],
 )
 def test_a_sequential_of_a_normalisation_and_a_network_is_read(name, before, tmp_path):
     model = shaken(name, dtype=torch.float32).eval()
