@@ -113,17 +113,17 @@ def uniform_noise_(noise: Tensor, epsilon: float, norm: Norm, random: torch.Gene
     return noise.copy_(epsilon * share ** (1 / math.prod(noise.shape[1:])) * direction)
 
 
-def check_radius(epsilon: Budget, x_nat: Tensor) -> None:
+def check_radius(epsilon: Budget, x_nat: Tensor, name: str = "epsilon") -> None:
     """Raise ValueError for a negative radius, NaN, or radii of another shape than (N,1,...,1).
 
     Radii on an accelerator are not read, which would wait for it.
     """
     if isinstance(epsilon, Tensor):
-        check_shape("epsilon", epsilon, len(x_nat), *[1] * (x_nat.ndim - 1))
+        check_shape(name, epsilon, len(x_nat), *[1] * (x_nat.ndim - 1))
         on_cpu = epsilon.device.type == "cpu"
         epsilon = epsilon.detach().float().numpy().min(initial=0.0) if on_cpu else 0.0
     if not epsilon >= 0:
-        raise ValueError(f"epsilon must be 0 or more, not {epsilon:g}")
+        raise ValueError(f"{name} must be 0 or more, not {epsilon:g}")
 
 
 def check_noise(noise: Tensor, x_nat: Tensor) -> None:
@@ -140,7 +140,7 @@ def pgd(
     noise: Float[Tensor, "n *shape"],
     *,
     epsilon: Budget,
-    step_size: float,
+    step_size: Budget,
     steps: int,
     norm: Norm = "linf",
 ) -> Float[Tensor, "n *shape"]:
@@ -158,7 +158,7 @@ def pgd(
         x_nat: natural images, pixels in [0,1].
         noise: where the attack starts, relative to `x_nat`; of the same shape.
         epsilon: radius of the ball, one for all images or (N,1,1,1).
-        step_size: length of a step, in the norm.
+        step_size: length of a step, in the norm; one for all images or (N,1,1,1).
         steps: number of steps.
         norm: of the ball, "linf" or "l2".
 
@@ -172,8 +172,9 @@ def pgd(
     """
     project, steepest = geometry(norm)
     check_noise(noise, x_nat)
-    if not 0 <= step_size < math.inf or steps < 0:
-        raise ValueError(f"step_size and steps must be 0 or more, not {step_size:g} and {steps}")
+    check_radius(step_size, x_nat, "step_size")
+    if steps < 0 or (isinstance(step_size, float) and math.isinf(step_size)):
+        raise ValueError(f"steps must be 0 or more of a finite step_size, not {steps}")
     x_adv = x_nat + noise
     for _ in range(steps):
         x_adv.requires_grad_()
@@ -271,13 +272,13 @@ class TrainingAttack:
 
     Attributes:
         epsilon: radius of the ball, pixels in [0,1]; it may differ by image.
-        step_size: length of a step, in the norm.
+        step_size: length of a step, in the norm; it may differ by image.
         steps: number of steps.
         norm: of the ball, "linf" or "l2".
     """
 
     epsilon: Budget
-    step_size: float
+    step_size: Budget
     steps: int
     norm: Norm = "linf"
 

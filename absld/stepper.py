@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 from absld.attack import TrainingAttack
 from absld.config.fields import check_epsilon
 from absld.config.settings import TrainConfig
-from absld.data.augmentation import Batch, Draw, Views, draws, steps_per_epoch
+from absld.data.augmentation import (
+    Batch,
+    Draw,
+    Views,
+    draws,
+    held_out_batches,
+    steps_per_epoch,
+)
 from absld.data.dataset import ImageSet
 from absld.engine.cuda_graph import GraphedNetwork
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
@@ -215,18 +223,43 @@ class Stepper:
 
     def draws(self, epoch: int, first_step: int = 0) -> Iterator[Draw]:
         """Draw the augmentations and attack starts of the batches of an epoch."""
-        config = self.config
         return draws(
             self.views,
             *self.key(epoch),
-            batch_size=config.batch_size,
-            flip=config.flip,
-            start=config.start,
-            radius=config.start_noise if config.start == "normal" else config.epsilon,
-            norm=config.norm,
+            flip=self.config.flip,
             steps=self.count,
             first_step=first_step,
+            **self.attack_starts(),
         )
+
+    def attack_starts(self) -> dict[str, Any]:
+        """Return the size of a batch, and the distribution of the starts of the attack in it."""
+        config = self.config
+        radius = config.start_noise if config.start == "normal" else config.epsilon
+        starts = {"start": config.start, "radius": radius, "norm": config.norm}
+        return starts | {"batch_size": config.batch_size}
+
+    def observe_validation(
+        self, validation: ImageSet, epoch: int, on_batch: Callable[[int, int], None]
+    ) -> None:
+        """Show the method the held-out images, if it adapts to them; each process shows a part.
+
+        on_batch: receives the number of batches done, and of all.
+        """
+        if not self.method.uses_validation:
+            return
+        key, total = (*self.key(epoch), "validation"), -(-len(validation) // self.config.batch_size)
+        world_size, rank = self.distributed.world_size, self.distributed.rank
+
+        def own_batches() -> Iterator[Batch]:
+            every = held_out_batches(validation, *key, **self.attack_starts())
+            for number, batch in enumerate(every):
+                if number % world_size == rank:
+                    yield batch
+                # All processes report the same batches: one of them may have to stop all.
+                on_batch(number + 1, total)
+
+        self.method.observe_validation(self.engine, own_batches(), self.attack)
 
     def batch(self, draw: Draw) -> Batch:
         """Make this process' part of a batch."""

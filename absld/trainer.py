@@ -189,6 +189,9 @@ class Training:
             with torch.enable_grad(), float32_precision(self.techniques.precision):
                 with cached_epoch(self.stepper.teacher):
                     self.remaining_steps()
+                self.stepper.observe_validation(
+                    self.validation, number, self.report_validation_batch
+                )
                 accuracies = self.validate()
         except NonFiniteError as error:
             temperatures = describe_temperatures(method)
@@ -241,9 +244,11 @@ class Training:
         if signal_number := self.stepper.distributed.all_reduce_max(signal_number):
             raise Interrupted(signal_number)
 
+    def report_validation_batch(self, done: int, total: int) -> None:
+        self.report_step(StepReport(self.progress.epoch, "validation", done, total))
+
     def validate(self) -> ClassAccuracies:
         """Compute the class accuracies of the student on the validation images."""
-        epoch = self.progress.epoch
         try:
             return validate(
                 self.validated_network,
@@ -251,7 +256,7 @@ class Training:
                 epsilon=self.config.epsilon,
                 norm=self.config.norm,
                 batch_size=self.config.batch_size,
-                on_batch=lambda *done: self.report_step(StepReport(epoch, "validation", *done)),
+                on_batch=self.report_validation_batch,
                 distributed=self.stepper.distributed,
             )
         except NonFiniteError as error:

@@ -13,6 +13,8 @@ from absld.data.dataset import ImageSet, pixels
 from absld.norms import Norm
 from absld.seeding import generator
 
+Start = Literal["normal", "uniform"]
+
 
 class Batch(NamedTuple):
     """Images with what a training step needs beside them.
@@ -103,7 +105,7 @@ def draws(
     *key: int | str,
     batch_size: int,
     flip: float,
-    start: Literal["normal", "uniform"] = "normal",
+    start: Start = "normal",
     radius: float,
     norm: Norm = "linf",
     steps: int,
@@ -111,11 +113,11 @@ def draws(
 ) -> Iterator[Draw]:
     """Draw the augmentations and noises of an epoch; each depends on `key` and its step alone.
 
-    flip: probability of a horizontal flip. start: distribution of the noise; radius: its standard
-    deviation if normal, the radius of its ball in the norm if uniform, in pixels.
+    flip: probability of a horizontal flip. start, radius: see `draw_noise`.
     """
     data, device = views.data, views.data.device
     dtype = data.dtype if data.dtype.is_floating_point else torch.get_default_dtype()
+    kind: dict[str, Any] = {"device": device, "dtype": dtype}
     order = torch.randperm(len(data), generator=generator(*key, device=device), device=device)
     rows = order.to(data.index_device)  # once an epoch, not once a step
     for step in range(first_step, steps):
@@ -125,12 +127,40 @@ def draws(
         n = len(index)
         dy, dx = torch.randint(views.side, (2, n), generator=random, device=device)
         mirror = torch.rand(n, generator=random, device=device) < flip
-        source = torch.randn if start == "normal" else torch.rand
-        shape = n, *data.image_shape
-        noise = source(shape, generator=random, device=device, dtype=dtype)
-        if start == "uniform":
-            noise = 2 * noise - 1 if norm == "linf" else uniform_noise_(noise, 1.0, norm, random)
-        yield Draw(index, rows[batch], dy, dx, mirror, radius * noise)
+        noise = draw_noise(torch.empty(n, *data.image_shape, **kind), start, radius, norm, random)
+        yield Draw(index, rows[batch], dy, dx, mirror, noise)
+
+
+def draw_noise(
+    like: Float[Tensor, "n channels height width"],
+    start: Start,
+    radius: float,
+    norm: Norm,
+    random: torch.Generator,
+) -> Float[Tensor, "n channels height width"]:
+    """Draw the starts of an attack, relative to the images, of the shape and type of `like`.
+
+    start: their distribution; radius: its standard deviation if normal, the radius of its ball in
+    the norm if uniform, in pixels.
+    """
+    source = torch.randn if start == "normal" else torch.rand
+    noise = source(like.shape, generator=random, device=like.device, dtype=like.dtype)
+    if start == "uniform":
+        noise = 2 * noise - 1 if norm == "linf" else uniform_noise_(noise, 1.0, norm, random)
+    return radius * noise
+
+
+def held_out_batches(
+    data: ImageSet, *key: int | str, batch_size: int, start: Start, radius: float, norm: Norm
+) -> Iterator[Batch]:
+    """Make batches of all images of a set as they are, in order, with starts of an attack.
+
+    The noise of a batch depends on `key` and its number alone; start, radius: see `draw_noise`.
+    """
+    for number, (images, labels) in enumerate(data.batches(batch_size)):
+        x_nat, random = pixels(images), generator(*key, number, device=data.device)
+        # Clones: the set may have been made in inference mode, and a method needs gradients.
+        yield Batch(x_nat, labels.clone(), draw_noise(x_nat, start, radius, norm, random))
 
 
 def batches(views: Views, *key: int | str, **settings: Any) -> Iterator[Batch]:

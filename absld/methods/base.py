@@ -1,5 +1,6 @@
 """The interface of a method: the loss of a batch, and its update after an epoch."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Method(nn.Module):
 
     needs_teacher = True
     caches_teacher = True  # the teacher evaluates clean images only, so its logits can be cached
+    uses_validation = False  # it adapts to the validation images after each epoch
     settings: tuple[str, ...] = ()  # those of the group Method that change what it computes
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
@@ -43,6 +45,16 @@ class Method(nn.Module):
     ) -> Step:
         """Compute the loss of a batch. Leaves the student in train mode."""
         raise NotImplementedError
+
+    def observe_validation(
+        self, student: nn.Module, batches: Iterable[Batch], attack: TrainingAttack
+    ) -> None:
+        """Gather what `end_epoch` needs of held-out images, if `uses_validation`; before it.
+
+        `student` is in train mode, and must not learn from them (`frozen_eval`). What is gathered
+        in a `ClassMean` starts anew here: after an interruption, it is called again. batches:
+        those of this process, which has to take them all; with the starts of an attack.
+        """
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         """Adapt to the epoch, at temperature rate `rate`; return values per class (C,) by name."""

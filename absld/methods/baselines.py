@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from absld.attack import TrainingAttack, cross_entropy, kl
@@ -27,7 +27,10 @@ class Sat(Method):
 
 class Trades(Method):
     """TRADES: cross-entropy on clean images + beta KL(f(x) || f(x_adv)), with the gradient through
-    both sides of the KL. It also trains teachers. Source: arXiv 1901.08573."""
+    both sides of the KL. It also trains teachers. Source: arXiv 1901.08573.
+
+    Methods that treat classes differently override `adversarial_images` and `loss`.
+    """
 
     needs_teacher = False
     beta = 6.0
@@ -39,13 +42,32 @@ class Trades(Method):
         student.eval()
         with torch.no_grad():
             clean = F.softmax(student(x_nat), dim=1)
-        x_adv = attack(student, kl(clean), x_nat, batch.noise)
+        x_adv = self.adversarial_images(student, clean, batch, attack)
         student.train()
         log_nat, log_adv = (F.log_softmax(student(x), dim=1) for x in (x_nat, x_adv))
+        return self.loss(log_nat, log_adv, batch.labels)
+
+    def adversarial_images(
+        self, student: nn.Module, clean: Tensor, batch: Batch, attack: TrainingAttack
+    ) -> Tensor:
+        """Attack the student on a batch; clean: its probabilities (N,C) of the clean images."""
+        return attack(student, kl(clean), batch.x_nat, batch.noise)
+
+    def loss(self, log_nat: Tensor, log_adv: Tensor, labels: Int[Tensor, " n"]) -> Step:
+        """Compute the loss of log-probabilities (N,C) of clean and adversarial images."""
         robust = F.kl_div(log_adv, log_nat, log_target=True, reduction="batchmean")
-        natural = F.nll_loss(log_nat, batch.labels)
+        natural = F.nll_loss(log_nat, labels)
         parts = {"cross_entropy": natural.detach(), "kl": robust.detach()}
         return Step(natural + self.beta * robust, parts)
+
+
+def trades_terms(
+    log_nat: Float[Tensor, "n c"], log_adv: Float[Tensor, "n c"], labels: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Compute the two terms of TRADES for each image, for methods that weight images: clean
+    cross-entropy, and KL(clean || adversarial) of log-probabilities, in nats."""
+    robust = F.kl_div(log_adv, log_nat, log_target=True, reduction="none").sum(1)
+    return F.nll_loss(log_nat, labels, reduction="none"), robust
 
 
 class Ard(Method):

@@ -108,8 +108,24 @@ def test_a_negative_radius_is_refused(epsilon, steps):
 )
 def test_steps_that_cannot_be_taken_are_refused(wrong):
     x_nat, objective = draw.images(0), attack.kl(soft_labels(4))
-    with pytest.raises(ValueError, match="step_size and steps must be 0 or more"):
+    with pytest.raises(ValueError, match="(step_size|steps) must be 0 or more"):
         climb(absld, network(absld), objective, x_nat, torch.zeros_like(x_nat), **wrong)
+
+
+def test_radius_and_step_size_of_each_image_are_its_own():
+    """A batch attacked with the radii of its images is the images attacked one by one."""
+    x_nat, labels = draw.images(0), soft_labels(4)
+    noise, sizes = noise_like(x_nat), torch.tensor([0.01, 0.02, 0.03, 0.0], dtype=draw.DTYPE)
+    sizes = sizes.view(4, 1, 1, 1)
+    together = climb(absld, network(absld), attack.kl(labels), x_nat, noise, 3 * sizes, sizes)
+    for i, size in enumerate(sizes.flatten().tolist()):
+        one = slice(i, i + 1)
+        alone = climb(
+            absld, network(absld), attack.kl(labels[one]), x_nat[one], noise[one], 3 * size, size
+        )
+        torch.testing.assert_close(together[one], alone, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="step_size must be 0 or more"):
+        climb(absld, network(absld), attack.kl(labels), x_nat, noise, 3 * sizes, -sizes)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
