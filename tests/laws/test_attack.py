@@ -108,7 +108,7 @@ def test_a_negative_radius_is_refused(epsilon, steps):
 )
 def test_steps_that_cannot_be_taken_are_refused(wrong):
     x_nat, objective = draw.images(0), attack.kl(soft_labels(4))
-    with pytest.raises(ValueError, match="(step_size|steps) must be 0 or more"):
+    with pytest.raises(ValueError, match=r"(step_size|steps) must be 0 or more"):
         climb(absld, network(absld), objective, x_nat, torch.zeros_like(x_nat), **wrong)
 
 
