@@ -30,9 +30,9 @@ class Absld(Method):
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         lower, upper = config.temperature_lower, config.temperature_upper
-        start = config.temperature_start
-        if isinstance(start, str):  # calibrated, which `begin` computes
-            start = min(max(1.0, lower), upper)
+        given = config.temperature_start
+        # Where it is calibrated, `begin` computes it.
+        start: float = min(max(1.0, lower), upper) if isinstance(given, str) else given
         self.temperature = ClassTemperature(
             num_classes,
             lower=lower,
