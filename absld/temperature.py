@@ -150,7 +150,7 @@ class ClassTemperature(nn.Module):
     ) -> None:
         if num_classes < 2:
             raise ValueError(f"num_classes must be 2 or more, not {num_classes}")
-        if not 0 < lower <= start <= upper < math.inf:
+        if not (0 < lower <= start <= upper and start < math.inf):
             raise ValueError(f"temperatures start at {start:g}, which is not in [{lower}, {upper}]")
         check_rate(rate)
         check_choice("move", move, Move)

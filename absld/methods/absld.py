@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -115,8 +114,8 @@ class Rslad(Absld):
     settings = ("adv_weight", "kl_scale")
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
-        one: dict[str, Any] = {f"temperature_{name}": 1.0 for name in ("lower", "start", "upper")}
-        super().__init__(replace(config, **one), num_classes)
+        one = replace(config, temperature_lower=1.0, temperature_start=1.0, temperature_upper=1.0)
+        super().__init__(one, num_classes)
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         return super().end_epoch(0.0)
