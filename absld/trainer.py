@@ -100,8 +100,7 @@ def fit(
     if run is not None:
         identity = training_identity(student, teacher, train, validation, stepper.config, role)
         checkpoint = TrainingCheckpoint(run, about or {}, identity)
-    if checkpoint is None or not training.resume(checkpoint):
-        training.begin(teacher)
+    training.begin(checkpoint, teacher)
     observer.begin_training(training.start(run, about or {}))
     while training.progress.epoch <= config.epochs:
         try:
@@ -260,16 +259,10 @@ class Training:
         except NonFiniteError as error:
             raise NonFiniteError(f"validation: {error}", error.hint) from error
 
-    def begin(self, teacher: nn.Module | None) -> None:
-        """Prepare the method for the first step."""
-        note = self.stepper.method.begin(partial(self.calibrated_temperature, teacher))
-        if note:
-            self.observer.note(note)
-
     def calibrated_temperature(self, teacher: nn.Module | None) -> float:
         """Compute the teacher's temperature of least cross-entropy on the validation images.
 
-        Raises CheckpointError if it does not give finite logits.
+        Raises CheckpointError if a logit is not finite.
         """
         assert teacher is not None  # a method without one does not ask
         precision, own = self.techniques.precision, self.techniques.teacher_precision
@@ -286,13 +279,15 @@ class Training:
         shared = torch.tensor(best if distributed.is_main else 0.0, dtype=torch.float64)
         return distributed.all_reduce_sum(shared).item()
 
-    def resume(self, checkpoint: TrainingCheckpoint) -> bool:
-        """Continue from a checkpoint, and return whether there is one. Raises CheckpointError."""
-        student = self.stepper.student
-        if state := checkpoint.load():
+    def begin(self, checkpoint: TrainingCheckpoint | None, teacher: nn.Module | None) -> None:
+        """Continue from the state of the checkpoint, or begin anew. Raises CheckpointError."""
+        student, method = self.stepper.student, self.stepper.method
+        if checkpoint and (state := checkpoint.load()):
             self.load_state(state, checkpoint.run.last)
-        self.best = checkpoint.load_best(self.progress.epoch - 1, student.state_dict())
-        return state is not None
+        elif note := method.begin(partial(self.calibrated_temperature, teacher)):
+            self.observer.note(note)
+        if checkpoint:
+            self.best = checkpoint.load_best(self.progress.epoch - 1, student.state_dict())
 
     def gather_state(self) -> dict[str, Any]:
         """Gather all that the rest of the training depends on; every process must call this."""
