@@ -5,7 +5,8 @@ carries from batch to batch and from epoch to epoch.
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from absld.metrics import ClassMean, class_sums
 from absld.shapes import check_shape
 
 Fidelity = Literal["paper", "released"]
+Move = Literal["absolute", "relative"]
 NO_LABEL = torch.iinfo(torch.int64).min  # by default, torch leaves out images of label -100
 
 
@@ -57,23 +59,28 @@ def update_temperature(
     rate: float,
     lower: float,
     upper: float,
+    move: Move = "absolute",
 ) -> Float[Tensor, "*rows c"]:
     """Compute new temperatures from old ones and the mean risks of the classes.
 
     A class above the mean risk gets a lower temperature, so sharper labels; one below it a higher
     one. The farthest class moves by the full `rate` at any scale of the risks, the others in
-    proportion; then all are clipped to [`lower`, `upper`]. A risk of NaN means an absent class: it
+    proportion; then all are clipped to [`lower`, `upper`]. `move` "relative" moves their logarithms
+    instead, so that halving and doubling are equally far: decided here. A risk of NaN means an absent class: it
     stays and does not count in the mean. If a risk is infinite, or all are equal up to rounding,
     nothing moves. Each row is on its own. The result is a new tensor. Raises ValueError for other
-    shapes, a negative rate, and bounds that leave nothing. Source: D6.
+    shapes, a negative rate, another move, and bounds that leave nothing. Source: D6.
     """
     check_shape("class_risk", class_risk, *temperature.shape)
     check_rate(rate)
+    check_choice("move", move, Move)
     if not lower <= upper:
         raise ValueError(f"no temperature is in [{lower}, {upper}]")
     gap = (class_risk - class_risk.nanmean(-1, keepdim=True)).nan_to_num(0.0)
     largest = gap.abs().amax(-1, keepdim=True)
-    moved = (temperature - rate * gap / largest).clamp(lower, upper)  # D6
+    step = rate * gap / largest
+    moved = temperature - step if move == "absolute" else temperature * torch.exp(-step)
+    moved = moved.clamp(lower, upper)  # D6
     # Equal risks give 0/0, every temperature NaN for ever, or, unequal by rounding, a full move.
     # The limit is infinite where a risk is.
     limit = gap.shape[-1] * torch.finfo(gap.dtype).eps * class_risk.abs().nan_to_num(0.0, torch.inf)
@@ -105,15 +112,17 @@ class ClassTemperature(nn.Module):
     """The temperatures of the classes, for any training loop.
 
     In a batch: `soft_labels`, then `observe`; at the end of an epoch: `step`. The temperatures are
-    the buffers `adv` and `nat` (C,), which start at 1; with the risks gathered so far they are the
+    the buffers `adv` and `nat` (C,), which all start at `start`; with the risks gathered so far they are the
     state dict, which is enough to go on in the middle of an epoch. The state follows the tensors it
     is given to their device.
 
     Args:
         num_classes: C, 2 or more.
         rate: how far the farthest class moves in an epoch.
-        lower: lower bound of the temperatures, at most 1.
-        upper: upper bound of the temperatures, at least 1.
+        lower: lower bound of the temperatures, above 0.
+        upper: upper bound of the temperatures.
+        start: where all temperatures start, within the bounds.
+        move: see `update_temperature`.
         fidelity: "paper" reads D1 as published; "released" as the authors' script computes it: it
             divides one buffer in place by both temperatures, so both labels use their product.
         dtype: of temperatures and risks.
@@ -134,26 +143,35 @@ class ClassTemperature(nn.Module):
         rate: float = 0.1,
         lower: float = 0.5,
         upper: float = 5.0,
+        start: float = 1.0,
+        move: Move = "absolute",
         fidelity: Fidelity = "paper",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if num_classes < 2:
             raise ValueError(f"num_classes must be 2 or more, not {num_classes}")
-        if not 0 < lower <= 1 <= upper:
-            raise ValueError(f"temperatures start at 1, which is not in [{lower}, {upper}]")
+        if not (0 < lower <= start <= upper and start < math.inf):
+            raise ValueError(f"temperatures start at {start:g}, which is not in [{lower}, {upper}]")
         check_rate(rate)
-        if fidelity not in get_args(Fidelity):
-            raise ValueError(f"fidelity must be one of {get_args(Fidelity)}, not {fidelity!r}")
+        check_choice("move", move, Move)
+        check_choice("fidelity", fidelity, Fidelity)
         super().__init__()
-        self.rate, self.lower, self.upper, self.fidelity = rate, lower, upper, fidelity
-        self.register_buffer("adv", torch.ones(num_classes, dtype=dtype))
-        self.register_buffer("nat", torch.ones(num_classes, dtype=dtype))
+        self.rate, self.lower, self.upper = rate, lower, upper
+        self.move, self.fidelity = move, fidelity
+        self.register_buffer("adv", torch.full((num_classes,), start, dtype=dtype))
+        self.register_buffer("nat", torch.full((num_classes,), start, dtype=dtype))
         self.adv_risk = ClassRisk(num_classes, dtype=dtype)
         self.nat_risk = ClassRisk(num_classes, dtype=dtype)
 
     @property
     def num_classes(self) -> int:
         return len(self.adv)
+
+    def start_at(self, temperature: float) -> float:
+        """Set all temperatures to one value, clipped to the bounds, and return that."""
+        start = min(max(temperature, self.lower), self.upper)
+        self.adv, self.nat = torch.full_like(self.adv, start), torch.full_like(self.nat, start)
+        return start
 
     def soft_labels(
         self, teacher_logits: Tensor, labels: Tensor
@@ -204,9 +222,10 @@ class ClassTemperature(nn.Module):
         rate = self.rate if rate is None else rate
         risk = EpochRisk(self.adv_risk.mean(), self.nat_risk.mean())
         self.to(risk.adv.device)
-        bounds = {"rate": rate, "lower": self.lower, "upper": self.upper}
-        self.adv = update_temperature(self.adv, risk.adv, **bounds)
-        self.nat = update_temperature(self.nat, risk.nat, **bounds)
+        update = partial(
+            update_temperature, rate=rate, lower=self.lower, upper=self.upper, move=self.move
+        )
+        self.adv, self.nat = update(self.adv, risk.adv), update(self.nat, risk.nat)
         self.adv_risk.reset()
         self.nat_risk.reset()
         return risk
@@ -216,6 +235,12 @@ def check_rate(rate: float) -> None:
     """Raise ValueError unless a temperature rate is 0 or more, and finite."""
     if not 0 <= rate < math.inf:
         raise ValueError(f"rate must be 0 or more, not {rate}")
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raise ValueError unless a value is one of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
 
 
 def check_batch(logits: Tensor, labels: Tensor, num_classes: int) -> None:

@@ -7,13 +7,14 @@ that is resumed from a checkpoint computes what it would have computed without t
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from absld.config.settings import TrainConfig
+from absld.config.settings import TrainConfig, counting_settings
 from absld.data.dataset import ImageSet
 from absld.engine.distributed import SINGLE_PROCESS, Distributed
 from absld.engine.logit_cache import LogitCacheSettings, cached_epoch
@@ -21,6 +22,7 @@ from absld.engine.precision import float32_precision, with_precision
 from absld.engine.step_metrics import StepMetrics
 from absld.engine.techniques import NEUTRAL
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError
+from absld.evaluation.calibration import calibration, compute_logits
 from absld.evaluation.class_names import list_difference
 from absld.evaluation.validation import check_network, validate
 from absld.metrics import ClassAccuracies
@@ -98,7 +100,7 @@ def fit(
     if run is not None:
         identity = training_identity(student, teacher, train, validation, stepper.config, role)
         checkpoint = TrainingCheckpoint(run, about or {}, identity)
-        training.resume(checkpoint)
+    training.begin(checkpoint, teacher)
     observer.begin_training(training.start(run, about or {}))
     while training.progress.epoch <= config.epochs:
         try:
@@ -137,7 +139,7 @@ def training_identity(
 ) -> dict[str, Any]:
     """Return all that decides what a training computes: the same identity, the same numbers."""
     return {
-        **{name: value for name, value in asdict(config).items() if name not in NEUTRAL},
+        **{k: value for k, value in counting_settings(config).items() if k not in NEUTRAL},
         "role": role,
         "training_images": train.digest(),
         "validation_images": validation.digest(),
@@ -262,12 +264,35 @@ class Training:
         except NonFiniteError as error:
             raise NonFiniteError(f"validation: {error}", error.hint) from error
 
-    def resume(self, checkpoint: TrainingCheckpoint) -> None:
-        """Continue from a checkpoint, if there is one. Raises CheckpointError."""
-        student = self.stepper.student
-        if state := checkpoint.load():
+    def calibrated_temperature(self, teacher: nn.Module | None) -> float:
+        """Compute the teacher's temperature of least cross-entropy on the validation images.
+
+        Raises CheckpointError if a logit is not finite.
+        """
+        assert teacher is not None  # a method without one does not ask
+        precision, own = self.techniques.precision, self.techniques.teacher_precision
+        model = with_precision(teacher, own, caller_precision=precision)
+        with float32_precision(precision):
+            logits = compute_logits(model, self.validation, self.config.batch_size)
+        if not logits.isfinite().all():
+            raise CheckpointError(
+                "the teacher gives NaN or infinity", "needed: a teacher that gives finite logits"
+            )
+        best = calibration(logits, self.validation.labels.cpu()).temperature
+        distributed = self.stepper.distributed
+        # Processes on unlike devices may differ in the last digits.
+        shared = torch.tensor(best if distributed.is_main else 0.0, dtype=torch.float64)
+        return distributed.all_reduce_sum(shared).item()
+
+    def begin(self, checkpoint: TrainingCheckpoint | None, teacher: nn.Module | None) -> None:
+        """Continue from the state of the checkpoint, or begin anew. Raises CheckpointError."""
+        student, method = self.stepper.student, self.stepper.method
+        if checkpoint and (state := checkpoint.load()):
             self.load_state(state, checkpoint.run.last)
-        self.best = checkpoint.load_best(self.progress.epoch - 1, student.state_dict())
+        elif note := method.begin(partial(self.calibrated_temperature, teacher)):
+            self.observer.note(note)
+        if checkpoint:
+            self.best = checkpoint.load_best(self.progress.epoch - 1, student.state_dict())
 
     def gather_state(self) -> dict[str, Any]:
         """Gather all that the rest of the training depends on; every process must call this."""

@@ -11,7 +11,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from absld.config.fields import GROUPS, Settings, group_of
-from absld.config.parsing import choices_of, strip_optional
+from absld.config.parsing import choices_of, is_union, strip_optional
 from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RECIPES
 from absld.errors import UsageError
 
@@ -121,7 +121,7 @@ def option(f: "Field[Any]", kind: Any, meaning: str, *, method_recipes: bool) ->
     meaning, _, default = meaning.partition(" [default: ")
     default = default.removesuffix("]") or describe_defaults(f, method_recipes=method_recipes)
     if choices:
-        metavar = "|".join(choices)
+        metavar = "|".join(("X", *choices) if is_union(kind) else choices)
         if len(metavar) > MAX_METAVAR:
             metavar, meaning = "NAME", f"{meaning}; one of {', '.join(choices)}"
     help_text = escape(meaning)

@@ -50,14 +50,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else SEE_HELP
 
 
+def is_union(kind: Any) -> bool:
+    return get_origin(kind) in (types.UnionType, Union)
+
+
 def strip_optional(kind: Any) -> Any:
     """Return a type without its `| None`."""
-    return get_args(kind)[0] if get_origin(kind) in (types.UnionType, Union) else kind
+    return get_args(kind)[0] if is_union(kind) and types.NoneType in get_args(kind) else kind
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:
-    """Return the words that a setting of this type takes; empty if it is not a Literal."""
+    """Return the words that a setting of this type takes, alone or beside a number."""
     kind = strip_optional(kind)
+    if is_union(kind):  # a number, or a word
+        kind = get_args(kind)[1]
     return tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
 
 
@@ -65,7 +71,10 @@ def convert_to(kind: Any, value: Any) -> Any:
     """Convert a value to a type. Raises ValueError, TypeError or an ArithmeticError."""
     if strip_optional(kind) is not kind:
         return None if value is None else convert_to(strip_optional(kind), value)
-    if choices := choices_of(kind):
+    choices = choices_of(kind)
+    if is_union(kind):
+        return value if value in choices else convert_to(get_args(kind)[0], value)
+    if choices:
         return get_args(kind)[choices.index(str(value))]
     if get_origin(kind) is tuple:
         parts = [part for part in value.split(",") if part] if isinstance(value, str) else value
@@ -88,8 +97,11 @@ def convert_to(kind: Any, value: Any) -> Any:
 def describe_type(kind: Any) -> str:
     """Describe the values of a type in words."""
     kind = strip_optional(kind)
-    if choices := choices_of(kind):
-        return "one of " + ", ".join(choices)
+    words = ", ".join(choices_of(kind))
+    if is_union(kind):
+        return f"{describe_type(get_args(kind)[0])}, or {words}"
+    if words:
+        return f"one of {words}"
     if get_origin(kind) is tuple:
         return "numbers"
     return {float: "a number", int: "a whole number", bool: "true or false"}.get(kind, "a text")

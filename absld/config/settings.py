@@ -6,7 +6,7 @@ fields.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from absld.config.datasets import NAMES, HubSettings, check_dataset
@@ -23,6 +23,8 @@ Resize = Literal["squash", "crop"]
 Channels = Literal[1, 3]
 InMemory = Literal["auto", "yes", "no"]
 ClassOrder = Literal["by-name", "by-position"]
+# Settings that count where they are not the default: what was trained without them is the same.
+YOUNGER = ("resize", "channels", "temperature_start", "temperature_move")
 RESIZE = (
     "squash: resize images to squares whatever their aspect ratio; crop: resize the shorter side, "
     "and take the centre"
@@ -56,10 +58,25 @@ class TrainConfig(Settings):
         0.1, "Method", "largest change of a temperature in an epoch; 0: RSLAD", RELEASE, high=10.0
     )
     temperature_lower: float = setting(
-        0.5, "Method", "lower bound of the class temperatures", RELEASE, low=1e-3, high=1.0
+        0.5, "Method", "lower bound of the class temperatures", RELEASE, low=1e-3, high=1e3
     )
     temperature_upper: float = setting(
-        5.0, "Method", "upper bound of the class temperatures", RELEASE, low=1.0, high=1e3
+        5.0, "Method", "upper bound of the class temperatures", RELEASE, low=1e-3, high=1e3
+    )
+    temperature_start: float | Literal["calibrated"] = setting(
+        1.0,
+        "Method",
+        "class temperatures before the first epoch; calibrated: the teacher's temperature of least "
+        "cross-entropy on the validation images",
+        RELEASE,
+        low=1e-3,
+        high=1e3,
+    )
+    temperature_move: Literal["absolute", "relative"] = setting(
+        "absolute",
+        "Method",
+        "what the temperature rate changes; absolute: temperatures, relative: their logarithms",
+        RELEASE,
     )
     adv_weight: float = setting(
         5 / 6,
@@ -189,10 +206,37 @@ class TrainConfig(Settings):
                 f"method takes one of {known}, or package.module:Class, not {self.method!r}",
                 did_you_mean(self.method, METHOD_RECIPES),
             )
+        check_start(self.temperature_start, self.temperature_lower, self.temperature_upper)
 
     def milestone_epochs(self) -> list[int]:
         """Return the epochs after which the rates fall: the nearest whole ones. Source: D7."""
         return [round(part * self.epochs) for part in self.milestones]
+
+
+def check_start(start: float | str, lower: float, upper: float) -> None:
+    """Raise UsageError unless class temperatures have a range, and start in it."""
+    if lower > upper:
+        raise UsageError(
+            f"temperature_lower {lower:g} is above temperature_upper {upper:g}",
+            "a smaller --temperature-lower",
+        )
+    if not isinstance(start, str) and not lower <= start <= upper:
+        flag = "lower" if start < lower else "upper"
+        raise UsageError(
+            f"temperature_start must be in [{lower:g}, {upper:g}], the bounds of temperatures, "
+            f"not {start:g}",
+            f"another --temperature-start, or --temperature-{flag} {start:g}",
+        )
+
+
+def counting_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings by name; of the younger ones those that are not the default."""
+    defaults = {f.name: f.default for f in fields(config) if f.name in YOUNGER}
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if not (name in defaults and value == defaults[name])
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

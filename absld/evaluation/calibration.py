@@ -6,7 +6,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from absld.attack import frozen_eval
+from absld.data.dataset import ImageSet, pixels
 
 BINS = 15
 
@@ -25,6 +28,13 @@ class Calibration(NamedTuple):
     entropy: float
     nll: float
     temperature: float
+
+
+def compute_logits(model: nn.Module, data: ImageSet, batch_size: int) -> Tensor:
+    """Compute logits (N,C) of clean images, on the CPU."""
+    with frozen_eval(model), torch.no_grad():
+        parts = [model(pixels(images)).cpu() for images, _ in data.batches(batch_size)]
+    return torch.cat(parts)
 
 
 def calibration(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Calibration:

@@ -2,12 +2,9 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from absld.attack import frozen_eval
 from absld.config.evaluation_settings import EvaluationConfig
-from absld.data.dataset import ImageSet, pixels
 from absld.engine.precision import (
     emulation_warnings,
     float32_precision,
@@ -15,7 +12,7 @@ from absld.engine.precision import (
     with_precision,
 )
 from absld.evaluation.attacks import parse_attacks
-from absld.evaluation.calibration import Calibration, calibration, entropies
+from absld.evaluation.calibration import Calibration, calibration, compute_logits, entropies
 from absld.evaluation.evaluate import Evaluation, evaluate
 from absld.evaluation.images import describe_data, load_images
 from absld.evaluation.input_scale import HINT, InputScale, examine_scale
@@ -79,13 +76,6 @@ def inspect_teacher(target: str, config: EvaluationConfig, observer: Observer) -
         "verdict": verdict,
         "reasons": reasons,
     }
-
-
-def compute_logits(model: nn.Module, data: ImageSet, batch_size: int) -> Tensor:
-    """Compute logits (N,C) of clean images, on the CPU."""
-    with frozen_eval(model), torch.no_grad():
-        parts = [model(pixels(images)).cpu() for images, _ in data.batches(batch_size)]
-    return torch.cat(parts)
 
 
 def describe_soft_labels(logits: Tensor, evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -1,5 +1,8 @@
 """Anti-Bias Soft Label Distillation, and RSLAD, which it becomes with all temperatures 1."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -20,15 +23,36 @@ class Absld(Method):
     settings: tuple[str, ...] = (
         "adv_weight", "kl_scale", "fidelity",
         "temperature_rate", "temperature_lower", "temperature_upper",
+        "temperature_start", "temperature_move",
     )  # fmt: skip
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
+        lower, upper = config.temperature_lower, config.temperature_upper
+        given = config.temperature_start
+        # Where it is calibrated, `begin` computes it.
+        start: float = min(max(1.0, lower), upper) if isinstance(given, str) else given
         self.temperature = ClassTemperature(
             num_classes,
-            lower=config.temperature_lower,
-            upper=config.temperature_upper,
+            lower=lower,
+            upper=upper,
+            start=start,
+            move=config.temperature_move,
             fidelity=config.fidelity,
+        )
+
+    def begin(self, calibrated: Callable[[], float]) -> str:
+        if self.config.temperature_start != "calibrated":
+            return ""
+        best = calibrated()
+        start = self.temperature.start_at(best)
+        of = "temperature of least cross-entropy on the validation images"
+        if start == best:
+            return f"class temperatures start at {start:.4g}, the teacher's {of}"
+        flag = "lower" if best < start else "upper"
+        return (
+            f"class temperatures start at {start:.4g}: the teacher's {of}, {best:.4g}, is outside "
+            f"their bounds (--temperature-{flag})"
         )
 
     def step(
@@ -88,6 +112,10 @@ class Rslad(Absld):
     """
 
     settings = ("adv_weight", "kl_scale")
+
+    def __init__(self, config: TrainConfig, num_classes: int) -> None:
+        one = replace(config, temperature_lower=1.0, temperature_start=1.0, temperature_upper=1.0)
+        super().__init__(one, num_classes)
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         return super().end_epoch(0.0)

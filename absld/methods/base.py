@@ -1,6 +1,6 @@
 """The interface of a method: the loss of a batch, and its update after an epoch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,14 @@ class Method(nn.Module):
                 "leave out --kl-scale",
             )
         self.config = config
+
+    def begin(self, calibrated: Callable[[], float]) -> str:
+        """Prepare for the first step of a training, and return a line for a person, or "".
+
+        calibrated: computes the teacher's temperature of least cross-entropy on the validation
+            images.
+        """
+        return ""
 
     def step(
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, attack: TrainingAttack

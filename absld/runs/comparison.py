@@ -17,7 +17,7 @@ from absld.config.imports import names_code
 from absld.config.launcher_settings import LauncherSettings
 from absld.config.recipes import METHOD_RECIPES
 from absld.config.resolve import SETTING_GROUPS, resolve
-from absld.config.settings import Config
+from absld.config.settings import YOUNGER, Config
 from absld.data.dataset import ImageSet
 from absld.data.decoding import Form
 from absld.data.hub_datasets import refuse_unfetched
@@ -40,7 +40,7 @@ from absld.runs.launching import (
     training_states,
     without_device,
 )
-from absld.runs.run_record import YOUNGER, deciding_settings
+from absld.runs.run_record import deciding_settings
 from absld.storage.run_directory import RunDirectory
 
 HERE = LauncherSettings()

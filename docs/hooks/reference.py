@@ -16,7 +16,7 @@ from absld.cli.app import app
 from absld.cli.options import format_value
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.fields import GROUPS, group_of
-from absld.config.parsing import choices_of
+from absld.config.parsing import choices_of, is_union, strip_optional
 from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RECIPES
 from absld.config.settings import Config
 
@@ -137,7 +137,7 @@ def setting_tables(settings_class: Any) -> Iterator[str]:
 def setting_cells(f: "Field[Any]", kind: Any) -> list[str]:
     """Return default, meaning and source of a setting; others may decide what is None."""
     meaning, _, default = f.metadata["meaning"].partition(" [default: ")
-    if choices := choices_of(kind):
+    if (choices := choices_of(kind)) and not is_union(strip_optional(kind)):
         meaning += f"; one of {', '.join(choices)}"
     default = default.removesuffix("]") or f"`{format_value(f.default)}`"
     return [cell(default), cell(meaning), cell(f.metadata["source"])]

@@ -212,6 +212,8 @@ FLAGS = {
     "--allow-weak-teacher": {"allow_weak_teacher": True},
     "--dataset cifar100 --data here": {"dataset": "cifar100", "data": "here"},
     "--temperature-lower 0.9": {"temperature_lower": 0.9},
+    "--temperature-start 5/8": {"temperature_start": 0.625},
+    "--temperature-start calibrated": {"temperature_start": "calibrated"},
     "--precision bf16 --device cpu": {"precision": "bf16", "device": "cpu"},
 }
 

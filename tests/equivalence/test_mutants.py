@@ -1,7 +1,7 @@
 """The tests are tested: faults that people make in this method, put into a copy of the project.
 
-Each fault is made in the single file and in the package, and the tests named beside it must fail,
-on both. In the copy without a fault they pass.
+Each fault is made in the single file and in the package, where both have the line, and the tests
+named beside it must fail, on both. In the copy without a fault they pass.
 """
 
 import gc
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 class Mutant(NamedTuple):
     """A fault as (file, text, what stands there instead), in each artefact, and its killers."""
 
-    single: tuple[str, str, str]
+    single: tuple[str, str, str] | None
     package: tuple[str, str, str]
     killers: list[str]
 
@@ -34,6 +34,11 @@ def alike(module, text, instead, killers):
 
 def apart(module, single, package, killers):
     return Mutant(("absld_min.py", *single), (f"absld/{module}.py", *package), killers)
+
+
+def of_package(module, text, instead, killers):
+    """A fault of what the single file does not have."""
+    return Mutant(None, (f"absld/{module}.py", text, instead), killers)
 
 
 def on_both(test):
@@ -132,11 +137,31 @@ MUTANTS = {
         "  # D6",
         on_both("test_temperature.py::test_steps_from_one_to_the_bounds"),
     ),
-    "hard classes get warmer": alike(
+    "hard classes get warmer": apart(
         "temperature",
-        "temperature - rate * gap",
-        "temperature + rate * gap",
+        ("temperature - rate * gap", "temperature + rate * gap"),
+        ("temperature - step if", "temperature + step if"),
         on_both("test_temperature.py::test_an_absent_class_stays_and_does_not_count"),
+    ),
+    "a relative step to first order": of_package(
+        "temperature",
+        "temperature * torch.exp(-step)",
+        "temperature * (1 - step)",
+        [
+            "tests/laws/test_temperature.py::"
+            "test_a_relative_update_moves_logarithms_as_an_absolute_one_moves_temperatures",
+            "tests/laws/test_temperature.py::test_update_is_the_formula[relative]",
+            "tests/equivalence/test_peers.py::test_two_epochs_of_two_steps_are_those_by_hand[start and move-absld]",
+        ],
+    ),
+    "temperatures start at 1 whatever is set": of_package(
+        "methods/absld",
+        "            start=start,\n",
+        "",
+        [
+            f"tests/equivalence/test_peers.py::test_two_epochs_of_two_steps_are_those_by_hand[start-{name}]"
+            for name in ("absld", "absld-weights", "absld-margins")
+        ],
     ),
     "an update in every batch": apart(
         "methods/absld",
@@ -215,5 +240,5 @@ def test_the_killers_pass_without_a_fault(tmp_path):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_killer_fails_on_its_fault(name, tmp_path):
     mutant = MUTANTS[name]
-    edits = [mutant.single, mutant.package]
+    edits = [edit for edit in (mutant.single, mutant.package) if edit]
     assert outcome(tmp_path, edits, mutant.killers) == (0, len(mutant.killers))

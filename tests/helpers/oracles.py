@@ -39,7 +39,7 @@ def class_risk_sums(logits, labels, num_classes):
     return sums, counts
 
 
-def update_temperature(temperature, class_risk, rate, lower, upper):
+def update_temperature(temperature, class_risk, rate, lower, upper, move="absolute"):
     """class_risk: None for a class without images."""
     present = [risk for risk in class_risk if risk is not None]
     if not present or not all(map(math.isfinite, present)):
@@ -49,10 +49,11 @@ def update_temperature(temperature, class_risk, rate, lower, upper):
     largest = max(map(abs, gaps))
     if largest <= len(present) * 2.0**-52 * max(map(abs, present)):
         return list(temperature)
-    return [
-        min(max(old - rate * gap / largest, lower), upper)
+    moved = [
+        old * math.exp(-rate * gap / largest) if move == "relative" else old - rate * gap / largest
         for old, gap in zip(temperature, gaps, strict=True)
     ]
+    return [min(max(value, lower), upper) for value in moved]
 
 
 def project(x_adv, x_nat, epsilon):

@@ -16,7 +16,10 @@ from absld.evaluation.validation import validate
 from absld.seeding import global_generator
 from helpers.small_training import CONFIG, image_set, train
 
-METHODS = ["absld", "absld-weights", "absld-margins", "trades"]
+METHODS = {name: {"method": name} for name in ("absld", "absld-weights", "absld-margins", "trades")}
+METHODS["calibrated and relative"] = {
+    "temperature_start": "calibrated", "temperature_move": "relative", "temperature_upper": 100.0,
+}  # fmt: skip
 
 
 class FrozenNorm(nn.BatchNorm2d):
@@ -48,11 +51,11 @@ def float64():
 
 @float64()
 def results(distributed=SINGLE_PROCESS):
-    """Train by each method; return weights, temperatures, losses and accuracies."""
+    """Train by each method, ABSLD in two ways; return weights, temperatures, losses and accuracies."""
     data = image_set(16, seed=5, dtype=torch.float64), image_set(9, seed=6, dtype=torch.float64)
     by_method = {}
-    for method in METHODS:
-        config = replace(CONFIG, method=method, batch_size=8, epochs=4, attack_steps=3)
+    for method, settings in METHODS.items():
+        config = replace(CONFIG, batch_size=8, epochs=4, attack_steps=3, **settings)
         student, reports = train(
             config, network("student"), network("teacher"), data, distributed=distributed
         )

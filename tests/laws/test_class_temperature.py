@@ -1,6 +1,7 @@
 """The state that the package carries: ClassRisk and ClassTemperature (D1, D5, D6)."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -103,6 +104,13 @@ def test_both_readings_are_plain_softmax_at_the_start():
             assert torch.equal(soft, F.softmax(logits, dim=1))
 
 
+@pytest.mark.parametrize(("value", "start"), [(0.7, 0.7), (0.1, 0.5), (9.0, 5.0)])
+def test_all_temperatures_are_set_within_the_bounds(value, start):
+    temperature = at([0.6, 1.5, 3.0], [2.0, 0.9, 0.7])
+    assert temperature.start_at(value) == start
+    assert temperature.adv.tolist() == temperature.nat.tolist() == [start] * C
+
+
 # --- Epochs ---
 
 
@@ -121,11 +129,14 @@ def test_adv_and_nat_are_independent():
     assert torch.equal(other_nat.adv, whole.adv) and not torch.equal(other_nat.nat, whole.nat)
 
 
-@given(draw.seeds, st.none() | st.floats(0, 2), st.floats(0, 1))
-def test_step_is_the_formula(seed, override, rate):
+@pytest.mark.parametrize("move", ["absolute", "relative"])
+@given(draw.seeds, st.none() | st.floats(0, 2), st.floats(0, 1), st.floats(0.8, 1.3))
+def test_step_is_the_formula(move, seed, override, rate, start):
     """At the rate given for this epoch, else at that given at the start."""
     adv_logits, nat_logits, labels = batch(seed)
-    temperature = ClassTemperature(C, rate=rate, lower=0.8, upper=1.3, dtype=draw.DTYPE)
+    temperature = ClassTemperature(
+        C, rate=rate, lower=0.8, upper=1.3, start=start, move=move, dtype=draw.DTYPE
+    )
     temperature.observe(adv_logits, nat_logits, labels)
     reported = temperature.step(override)
     for logits, risk, moved in (
@@ -136,7 +147,7 @@ def test_step_is_the_formula(seed, override, rate):
         risks = [total / n if n else None for total, n in zip(sums, counts, strict=True)]
         assert_close(risk.nan_to_num(-1), [-1 if r is None else r for r in risks], scale=500)
         used = rate if override is None else override
-        expected = oracles.update_temperature([1.0] * C, risks, used, 0.8, 1.3)
+        expected = oracles.update_temperature([start] * C, risks, used, 0.8, 1.3, move)
         assert_close(moved, expected, terms=1e9)
 
 
@@ -267,10 +278,16 @@ def test_fewer_than_two_classes_are_refused(num_classes):
         ClassTemperature(num_classes)
 
 
-@pytest.mark.parametrize(("lower", "upper"), [(0.0, 5.0), (-1.0, 5.0), (1.1, 5.0), (0.5, 0.9)])
-def test_bounds_without_the_start_are_refused(lower, upper):
-    with pytest.raises(ValueError, match=rf"not in \[{lower}, {upper}\]"):
-        ClassTemperature(C, lower=lower, upper=upper)
+@pytest.mark.parametrize(
+    ("lower", "start", "upper"),
+    [
+        (0.0, 1.0, 5.0), (-1.0, 1.0, 5.0), (1.1, 1.0, 5.0), (0.5, 1.0, 0.9), (0.5, 0.4, 5.0),
+        (0.5, NAN, 5.0), (0.5, float("inf"), float("inf")),
+    ],
+)  # fmt: skip
+def test_bounds_without_the_start_are_refused(lower, start, upper):
+    with pytest.raises(ValueError, match=rf"start at {start:g}, .* not in \[{lower}, {upper}\]"):
+        ClassTemperature(C, lower=lower, start=start, upper=upper)
 
 
 @pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
@@ -308,11 +325,14 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
     torch.testing.assert_close(half.mean()[0], full.mean()[0])
 
 
-def test_another_fidelity_is_refused():
+@pytest.mark.parametrize(
+    ("name", "choices"), [("fidelity", ("paper", "released")), ("move", ("absolute", "relative"))]
+)
+def test_another_choice_is_refused(name, choices):
     """The tests' type checks would refuse it, too, but users have none."""
     unchecked = inspect.unwrap(ClassTemperature.__init__)
-    with pytest.raises(ValueError, match=r"one of \('paper', 'released'\), not 'release'"):
-        unchecked(ClassTemperature(C), C, fidelity="release")
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be one of {choices}, not 'x'")):
+        unchecked(ClassTemperature(C), C, **{name: "x"})
 
 
 def test_bounds_may_be_equal():
@@ -326,3 +346,4 @@ def test_defaults_are_those_of_the_release():
     temperature = ClassTemperature(2)
     assert (temperature.rate, temperature.lower, temperature.upper) == (0.1, 0.5, 5.0)
     assert temperature.fidelity == "paper" and temperature.num_classes == 2
+    assert temperature.move == "absolute" and temperature.adv.tolist() == [1.0, 1.0]

@@ -66,10 +66,21 @@ def test_a_method_is_swept_over_its_own_settings_alone():
     assert found[-1].settings == {"method": "sat"}
 
 
+def test_where_temperatures_start_is_swept_over_numbers_and_the_word():
+    over = parse_over(["temperature_start=1,1/2,calibrated", "temperature_move=absolute,relative"])
+    found, base = build_points({}, over)
+    starts = [point.config.temperature_start for point in found]
+    assert starts == [1.0, 1.0, 0.5, 0.5, "calibrated", "calibrated"]
+    assert base == "temperature_start=1 temperature_move=absolute"
+    assert found[-1].label == "temperature_start=calibrated temperature_move=relative"
+
+
 VALUES = {
     "temperature_rate": 0.5,
     "temperature_lower": 1.0,
     "temperature_upper": 1.0,
+    "temperature_start": 0.7,
+    "temperature_move": "relative",
     "fidelity": "released",
     "adv_weight": 0.25,
 }
@@ -97,6 +108,8 @@ def test_the_settings_of_a_method_are_those_that_change_its_training(method):
         (["temperature_rate"], "takes NAME=VALUE,VALUE, not 'temperature_rate'", "such as"),
         (["temperature_rate=fast"], "takes a number, not 'fast'", ""),
         (["temperature_rate=20"], "must be in [0, 10]", ""),
+        (["temperature_start=1,calib"], "takes a number, or calibrated, not 'calib'", "'calibrated'"),
+        (["temperature_start=1,0.1"], "must be in [0.5, 5], the bounds", "--temperature-lower 0.1"),
         (["adv_weight=0.5,1/2"], "a value of adv_weight twice", ""),
         (["adv_weight=0.5", "adv_weight=0.6"], "has adv_weight twice", "at once"),
         (["seed=0,1"], "trained with all seeds", "--seeds"),

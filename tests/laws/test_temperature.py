@@ -1,6 +1,8 @@
 """The laws of class risks and temperatures (D5, D6)."""
 
 import inspect
+import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +20,17 @@ import absld_min
 LOWER, UPPER = 0.5, 5.0
 WIDE = {"lower": -1e9, "upper": 1e9}  # no clipping
 risks = draw.vectors(0, 100)
+
+
+class Relative:
+    """The package, moving the logarithms of temperatures."""
+
+    update_temperature = partial(absld.update_temperature, move="relative")
+
+
+moves = pytest.mark.parametrize(
+    "impl", [absld_min, absld, Relative], ids=["single file", "package", "relative"]
+)
 
 
 def update(impl, temperature, risk, rate=0.1, lower=LOWER, upper=UPPER):
@@ -62,7 +75,7 @@ def test_class_risk_keeps_no_graph(impl):
 absent_or_risk = st.none() | st.floats(0, 100, allow_subnormal=False)
 
 
-@both
+@moves
 @given(st.lists(absent_or_risk, min_size=1, max_size=8), st.floats(0, 2), draw.seeds)
 @example([0.1, 0.1, 0.1], 0.1, 0)  # the mean of three equal risks is off by one rounding
 @example([None, None], 0.1, 0)
@@ -73,7 +86,8 @@ def test_update_is_the_formula(impl, risk, rate, seed):
     tensor = torch.tensor([float("nan") if r is None else r for r in risk], dtype=draw.DTYPE)
     present = tensor[~tensor.isnan()]
     assume(len(present) == 0 or present.isinf().any() or spread(present) or len(set(risk)) == 1)
-    expected = oracles.update_temperature(old.tolist(), risk, rate, LOWER, UPPER)
+    move = "relative" if impl is Relative else "absolute"
+    expected = oracles.update_temperature(old.tolist(), risk, rate, LOWER, UPPER, move)
     assert_close(update(impl, old, tensor, rate), expected, scale=1e6 * EPS + 1, terms=1e8)
 
 
@@ -92,7 +106,7 @@ def test_an_unclipped_step_is_the_rate_for_the_farthest_class_and_sums_to_zero(
     assert (move[order].diff() <= 100 * EPS * 5).all()  # more risk, no warmer
 
 
-@both
+@moves
 @given(risks, st.floats(0.01, 100), st.floats(-50, 50))
 def test_scale_and_origin_of_the_risks_do_not_matter(impl, risk, factor, shift):
     assume(spread(risk) and spread(risk * factor + shift))
@@ -100,7 +114,7 @@ def test_scale_and_origin_of_the_risks_do_not_matter(impl, risk, factor, shift):
     assert_close(update(impl, old, risk * factor + shift), update(impl, old, risk), terms=1e9)
 
 
-@both
+@moves
 @given(risks, draw.seeds)
 def test_an_update_commutes_with_permutations_of_the_classes(impl, risk, seed):
     order = torch.randperm(len(risk), generator=torch.Generator().manual_seed(seed))
@@ -109,21 +123,21 @@ def test_an_update_commutes_with_permutations_of_the_classes(impl, risk, seed):
     assert_close(update(impl, old[order], risk[order]), update(impl, old, risk)[order], terms=1e9)
 
 
-@both
+@moves
 @given(draw.vectors(0.5, 5), st.floats(0, 1e6), st.sampled_from([torch.float32, torch.float64]))
 def test_equal_risks_move_nothing(impl, old, risk, dtype):
     old = old.to(dtype)
     assert torch.equal(update(impl, old, torch.full_like(old, risk)), old)
 
 
-@both
+@moves
 @given(draw.vectors(0.5, 5), draw.seeds)
 def test_rate_zero_moves_nothing(impl, old, seed):
     random = torch.Generator().manual_seed(seed)
     assert torch.equal(update(impl, old, torch.rand(len(old), generator=random).double(), 0.0), old)
 
 
-@both
+@moves
 @given(draw.vectors(0.5, 5), st.sampled_from([float("inf"), -float("inf")]))
 def test_infinite_risk_moves_nothing(impl, old, infinite):
     risk = torch.arange(len(old), dtype=draw.DTYPE)
@@ -140,7 +154,7 @@ def test_an_absent_class_stays_and_does_not_count(impl):
     assert torch.equal(update(impl, old, torch.full((4,), float("nan"))), old)
 
 
-@both
+@moves
 def test_each_row_is_updated_on_its_own(impl):
     """Rows whose risks are equal, infinite, absent, and spread."""
     old = torch.tensor([0.6, 1.5, 3.0, 4.0], dtype=draw.DTYPE)
@@ -153,7 +167,7 @@ def test_each_row_is_updated_on_its_own(impl):
     assert moved == [False, False, False, True, True]
 
 
-@both
+@moves
 def test_result_is_a_new_tensor(impl):
     old = torch.ones(3)
     for risk in (torch.arange(3.0), torch.ones(3)):
@@ -171,6 +185,19 @@ def test_steps_from_one_to_the_bounds(impl):
             assert_close(temperature[0], 0.5)
     assert_close(temperature, [0.5, 5.0])
     assert_close(update(impl, temperature, risk), [0.5, 5.0])
+
+
+@given(risks, st.floats(0, 2), draw.seeds)
+def test_a_relative_update_moves_logarithms_as_an_absolute_one_moves_temperatures(risk, rate, seed):
+    """So the farthest class is divided or multiplied by exp(rate): halving is as far as doubling."""
+    assume(spread(risk))
+    random = torch.Generator().manual_seed(seed)
+    old = torch.rand(len(risk), generator=random, dtype=draw.DTYPE) * 4.5 + 0.5
+    of_logs = update(absld, old.log(), risk, rate, lower=math.log(LOWER), upper=math.log(UPPER))
+    moved = update(Relative, old, risk, rate)
+    assert_close(moved, of_logs.exp(), scale=50)
+    factor = (update(Relative, old, risk, rate, lower=1e-9, upper=1e9) / old).log()
+    assert_close(factor.abs().max(), rate, scale=50)
 
 
 # --- What the package refuses ---
@@ -205,6 +232,7 @@ def test_class_risks_of_labels_outside_the_classes_are_refused(label):
         (torch.ones(2, 3), {}, r"class_risk must be \(3\), not \(2, 3\)"),
         (torch.ones(3), {"rate": -0.1}, "rate must be 0 or more, not -0.1"),
         (torch.ones(3), {"rate": float("nan")}, "rate must be 0 or more, not nan"),
+        (torch.ones(3), {"move": "log"}, r"one of \('absolute', 'relative'\), not 'log'"),
         (torch.ones(3), {"lower": 5.0, "upper": 0.5}, r"no temperature is in \[5.0, 0.5\]"),
     ],
 )
@@ -222,16 +250,24 @@ some_logits = st.integers(-24, 24).map(lambda value: value / 4)
 
 
 class TemperatureMachine(RuleBasedStateMachine):
-    """Any history of batches and epochs: all four agree, bounds hold, adv and nat stay apart."""
+    """Any history of batches and epochs, from any start: all four agree, bounds hold, adv and nat
+    stay apart. The single file has no relative move."""
 
-    @initialize(num_classes=st.integers(2, 4))
-    def start(self, num_classes):
-        self.num_classes = num_classes
-        self.class_temperature = absld.ClassTemperature(num_classes, dtype=draw.DTYPE)
+    @initialize(
+        num_classes=st.integers(2, 4),
+        start=st.floats(LOWER, UPPER),
+        move=st.sampled_from(["absolute", "relative"]),
+    )
+    def start(self, num_classes, start, move):
+        self.num_classes, self.move = num_classes, move
+        self.class_temperature = absld.ClassTemperature(
+            num_classes, start=start, move=move, dtype=draw.DTYPE
+        )
         self.computed = {
-            impl: torch.ones(2, num_classes, dtype=draw.DTYPE) for impl in (absld_min, absld)
+            impl: torch.full((2, num_classes), start, dtype=draw.DTYPE)
+            for impl in ((absld_min, absld) if move == "absolute" else (Relative,))
         }
-        self.by_hand = [[1.0] * num_classes for _ in range(2)]
+        self.by_hand = [[start] * num_classes for _ in range(2)]
         self.new_epoch()
 
     def new_epoch(self):
@@ -249,6 +285,7 @@ class TemperatureMachine(RuleBasedStateMachine):
         logits = [torch.tensor(values, dtype=draw.DTYPE) for values in drawn]
         self.class_temperature.observe(*logits, labels)
         for impl, sums in self.sums.items():
+            impl = absld if impl is Relative else impl
             adv, counts = impl.class_risk_sums(logits[0], labels, c)
             nat, _ = impl.class_risk_sums(logits[1], labels, c)
             sums += torch.stack([adv, nat, counts.to(adv.dtype)])
@@ -271,7 +308,7 @@ class TemperatureMachine(RuleBasedStateMachine):
         if not all(len(risk) < 2 or spread(risk) for risk in present):
             return  # equal up to rounding: which way they part is chance; more batches first
         self.by_hand = [
-            oracles.update_temperature(old, risk, rate, LOWER, UPPER)
+            oracles.update_temperature(old, risk, rate, LOWER, UPPER, self.move)
             for old, risk in zip(self.by_hand, risks, strict=True)
         ]
         for impl, sums in self.sums.items():
@@ -282,27 +319,27 @@ class TemperatureMachine(RuleBasedStateMachine):
                 ]
             )
         reported = self.class_temperature.step(rate)
-        for tensor, total in zip(reported, self.sums[absld], strict=False):
-            assert torch.equal(tensor.nan_to_num(-1), (total / self.sums[absld][2]).nan_to_num(-1))
+        sums = next(iter(self.sums.values()))
+        for tensor, total in zip(reported, sums, strict=False):
+            assert torch.equal(tensor.nan_to_num(-1), (total / sums[2]).nan_to_num(-1))
         self.new_epoch()
 
     @rule()
     def an_interruption(self):
         state = self.class_temperature.state_dict()
-        self.class_temperature = absld.ClassTemperature(self.num_classes, dtype=draw.DTYPE)
+        self.class_temperature = absld.ClassTemperature(
+            self.num_classes, move=self.move, dtype=draw.DTYPE
+        )
         self.class_temperature.load_state_dict(state)
 
     @invariant()
     def bounded_and_alike(self):
         if not hasattr(self, "class_temperature"):
             return
-        single = self.computed[absld_min]
-        assert torch.equal(self.computed[absld], single)
-        assert torch.equal(
-            torch.stack([self.class_temperature.adv, self.class_temperature.nat]), single
-        )
-        assert ((single >= LOWER) & (single <= UPPER)).all()
-        assert_close(single, self.by_hand, terms=1e9)
+        held = torch.stack([self.class_temperature.adv, self.class_temperature.nat])
+        assert all(torch.equal(computed, held) for computed in self.computed.values())
+        assert ((held >= LOWER) & (held <= UPPER)).all()
+        assert_close(held, self.by_hand, terms=1e9)
 
 
 TestTemperatureMachine = TemperatureMachine.TestCase

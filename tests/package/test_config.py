@@ -5,7 +5,7 @@ import itertools
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, fields, replace
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import example, given
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from absld.config.fields import MOST
 from absld.config.files import MAY_NAME_CODE, read_recipe, to_toml
-from absld.config.parsing import choices_of, parse, strip_optional
+from absld.config.parsing import choices_of, is_union, parse, strip_optional
 from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RECIPES
 from absld.config.resolve import resolve, setting_source
-from absld.config.settings import Config, TrainConfig
+from absld.config.settings import YOUNGER, Config, TrainConfig, counting_settings
 from absld.errors import CheckpointError, UsageError
 
 TYPES = get_type_hints(Config)
@@ -49,6 +49,7 @@ VALUES = (
         "temperature_rate": numbers(0, 10),
         "temperature_lower": numbers(1e-3, 1),
         "temperature_upper": numbers(1, 1e3),
+        "temperature_start": st.sampled_from([1.0, "calibrated"]),
         "milestones": st.lists(numbers(0, 1), max_size=3).map(tuple),
     }
 )
@@ -115,6 +116,8 @@ def test_what_a_file_does_not_say_comes_from_the_recipe(tmp_path):
         ("allow_weak_teacher = 1", "allow_weak_teacher takes true or false, not 1"),
         ("milestones = 0.5", "milestones takes numbers, not 0.5"),
         ('milestones = ["half"]', "milestones takes numbers"),
+        ("temperature_start = true", "temperature_start takes a number, or calibrated, not True"),
+        ('temperature_start = "calibrate"', "did you mean 'calibrated'?"),
         ("max_steps = 0", "max_steps must be 1 or more, not 0"),
         ('method = "abslt"', "did you mean 'absld'?"),
         ('method = "abslt"', "sat, or package.module:Class, not 'abslt'"),
@@ -207,9 +210,14 @@ def test_epsilons_that_are_none(value):
     refused("epsilon", of=lambda: resolve({"epsilon": value}))
 
 
+TEMPERATURES = {
+    "temperature_lower": 1e-3,
+    "temperature_start": "calibrated",
+    "temperature_upper": 1e3,
+}
 RANGES = {
     "temperature_rate": (0, 10), "adv_weight": (0, 1), "epsilon": (0, 1), "flip": (0, 1),
-    "momentum": (0, 1), "temperature_lower": (1e-3, 1), "temperature_upper": (1, 1e3),
+    "momentum": (0, 1), **dict.fromkeys(TEMPERATURES, (1e-3, 1e3)),
 }  # fmt: skip
 LEAST = {
     "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 1, "padding": 0, "start_noise": 0, "logit_cache_gib": 0,
@@ -221,11 +229,38 @@ LEAST = {
 @pytest.mark.parametrize("name", RANGES)
 def test_ranges_hold_their_ends_and_nothing_beyond(name):
     low, high = RANGES[name]
+    beside = TEMPERATURES if name in TEMPERATURES else {}  # which have to fit to each other
     for end in (low, high):
-        assert getattr(resolve({name: end}), name) == end
+        assert getattr(resolve({**beside, name: end}), name) == end
     said = f"{name} must be in [{low:g}, {high:g}], not "
     for beyond in (low - 1e-6, high + 1e-6, float("nan"), float("inf"), float("-inf")):
         refused(f"{said}{beyond}", of=lambda value=beyond: resolve({name: value}))
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "hint"),
+    [
+        ({"temperature_start": 0.4}, "temperature_start must be in [0.5, 5], ", "-lower 0.4"),
+        ({"temperature_start": 5.5}, "not 5.5", "--temperature-upper 5.5"),
+        ({"temperature_lower": 2}, "must be in [2, 5], the bounds of temperatures, not 1", ""),
+        ({"temperature_upper": 0.4, "temperature_start": "calibrated"}, "0.5 is above", "smaller"),
+    ],
+)
+def test_temperatures_start_within_their_bounds(given, said, hint):
+    refused(said, hint, of=lambda: resolve(given))
+
+
+def test_a_younger_setting_counts_only_where_it_is_not_the_default():
+    """So a training that was begun without it is the same training."""
+    others = {
+        "resize": "crop",
+        "channels": 1,
+        "temperature_start": 0.5,
+        "temperature_move": "relative",
+    }
+    assert others.keys() == set(YOUNGER)
+    assert counting_settings(resolve({})).keys() == TYPES.keys() - set(YOUNGER)
+    assert counting_settings(resolve(others)).items() >= others.items()
 
 
 @pytest.mark.parametrize("name", LEAST)
@@ -270,7 +305,10 @@ def test_milestones_are_parts_of_the_run(milestones):
 
 def test_every_number_has_a_range():
     """A setting that is added without one would be the first that takes NaN."""
-    numbers = {name for name, kind in TYPES.items() if kind in (int, float, int | None)}
+    kinds = {
+        name: set(get_args(kind)) if is_union(kind) else {kind} for name, kind in TYPES.items()
+    }
+    numbers = {name for name, kind in kinds.items() if kind & {int, float}}
     assert numbers - {"seed"} == RANGES.keys() | LEAST.keys()
 
 
@@ -413,6 +451,7 @@ METHOD = [
     {"milestones": (0.5, 0.75)}, {"start": "uniform"}, {"weight_decay": 5e-4, "method": "sat"},
     {"fidelity": "released"}, {"temperature_rate": 0.0}, {"kl_scale": 0.1},
     {"adv_weight": 0.5}, {"temperature_lower": 0.9}, {"temperature_upper": 1.5}, {"epochs": 7},
+    {"temperature_start": "calibrated"}, {"temperature_move": "relative"},
 ]  # fmt: skip
 
 

@@ -46,6 +46,7 @@ from absld.errors import (
     Stopped,
     UsageError,
 )
+from absld.evaluation.calibration import calibration
 from absld.evaluation.validation import check_state
 from absld.methods import build_method
 from absld.metrics import ClassAccuracies
@@ -1012,6 +1013,74 @@ def test_a_student_with_dropout_goes_on_with_the_numbers_it_would_have_had(tmp_p
                 train(student=Forgetful(), run=run, on_step=stopping(stop))
         results.append(outcome(train(student=Forgetful(), run=run)[0], run))
     assert same(*results)
+
+
+# --- Where class temperatures start ---
+
+CALIBRATED = replace(
+    CONFIG, temperature_start="calibrated", temperature_lower=0.01, temperature_upper=100.0
+)
+
+
+class Notes(Observer):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def calibrated_temperature():
+    """The temperature of the test's teacher, as of a check of it."""
+    teacher = network("teacher").eval()
+    with torch.no_grad():
+        logits = teacher(VALIDATION.images / 255)
+    return calibration(logits, VALIDATION.labels).temperature
+
+
+def test_temperatures_start_where_the_teacher_is_calibrated():
+    observer = Notes()
+    start = calibrated_temperature()
+    assert 0.1 < start < 19, "not an end of the search"
+    _, reports = train(replace(CALIBRATED, temperature_rate=0.0), observer=observer)
+    for name in ("temperature_adv", "temperature_nat"):
+        assert reports[0].per_class[name].tolist() == pytest.approx([start] * C, rel=1e-5)
+    assert observer.notes == [
+        f"class temperatures start at {start:.4g}, the teacher's temperature of least "
+        "cross-entropy on the validation images"
+    ]
+
+
+@pytest.mark.parametrize("end", ["lower", "upper"])
+def test_a_calibrated_start_outside_the_bounds_is_clipped_and_both_numbers_are_told(end):
+    observer, best = Notes(), calibrated_temperature()
+    bound = 1.5 * best if end == "lower" else best / 1.5
+    config = replace(CALIBRATED, temperature_rate=0.0, **{f"temperature_{end}": bound})
+    _, reports = train(config, observer=observer)
+    assert reports[0].per_class["temperature_adv"].tolist() == pytest.approx([bound] * C)
+    (note,) = observer.notes
+    assert f"start at {bound:.4g}: " in note and f", {best:.4g}, " in note
+    assert note.endswith(f"(--temperature-{end})")
+
+
+def test_the_checkpoint_decides_where_temperatures_started(tmp_path, monkeypatch):
+    """In the first epoch, too, and a resumed training calibrates nothing."""
+    config = replace(CALIBRATED, temperature_move="relative")
+    whole, stopped = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "stopped")
+    expected = outcome(train(config, run=whole)[0], whole)
+    with pytest.raises(Interrupted):
+        train(config, run=stopped, on_step=stopping(2))
+    monkeypatch.setattr(trainer, "calibration", None)
+    observer = Notes()
+    assert same(outcome(train(config, run=stopped, observer=observer)[0], stopped), expected)
+    assert observer.notes == []
+
+
+def test_a_teacher_without_finite_logits_is_not_calibrated():
+    teacher = network("teacher")
+    teacher[-1].bias.data[0] = torch.nan
+    with pytest.raises(CheckpointError, match="the teacher gives NaN or infinity"):
+        train(CALIBRATED, teacher=teacher)
 
 
 def changed_pixel():
