@@ -16,7 +16,7 @@ from absld.evaluation.validation import validate
 from absld.seeding import global_generator
 from helpers.small_training import CONFIG, image_set, train
 
-METHODS = ["absld", "absld-weights", "absld-margins", "trades"]
+METHODS = ["absld", "absld-weights", "absld-margins", "trades", "wat", "frl"]
 
 
 class FrozenNorm(nn.BatchNorm2d):
