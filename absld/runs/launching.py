@@ -79,12 +79,12 @@ def plan_jobs(
         first = {"robust start": planned.robust_start}
         if planned.method.needs_teacher and not config.teacher:
             first["teacher"] = without_device(config)
-        needs = []
+        needs: dict[Job, None] = {}  # one, where the teacher is the robust start
         for title, trained in first.items():
             if trained:
                 run = plan_teacher(trained, planned.splits).run
                 job = teacher_job(f"{title}, seed {config.seed}", config, run)
-                needs.append(teachers.setdefault(run.path, job))
+                needs[teachers.setdefault(run.path, job)] = None
         own = evaluation_of(config, evaluation)
         students.append(student_job(label, config, own, planned.run, splits, tuple(needs)))
     return [*teachers.values(), *students]
