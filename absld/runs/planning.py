@@ -88,6 +88,11 @@ def plan(
     if config.pretrained:
         check_pretrained([config.student, *([] if config.teacher else [config.teacher_model])])
     method = build_method(config, splits.train.num_classes)
+    if method.uses_validation and config.select_on == "test":
+        raise UsageError(
+            f"{config.method} learns from the images that select the epoch: not from test images",
+            "leave out --select-on test",
+        )
     student = load_network(
         config.student,
         splits.train.num_classes,

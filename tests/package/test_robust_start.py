@@ -123,3 +123,9 @@ def test_a_comparison_leaves_its_schedule_to_a_method_that_fine_tunes():
         f"{name}: fine-tunes a robust network, with the schedule of its recipe"
         for name in ("frl", "slow.toml")
     ]
+
+
+@pytest.mark.parametrize("method", ["wat", "frl"])
+def test_a_method_that_learns_from_the_images_that_select_refuses_test_images(method, capfd):
+    refused(capfd, 2, f"{method} learns from the images that select", "leave out --select-on",
+            "train", *QUICK, "--method", method, "--select-on", "test")  # fmt: skip
