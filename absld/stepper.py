@@ -182,6 +182,7 @@ class Stepper:
         self.engine = Engine(student, self.techniques, distributed)
         self.attack = training_attack(config, self.techniques)
         self.method = build_method(config, train.num_classes).to(self.device)
+        self.method.all_reduce_mean_ = distributed.all_reduce_mean_
         self.teacher = self.prepare_teacher(teacher, logit_cache)
         # Which of them training changes, such as the statistics of a batch norm, a step shows.
         shared = shared_tensors(student.named_buffers(), teacher)

@@ -104,7 +104,7 @@ def check(
 @teacher_app.command("train", cls=Command)
 @with_settings(Config)
 def train_teacher(*, recipe: RecipeFile = None, **settings: Any) -> None:
-    """Train the teacher that `absld train` would train first, and nothing else.
+    """Train the teacher or robust start that `absld train` would train first, and nothing else.
 
     [bold]Example[/]
 

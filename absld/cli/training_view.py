@@ -28,8 +28,6 @@ class TrainingView(View):
         self.role, self.config, self.classes = start.role, start.config, start.classes
         if start.epoch <= self.config.epochs:  # a training that was finished before shows none
             self.line(heading(start))
-            if start.role == "teacher":
-                self.line("choose another by --teacher-model NAME or --teacher FILE")
             self.line(HEAD)
         self.temperatures: Table | str = ""
         self.started, self.first = time.perf_counter(), 0.0

@@ -50,6 +50,10 @@ METHOD_RECIPES: dict[str, Recipe] = {
     ),
     "trades": recipe("TRADES", relative_step_size=0.007 / 0.031, epochs=76, milestones=(75 / 76,)),
     "sat": recipe("PGD adversarial training", start="uniform"),
+    "wat": recipe(
+        "WAT", relative_step_size=0.007 / 0.031, epochs=100, milestones=(75 / 100, 90 / 100)
+    ),
+    "frl": recipe("FRL", learning_rate=1e-3, weight_decay=5e-4, epochs=40, milestones=(40 / 40,)),
 }
 
 # They override those of methods and data sets, whose budgets are of the L-infinity norm.

@@ -296,7 +296,11 @@ class Config(TrainConfig, HubSettings, TrackingSettings):
         "first known key]",
     )
     teacher_epochs: int = setting(
-        76, "Networks", "epochs of the teacher if it is trained here", "TRADES", low=1.0
+        76,
+        "Networks",
+        "epochs of a teacher or robust start that is trained here",
+        "TRADES",
+        low=1.0,
     )
     pretrained: bool = setting(
         False,
@@ -307,7 +311,9 @@ class Config(TrainConfig, HubSettings, TrackingSettings):
         2.0, "Networks", "largest size of the teacher's logit cache, in GiB; 0: no cache"
     )
     allow_weak_teacher: bool = setting(
-        False, "Networks", "accept a teacher near chance, or one made for a different pixel scale"
+        False,
+        "Networks",
+        "accept a teacher or robust start near chance, or a teacher made for a different pixel scale",
     )
     out: str = setting("runs", "Run", "folder of the runs and their teachers")
     device: str = setting("auto", "Run", "torch device; auto: cuda if there is one, else cpu")

@@ -29,6 +29,7 @@ class Method(nn.Module):
     needs_teacher = True
     caches_teacher = True  # the teacher evaluates clean images only, so its logits can be cached
     uses_validation = False  # it adapts to the validation images after each epoch
+    needs_robust_start = False  # it fine-tunes a student that is robust already
     settings: tuple[str, ...] = ()  # those of the group Method that change what it computes
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
@@ -39,6 +40,8 @@ class Method(nn.Module):
                 "leave out --kl-scale",
             )
         self.config = config
+        # Of tensors, among the processes that share a batch: for what is normalised by batch.
+        self.all_reduce_mean_: Callable[[Iterable[Tensor]], None] = lambda tensors: None
 
     def begin(self, calibrated: Callable[[], float]) -> str:
         """Prepare for the first step of a training, and return a line for a person, or "".

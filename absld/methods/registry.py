@@ -1,11 +1,12 @@
 """Methods by name, or by package.module:Class."""
 
-from absld.config.imports import import_object
+from absld.config.imports import import_object, names_code
 from absld.config.settings import TrainConfig
 from absld.errors import UsageError
 from absld.methods.absld import Absld, Rslad
 from absld.methods.base import Method
 from absld.methods.baselines import AdaAd, Ard, Sat, Trades
+from absld.methods.held_out import Frl, Wat
 from absld.methods.reweighting import AbsldMargins, AbsldWeights, FairRslad
 
 METHODS: dict[str, type[Method]] = {
@@ -18,6 +19,8 @@ METHODS: dict[str, type[Method]] = {
     "adaad": AdaAd,
     "trades": Trades,
     "sat": Sat,
+    "wat": Wat,
+    "frl": Frl,
 }
 
 
@@ -29,6 +32,11 @@ def method_class(name: str) -> type[Method]:
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise UsageError(f"{name} is not a method", "needed: a subclass of absld.methods.Method")
     return method
+
+
+def fine_tunes(name: str) -> bool:
+    """Return whether a method starts from a robust network; False for an unknown name."""
+    return (name in METHODS or names_code(name)) and method_class(name).needs_robust_start
 
 
 def build_method(config: TrainConfig, num_classes: int) -> Method:

@@ -128,6 +128,15 @@ def load_network(
     raise unknown_target(target)
 
 
+def brings_weights(target: str, image_shape: Shape) -> bool:
+    """Return whether `load_network` loads trained weights of `target`: a file, a run or of a hub.
+
+    Those that timm or torchvision has for a network of theirs do not count.
+    """
+    file = not is_named(name_for(target, image_shape)) and os.path.exists(target)
+    return file or target.startswith(HUB)
+
+
 def unknown_target(target: str) -> UsageError | CheckpointError:
     """Build the error for a text that names no network."""
     if target.endswith((".pt", ".pth", ".pkl", ".tar", ".bin")) or os.sep in target:

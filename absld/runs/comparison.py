@@ -28,6 +28,7 @@ from absld.errors import AbsldError, BusyError, CheckpointError, Interrupted, Us
 from absld.evaluation.attacks import parse_attacks
 from absld.evaluation.runner import run_network_evaluation
 from absld.evaluation.targets import complete_config, load_target
+from absld.methods.registry import fine_tunes
 from absld.progress import SILENT, Observer
 from absld.report.summary import budget
 from absld.runs import planning, training_run
@@ -54,7 +55,7 @@ def build_configs(
     """Build the configurations of a comparison, all methods of the first seed first; and notes.
 
     methods: names, package.module:Class, or recipe files (.toml) that say what is different about a
-    method. A recipe's schedule is left out: all methods train alike.
+    method. A recipe's schedule is left out: all methods train alike, but for those that fine-tune.
     common_settings: settings of all runs.
     Raises UsageError.
     """
@@ -68,14 +69,17 @@ def build_configs(
                     f"{name} sets {', '.join(other)}, which is not a setting of a method",
                     "give it as a flag, to all methods alike",
                 )
-            if schedule := [key for key in recipe if SETTING_GROUPS[key] == "Training"]:
-                notes.append(f"{name}: {', '.join(schedule)} left out, all methods train alike")
+        own_schedule = fine_tunes(recipe.get("method", "absld"))
+        if own_schedule:
+            notes.append(f"{name}: fine-tunes a robust network, with the schedule of its recipe")
+        elif schedule := [key for key in recipe if SETTING_GROUPS[key] == "Training"]:
+            notes.append(f"{name}: {', '.join(schedule)} left out, all methods train alike")
             recipe = {key: value for key, value in recipe.items() if key not in schedule}
-        recipes.append(recipe)
+        recipes.append((recipe, own_schedule))
     configs = [
-        resolve({**common_settings, **recipe, "seed": seed}, schedule_of_method=False)
+        resolve({**common_settings, **recipe, "seed": seed}, schedule_of_method=own_schedule)
         for seed in seeds
-        for recipe in recipes
+        for recipe, own_schedule in recipes
     ]
     return configs, notes
 

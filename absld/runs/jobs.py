@@ -23,7 +23,7 @@ class Job:
         epochs: of the training.
         commands: of its processes.
         is_finished: tells whether nothing is left to do.
-        needs: the job of its teacher, which has to be finished first.
+        needs: the jobs of its teacher and its robust start, which have to be finished first.
     """
 
     title: str
@@ -31,7 +31,7 @@ class Job:
     epochs: int
     commands: tuple[tuple[str, ...], ...]
     is_finished: Callable[[], bool]
-    needs: "Job | None" = None
+    needs: "tuple[Job, ...]" = ()
 
 
 class Launcher(Protocol):

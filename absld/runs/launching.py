@@ -53,7 +53,7 @@ def launch(
     """
     launcher = build_launcher(settings, device)
     left = [job for job in jobs if not job.is_finished()]
-    teachers, needed = {job.needs for job in jobs}, {job.needs for job in left}
+    teachers, needed = ({one for job in each for one in job.needs} for each in (jobs, left))
     left = [job for job in left if job not in teachers or job in needed]
     if left:
         launcher.run(left, observer)
@@ -67,7 +67,8 @@ def plan_jobs(
     splits: Splits,
     observer: Observer,
 ) -> list[Job]:
-    """Return a job for each training, finished or not, and before them those of their teachers.
+    """Return a job for each training, finished or not, and before them those of their teachers
+    and robust starts.
 
     Raises AbsldError.
     """
@@ -75,12 +76,17 @@ def plan_jobs(
     students = []
     for label, config in zip(labels, configs, strict=True):
         planned = plan(without_device(config), observer, splits)
-        teacher = None
+        first = {"robust start": planned.robust_start}
         if planned.method.needs_teacher and not config.teacher:
-            run = plan_teacher(without_device(config), planned.splits).run
-            teacher = teachers.setdefault(run.path, teacher_job(config, run))
+            first["teacher"] = without_device(config)
+        needs: dict[Job, None] = {}  # one, where the teacher is the robust start
+        for title, trained in first.items():
+            if trained:
+                run = plan_teacher(trained, planned.splits).run
+                job = teacher_job(f"{title}, seed {config.seed}", config, run)
+                needs[teachers.setdefault(run.path, job)] = None
         own = evaluation_of(config, evaluation)
-        students.append(student_job(label, config, own, planned.run, splits, teacher))
+        students.append(student_job(label, config, own, planned.run, splits, tuple(needs)))
     return [*teachers.values(), *students]
 
 
@@ -130,10 +136,10 @@ def evaluation_of(config: Config, evaluation: EvaluationConfig) -> EvaluationCon
     return replace(evaluation, model=config.student if names_code(config.student) else "")
 
 
-def teacher_job(config: Config, run: RunDirectory) -> Job:
+def teacher_job(title: str, config: Config, run: RunDirectory) -> Job:
     command = absld_command("teacher", "train", *to_flags(config))
     return Job(
-        f"teacher, seed {config.seed}",
+        title,
         run,
         config.teacher_epochs,
         (command,),
@@ -147,7 +153,7 @@ def student_job(
     evaluation: EvaluationConfig,
     run: RunDirectory,
     splits: Splits,
-    teacher: Job | None,
+    needs: tuple[Job, ...],
 ) -> Job:
     def is_finished() -> bool:
         if not (run.exists() and run.status() == "finished"):
@@ -162,7 +168,7 @@ def student_job(
         absld_command("evaluate", *to_flags(evaluation), "--", str(run.path)),
     )
     title = f"{label}, seed {config.seed}"
-    return Job(title, run, config.epochs, commands, is_finished, teacher)
+    return Job(title, run, config.epochs, commands, is_finished, needs)
 
 
 def absld_command(*arguments: str) -> tuple[str, ...]:

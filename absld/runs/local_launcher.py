@@ -69,10 +69,11 @@ class LocalLauncher:
     def next_job(self, observer: Observer) -> Job | None:
         """Take the next job that can start; those whose teacher failed fail, too."""
         for job in [*self.waiting]:
-            if job.needs in self.failed:
+            unfinished = {*self.waiting, *(work.job for work in self.running)}
+            if failed := [needed for needed in job.needs if needed in self.failed]:
                 self.waiting.remove(job)
-                self.failed[job] = f"not started, {job.needs.title} failed"
-            elif job.needs in self.waiting or job.needs in [work.job for work in self.running]:
+                self.failed[job] = f"not started, {failed[0].title} failed"
+            elif not unfinished.isdisjoint(job.needs):
                 continue
             elif self.not_before.get(job, 0.0) <= time.monotonic():
                 self.waiting.remove(job)

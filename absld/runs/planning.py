@@ -1,7 +1,7 @@
 """The start of a training run: all its inputs, loaded and checked before anything is computed."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from absld.evaluation.class_names import check_class_names, check_image_shape
 from absld.evaluation.validation import check_network, check_state
 from absld.methods.base import Method
 from absld.methods.registry import build_method
-from absld.models.loading import Network, load_network
+from absld.models.loading import Network, brings_weights, load_network
 from absld.models.registries import check_pretrained
 from absld.progress import Observer
 from absld.report.summary import budget
@@ -47,7 +47,7 @@ FEW_VALIDATION = 10  # images of a class, so few that one of them moves the scor
 
 class Plan(NamedTuple):
     """The start of a run: device, techniques, images, method, networks, digests of these
-    (`inputs`), and directory."""
+    (`inputs`), directory, and the settings of a robust start that is to be trained first."""
 
     device: torch.device
     techniques: Techniques
@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     teacher: Network | None
     inputs: dict[str, str]
     run: RunDirectory
+    robust_start: Config | None
 
 
 def load_splits(config: Config, device: torch.device, observer: Observer) -> Splits:
@@ -87,6 +88,11 @@ def plan(
     if config.pretrained:
         check_pretrained([config.student, *([] if config.teacher else [config.teacher_model])])
     method = build_method(config, splits.train.num_classes)
+    if method.uses_validation and config.select_on == "test":
+        raise UsageError(
+            f"{config.method} learns from the images that select the epoch: not from test images",
+            "leave out --select-on test",
+        )
     student = load_network(
         config.student,
         splits.train.num_classes,
@@ -107,11 +113,24 @@ def plan(
     inputs = image_digests(splits) | {"initial_weights": digest(student.model.state_dict())}
     if teacher:
         inputs["teacher_weights"] = digest(teacher.model.state_dict())
+    robust_start = None
+    if method.needs_robust_start and not brings_weights(config.student, splits.train.image_shape):
+        robust_start = robust_start_config(config)
+        # Its run is named by what decides its weights.
+        inputs["robust_start"] = plan_teacher(robust_start, splits, distributed).run.path.name
     # A student counts by its architecture and weights, not by the file that they came from.
     identity = deciding_settings(config) | inputs | {"student": student.architecture}
     run = run_directory(config, config.method, identity, distributed)
     techniques = techniques_of_run(config, run, device)
-    return Plan(device, techniques, splits, method, student, teacher, inputs, run)
+    return Plan(device, techniques, splits, method, student, teacher, inputs, run, robust_start)
+
+
+def robust_start_config(config: Config) -> Config:
+    """Return the settings of a run whose teacher is the robust start of this run's student.
+
+    A teacher of the same architecture and settings is the same network, trained once.
+    """
+    return replace(config, teacher="", teacher_weights="", teacher_model=config.student)
 
 
 class TeacherPlan(NamedTuple):
@@ -126,7 +145,7 @@ class TeacherPlan(NamedTuple):
 def plan_teacher(
     config: Config, splits: Splits, distributed: Distributed = SINGLE_PROCESS
 ) -> TeacherPlan:
-    """Build the teacher that a run without a given one trains by TRADES."""
+    """Build the teacher, or robust start, that a run without a given one trains by TRADES."""
     network = load_network(
         config.teacher_model,
         splits.train.num_classes,

@@ -51,10 +51,10 @@ class RunRecord:
     def write(self) -> None:
         self.run.write("environment.json", json.dumps(self.sessions, indent=1) + "\n")
 
-    def add_teacher(self, teacher: nn.Module) -> str:
-        """Record the digest of the teacher's weights, and return it."""
-        sha = digest(teacher.state_dict())
-        self.sessions[-1]["teacher_sha256"] = sha
+    def add_network(self, role: str, network: nn.Module) -> str:
+        """Record the digest of a network's weights, and return it."""
+        sha = digest(network.state_dict())
+        self.sessions[-1][f"{role}_sha256"] = sha
         self.write()
         return sha
 

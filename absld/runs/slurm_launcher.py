@@ -127,13 +127,14 @@ class SlurmLauncher:
             ids: dict[Job, str] = {}
             for job in jobs:
                 entry = queue.get(name_of(job))
-                ids[job] = entry.id if entry else self.submit(job, ids.get(job.needs or job))
+                after = [ids[needed] for needed in job.needs if needed in ids]
+                ids[job] = entry.id if entry else self.submit(job, after)
                 how = "is in the queue" if entry else "submitted"
                 observer.wait(f"{job.title}: {how} as job {ids[job]}, log {log_of(job)}")
                 queue[name_of(job)] = Queued(ids[job], "PENDING", "")
 
-    def submit(self, job: Job, after: str | None) -> str:
-        """Submit a job that starts once job `after` has succeeded; return its number."""
+    def submit(self, job: Job, after: Sequence[str]) -> str:
+        """Submit a job that starts once those of `after` have succeeded; return its number."""
         settings, log = self.settings, str(log_of(job).absolute())
         if "%" in log:
             raise UsageError(f"{log}: Slurm replaces % in a path", "an --out without it")
@@ -144,7 +145,7 @@ class SlurmLauncher:
             "constraint": settings.constraint,
             "gpus_per_node": "" if settings.gpus == "0" else settings.gpus,
             "mem": settings.memory,
-            "dependency": f"afterok:{after}" if after else "",
+            "dependency": ":".join(["afterok", *after]) if after else "",
         }
         for old in job_folder(job).glob(f"{SUBMISSION}*"):
             shutil.rmtree(old, ignore_errors=True)
@@ -177,8 +178,9 @@ class SlurmLauncher:
 
     def cause(self, job: Job, failed: dict[Job, str]) -> str:
         """Return why a job failed, as far as it is known."""
-        if job.needs in failed:
-            return f"not started, {job.needs.title} failed"
+        for needed in job.needs:
+            if needed in failed:
+                return f"not started, {needed.title} failed"
         status = job.run.status() if job.run.exists() else ""
         words = {"": "ended before it began", "running": "killed", "finished": "not evaluated"}
         return words.get(status, status.removeprefix("failed: "))

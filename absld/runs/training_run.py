@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -42,6 +42,11 @@ from absld.storage.training_checkpoint import load_of_program
 from absld.text import printable
 from absld.trainer import fit
 
+Use = Literal["teacher", "robust start"]  # of a network that is trained by TRADES
+CHOICE: dict[Use, str] = {
+    "teacher": "--teacher-model NAME or --teacher FILE",
+    "robust start": "--student FILE",
+}
 WAIT = 0.5  # seconds between two attempts to lock a run directory
 
 
@@ -86,7 +91,7 @@ def train(
     which every run with the same images and settings uses again. splits: the images, if they are
     loaded already. distributed: the processes that train together. Raises AbsldError.
     """
-    device, techniques, splits, method, student, loaded_teacher, inputs, run = plan(
+    device, techniques, splits, method, student, loaded_teacher, inputs, run, robust_start = plan(
         config, observer, splits, distributed
     )
     session = describe_session(device, splits, inputs, distributed)
@@ -111,9 +116,15 @@ def train(
             teacher = find_teacher(
                 loaded_teacher, config, splits, techniques, observer, distributed
             )
-            teacher_sha = record.add_teacher(teacher)
+            teacher_sha = record.add_network("teacher", teacher)
             if method.caches_teacher:
                 observer.note(describe_cache(config, splits.train))
+        if robust_start:
+            start = find_teacher(
+                None, robust_start, splits, techniques, observer, distributed, "robust start"
+            )
+            record.add_network("robust_start", start)
+            student.model.load_state_dict(start.state_dict())
         student.model.to(device)
         train_network(
             "student", student, teacher, splits, with_techniques(config.training(), techniques),
@@ -141,6 +152,7 @@ def find_teacher(
     techniques: Techniques,
     observer: Observer,
     distributed: Distributed,
+    use: Use = "teacher",
 ) -> nn.Module:
     """Return the given teacher, or one trained here, on the device of the images.
 
@@ -149,8 +161,8 @@ def find_teacher(
     if given:
         teacher, name = given.model, config.teacher
     else:
-        teacher, name = train_teacher(config, splits, observer, distributed)
-    observer.note(f"teacher: {name}")
+        teacher, name = train_teacher(config, splits, observer, distributed, use)
+    observer.note(f"{use}: {name}")
     with float32_precision(techniques.precision):
         teacher.to(splits.train.device)
         if given:
@@ -163,21 +175,32 @@ def find_teacher(
 def train_teacher_alone(
     config: Config, observer: Observer, distributed: Distributed = SINGLE_PROCESS
 ) -> str:
-    """Train the teacher of a run, or resume that, as `train` does before the student.
+    """Train the teacher or robust start of a run, or resume that, as `train` does before the
+    student.
 
     Returns its run directory. Raises AbsldError, also if the run does not train one.
     """
     planned = plan(config, observer, None, distributed)
-    if config.teacher or not planned.method.needs_teacher:
+    trained: dict[Use, Config] = {}
+    if planned.method.needs_teacher and not config.teacher:
+        trained["teacher"] = config
+    if planned.robust_start:
+        trained["robust start"] = planned.robust_start
+    if not trained:
         why = f"--teacher {config.teacher} is given" if config.teacher else "its method needs none"
         raise UsageError(f"this run trains no teacher: {why}", "absld train trains the student")
     splits = planned.splits.to(planned.device)
-    find_teacher(None, config, splits, planned.techniques, observer, distributed)
-    return str(plan_teacher(config, splits, distributed).run.path)
+    for use, own in trained.items():
+        find_teacher(None, own, splits, planned.techniques, observer, distributed, use)
+    return str(plan_teacher(own, splits, distributed).run.path)
 
 
 def train_teacher(
-    config: Config, splits: Splits, observer: Observer, distributed: Distributed
+    config: Config,
+    splits: Splits,
+    observer: Observer,
+    distributed: Distributed,
+    use: Use = "teacher",
 ) -> tuple[nn.Module, str]:
     """Train a teacher by TRADES, resume its training, or load it if it is finished.
 
@@ -186,7 +209,7 @@ def train_teacher(
     device = splits.train.device
     teacher, training, inputs, run = plan_teacher(config, splits, distributed)
     for note in teacher.notes:
-        observer.note(f"teacher: {note}")
+        observer.note(f"{use}: {note}")
     teacher.model.to(device)
     with locked(run, observer, distributed):
         techniques = techniques_of_run(training, run, device)
@@ -198,7 +221,8 @@ def train_teacher(
         else:
             session = describe_session(device, splits, inputs, distributed)
             for note in changed_conditions(run, session):
-                observer.note(f"teacher: {note}")
+                observer.note(f"{use}: {note}")
+            observer.note(f"{use}: trained here by TRADES; choose another by {CHOICE[use]}")
             own_config = replace(config, **vars(training), student=config.teacher_model)
             training = with_techniques(training, techniques)
             with run:

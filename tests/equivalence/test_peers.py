@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 import absld
 from absld.config.resolve import resolve
 from absld.config.settings import TrainConfig
+from absld.data.augmentation import Batch
 from absld.errors import UsageError
 from absld.methods import METHODS, Method, build_method, method_class
 from absld.methods.reweighting import CountingObjective, class_margins, class_weights
@@ -41,6 +42,10 @@ def per_class(values, labels):
     return np.array([values[labels == k].mean() for k in range(C)])
 
 
+def kl(one, other):
+    return (one * (np.log(one) - np.log(other))).sum(1)
+
+
 class ByHand:
     """A method on linear networks z = x W' + b: attack, gradient of the loss, SGD; all by hand."""
 
@@ -53,7 +58,10 @@ class ByHand:
         if name.startswith("absld"):
             self.temperature *= config.temperature_start
         self.weight, self.margin = np.ones(C), np.ones(C)
-        self.seen = []
+        if name == "wat":
+            self.weight, self.costs = 2 * np.ones(C), np.zeros(C + 1)
+        self.multipliers = np.zeros((2, C))  # of FRL
+        self.seen, self.held_out = [], []
 
     def logits(self, x):
         return x @ self.w.T + self.b
@@ -64,7 +72,7 @@ class ByHand:
     def slope(self, x, soft_adv, labels):
         """The gradient by the image of what the attack climbs."""
         q = softmax(self.logits(x))
-        if self.name in ("sat", "ard"):
+        if self.name in ("sat", "ard") or soft_adv is None:
             return (q - one_hot(labels)) @ self.w
         if self.name == "adaad":
             p = softmax(self.teacher_logits(x))
@@ -73,12 +81,12 @@ class ByHand:
             return (q - p) @ self.w + (p * (log_ratio - kl)) @ self.tw
         return (q - soft_adv) @ self.w
 
-    def attack(self, x_nat, noise, labels, soft_adv):
+    def attack(self, x_nat, noise, labels, soft_adv, steps=STEPS):
         epsilon = EPSILON
         if self.name == "absld-margins":
             epsilon = EPSILON * self.margin[labels][:, None]
         x, self.robust = x_nat + noise, np.zeros(len(labels))
-        for _ in range(STEPS):
+        for _ in range(steps):
             self.robust += self.logits(x).argmax(1) == labels
             x = x + STEP_SIZE * np.sign(self.slope(x, soft_adv, labels))
             x = np.clip(np.clip(x, x_nat - epsilon, x_nat + epsilon), 0, 1)
@@ -89,22 +97,20 @@ class ByHand:
         y, a, n = one_hot(labels), self.config.adv_weight, len(labels)
         v = self.teacher_logits(x_nat)
         soft_adv, soft_nat = (softmax(v / t[labels][:, None]) for t in self.temperature)
-        if self.name == "trades":
+        if self.name in ("trades", "wat", "frl"):
             soft_adv = softmax(self.logits(x_nat))
         x_adv = self.attack(x_nat, noise, labels, soft_adv)
         z_adv, z_nat = self.logits(x_adv), self.logits(x_nat)
         p, q = softmax(z_adv), softmax(z_nat)
 
-        def kl(one, other):
-            return (one * (np.log(one) - np.log(other))).sum(1)
-
         hard_adv, hard_nat = -np.log((p * y).sum(1)), -np.log((q * y).sum(1))
         if self.name == "sat":
             loss, by_adv, by_nat = hard_adv, p - y, 0 * q
-        elif self.name == "trades":
-            robust = kl(q, p)
-            loss, by_adv = hard_nat + 6 * robust, 6 * (p - q)
-            by_nat = q - y + 6 * q * (np.log(q) - np.log(p) - robust[:, None])
+        elif self.name in ("trades", "wat", "frl"):
+            robust, (w_nat, w_adv) = kl(q, p)[:, None], self.weights_of_terms(labels)
+            loss = w_nat * hard_nat[:, None] + w_adv * robust
+            by_adv = w_adv * (p - q)
+            by_nat = w_nat * (q - y) + w_adv * q * (np.log(q) - np.log(p) - robust)
         elif self.name == "ard":
             t = 30.0
             soft, own = softmax(v / t), softmax(z_adv / t)
@@ -127,7 +133,49 @@ class ByHand:
             weight -= LEARNING_RATE * self.velocity[k]
         return loss.mean()
 
+    def weights_of_terms(self, labels):
+        """The weights (N,1) of the two terms of TRADES, of which the mean is the loss."""
+        ones = np.ones((len(labels), 1))
+        if self.name == "trades":
+            return ones, 6 * ones
+        if self.name == "wat":
+            return (factor * self.weight[labels][:, None] for factor in (1, 6))
+        nat, adv = (self.frl_weights(kind)[labels][:, None] for kind in (0, 1))
+        return nat / nat.mean(), 1.5 * adv / adv.mean()
+
+    def frl_weights(self, kind):
+        own = self.multipliers[kind]
+        return np.array([1 / C + (1 - 1 / C) * m - (own.sum() - m) / C for m in own])
+
+    def observe(self, x_nat, labels, noise):
+        """Gather the costs, or clean and boundary errors, of held-out images."""
+        q = softmax(self.logits(x_nat))
+        if self.name == "wat":
+            p = softmax(self.logits(self.attack(x_nat, noise, labels, q)))
+            figures = [-np.log((q * one_hot(labels)).sum(1)) + 6 * kl(q, p)]
+        else:
+            x_adv = self.attack(x_nat, noise, labels, None, steps=20)
+            clean, robust = (self.logits(x).argmax(1) == labels for x in (x_nat, x_adv))
+            figures = [1 - clean.astype(float), clean * 1.0 - robust]
+        self.held_out.append((labels, *figures))
+
+    def adapt_to_held_out(self):
+        labels, *figures = (np.concatenate(parts) for parts in zip(*self.held_out, strict=True))
+        self.held_out = []
+        if self.name == "wat":
+            self.costs += [*per_class(figures[0], labels), figures[0].mean()]
+            factor = np.exp(0.1 * self.costs)
+            factor *= C / factor.sum()
+            self.weight = factor[:C] + factor[C]
+        else:
+            for own, error, rate in zip(self.multipliers, figures, (0.05, 0.1), strict=True):
+                own += rate * (per_class(error, labels) - error.mean() - 0.1)
+                own[:] = np.maximum(own, 0)
+                own *= 0.5 / max(own.sum(), 0.5)
+
     def end_epoch(self, rate):
+        if self.held_out:
+            self.adapt_to_held_out()
         labels, robust, right, *risks = (
             np.concatenate(parts) for parts in zip(*self.seen, strict=True)
         )
@@ -147,6 +195,18 @@ class ByHand:
 
 
 COLD = {"temperature_start": 0.4, "temperature_lower": 0.3, "temperature_upper": 0.5}
+FRL = "nat", "adv"
+
+
+def plain(given):
+    """A batch in NumPy, each image a row."""
+    return [part.flatten(1).numpy() if part.ndim > 1 else part.numpy() for part in given[:3]]
+
+
+def held_out(epoch):
+    """Two batches, the second without its last images: not as many of each class."""
+    second = batch(10 * epoch + 10)
+    return [batch(10 * epoch + 9), Batch(*(part[:4] for part in second[:3]))]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -168,17 +228,17 @@ def test_two_epochs_of_two_steps_are_those_by_hand(name, given):
         for number in range(2):
             given = batch(10 * epoch + number, config.start)
             losses = train_step(ours, student, teacher, given, ATTACK, optimizer)
-            x_nat, labels, noise = (
-                part.flatten(1).numpy() if part.ndim > 1 else part.numpy() for part in given[:3]
-            )
-            assert losses["loss"].item() == pytest.approx(
-                by_hand.step(x_nat, labels, noise), rel=1e-6
-            )
+            assert losses["loss"].item() == pytest.approx(by_hand.step(*plain(given)), rel=1e-6)
             for mine, theirs in zip(student.parameters(), (by_hand.w, by_hand.b), strict=True):
                 np.testing.assert_allclose(mine.detach().numpy(), theirs, rtol=1e-5, atol=1e-6)
+        if ours.uses_validation:
+            ours.observe_validation(student, held_out(epoch), ATTACK)
+            for each in held_out(epoch):
+                by_hand.observe(*plain(each))
         report = ours.end_epoch(0.3)
         by_hand.end_epoch(0.3)
         expected = {"class_weight": by_hand.weight, "class_margin": by_hand.margin}
+        expected |= {f"class_weight_{k}": by_hand.frl_weights(i) for i, k in enumerate(FRL)}
         expected["temperature_adv"], expected["temperature_nat"] = by_hand.temperature
         for key in expected.keys() & report.keys():
             np.testing.assert_allclose(report[key].numpy(), expected[key], rtol=1e-5, err_msg=key)
@@ -186,6 +246,7 @@ def test_two_epochs_of_two_steps_are_those_by_hand(name, given):
 
 MOVES = {
     "absld-weights": "class_weight", "fair-rslad": "class_weight", "absld-margins": "class_margin",
+    "wat": "class_weight", "frl": "class_weight_adv",
 }  # fmt: skip
 
 
@@ -196,8 +257,9 @@ def test_the_second_epoch_differs_from_the_first(name):
     losses = []
     for _ in range(2):
         losses.append(ours.step(linear(1), linear(2, 2.0), batch(0), ATTACK).loss.item())
+        ours.observe_validation(linear(1), held_out(0), ATTACK)
         moved = ours.end_epoch(0.0)[MOVES[name]]
-        assert (moved != 1).any()
+        assert (moved != moved[0]).any()
     assert losses[0] != losses[1]
 
 
@@ -207,8 +269,10 @@ def test_a_method_goes_on_from_its_state_in_the_middle_of_an_epoch(name):
     whole, taken_up = build_method(config, C), build_method(config, C)
     teacher = linear(2, 2.0).requires_grad_(False)
     whole.step(linear(1), teacher, batch(0), ATTACK)
+    whole.observe_validation(linear(1), held_out(0), ATTACK)
     whole.end_epoch(0.1)
     whole.step(linear(1), teacher, batch(1), ATTACK)
+    whole.observe_validation(linear(1), held_out(1), ATTACK)
     state = whole.state_dict()
     kept = {key: value.clone() for key, value in state.items()}
     taken_up.load_state_dict(state)
@@ -235,11 +299,11 @@ def test_a_step_leaves_the_student_in_train_mode_and_the_teacher_alone(name):
     assert all(weight.grad is None for weight in teacher.parameters())
 
 
-NEED = [name for name in METHODS if name not in ("sat", "trades")]
+NEED = [name for name in METHODS if name not in ("sat", "trades", "wat", "frl")]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_but_sat_and_trades_needs_a_teacher(name):
+def test_the_methods_that_distil_need_a_teacher(name):
     built = build_method(TrainConfig(method=name), C)
     assert built.needs_teacher == (name in NEED)
     if name in NEED:

@@ -16,7 +16,10 @@ from absld.evaluation.validation import validate
 from absld.seeding import global_generator
 from helpers.small_training import CONFIG, image_set, train
 
-METHODS = {name: {"method": name} for name in ("absld", "absld-weights", "absld-margins", "trades")}
+METHODS = {
+    name: {"method": name}
+    for name in ("absld", "absld-weights", "absld-margins", "trades", "wat", "frl")
+}
 METHODS["calibrated and relative"] = {
     "temperature_start": "calibrated", "temperature_move": "relative", "temperature_upper": 100.0,
 }  # fmt: skip

@@ -34,7 +34,7 @@ class Told(Observer):
         self.lines.append(text)
 
 
-def job(folder, name, code, needs=None):
+def job(folder, name, code, *needs):
     """A job whose process runs Python code in the folder; it writes its name when it ends."""
     after = f"open('order', 'a').write('{name} ')"
     command = (sys.executable, "-c", f"import os, signal, sys, time; {code}; {after}")
