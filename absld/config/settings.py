@@ -6,7 +6,7 @@ fields.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from absld.config.datasets import NAMES, HubSettings, check_dataset
@@ -23,6 +23,8 @@ Resize = Literal["squash", "crop"]
 Channels = Literal[1, 3]
 InMemory = Literal["auto", "yes", "no"]
 ClassOrder = Literal["by-name", "by-position"]
+# Settings that count where they are not the default: what was trained without them is the same.
+YOUNGER = ("resize", "channels", "weight_averaging", "averaging_start")
 RESIZE = (
     "squash: resize images to squares whatever their aspect ratio; crop: resize the shorter side, "
     "and take the centre"
@@ -97,6 +99,20 @@ class TrainConfig(Settings):
     )
     max_steps: int | None = setting(
         None, "Training", "end each epoch after N steps, for a quick trial", low=1.0
+    )
+    weight_averaging: float = setting(
+        0.0,
+        "Weight averaging",
+        "decay of the moving average of the student's weights, taken after each epoch; the averaged "
+        "network is validated, saved and tested; 0: no averaging",
+        high=0.9999,
+    )
+    averaging_start: float = setting(
+        0.25,
+        "Weight averaging",
+        "fraction of the epochs from which on weights are averaged",
+        "CFA",
+        high=1.0,
     )
     norm: Norm = setting(
         "linf",
@@ -193,6 +209,16 @@ class TrainConfig(Settings):
     def milestone_epochs(self) -> list[int]:
         """Return the epochs after which the rates fall: the nearest whole ones. Source: D7."""
         return [round(part * self.epochs) for part in self.milestones]
+
+
+def counting_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings by name; of the younger ones those that are not the default."""
+    defaults = {f.name: f.default for f in fields(config) if f.name in YOUNGER}
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if not (name in defaults and value == defaults[name])
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

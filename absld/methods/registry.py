@@ -6,7 +6,9 @@ from absld.errors import UsageError
 from absld.methods.absld import Absld, Rslad
 from absld.methods.base import Method
 from absld.methods.baselines import AdaAd, Ard, Sat, Trades
-from absld.methods.reweighting import AbsldMargins, AbsldWeights, FairRslad
+from absld.methods.class_distance import Dafa
+from absld.methods.margins import AbsldMargins, Cfa
+from absld.methods.reweighting import AbsldWeights, FairRslad
 
 METHODS: dict[str, type[Method]] = {
     "absld": Absld,
@@ -17,6 +19,8 @@ METHODS: dict[str, type[Method]] = {
     "ard": Ard,
     "adaad": AdaAd,
     "trades": Trades,
+    "cfa": Cfa,
+    "dafa": Dafa,
     "sat": Sat,
 }
 

@@ -17,7 +17,7 @@ from absld.config.imports import names_code
 from absld.config.launcher_settings import LauncherSettings
 from absld.config.recipes import METHOD_RECIPES
 from absld.config.resolve import SETTING_GROUPS, resolve
-from absld.config.settings import Config
+from absld.config.settings import YOUNGER, Config
 from absld.data.dataset import ImageSet
 from absld.data.decoding import Form
 from absld.data.hub_datasets import refuse_unfetched
@@ -40,12 +40,13 @@ from absld.runs.launching import (
     training_states,
     without_device,
 )
-from absld.runs.run_record import YOUNGER, deciding_settings
+from absld.runs.run_record import deciding_settings
 from absld.storage.run_directory import RunDirectory
 
 HERE = LauncherSettings()
 WAIT = 1.0  # seconds before an evaluation at which another process is at work is tried again
-METHOD_GROUPS = ("Method", "Attack", "Training")  # groups of settings that a recipe may have
+# Groups of settings that a recipe may have.
+METHOD_GROUPS = ("Method", "Attack", "Training", "Weight averaging")
 
 
 def build_configs(

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from absld.config.files import read_run_config, read_techniques, to_toml
-from absld.config.settings import Config, TrainConfig
+from absld.config.settings import Config, TrainConfig, counting_settings
 from absld.data.dataset import Splits
 from absld.engine.distributed import Distributed
 from absld.engine.techniques import NAMES, NEUTRAL, Techniques, choose_techniques
@@ -26,8 +26,6 @@ from absld.storage.training_checkpoint import compare_settings
 PLACES = {"out", "data", "device", "teacher", "allow_weak_teacher", "logit_cache_gib"}
 PLACES |= {"class_order", "student_weights", "teacher_weights", "pretrained", "in_memory"}
 PLACES |= {"image_column", "label_column", "track"}
-# Settings that count where they are not the default: runs that had none of them keep their names.
-YOUNGER = ("resize", "channels")
 # What the last digits depend on, and with the number of processes more: each has a part of a batch.
 CONDITIONS = ("processes", "device", "instructions", "cuda", "cudnn", "torch", "threads")
 SHOWN = 5  # differences to another run
@@ -95,12 +93,7 @@ def changed_conditions(run: RunDirectory, session: Mapping[str, Any]) -> list[st
 def deciding_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that decide what is computed, without places."""
     skipped = PLACES | NEUTRAL
-    defaults = {f.name: f.default for f in fields(config) if f.name in YOUNGER}
-    return {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in skipped and not (name in defaults and value == defaults[name])
-    }
+    return {k: value for k, value in counting_settings(config).items() if k not in skipped}
 
 
 def techniques_of_run(config: TrainConfig, run: RunDirectory, device: torch.device) -> Techniques:

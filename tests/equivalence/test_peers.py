@@ -1,6 +1,7 @@
 """The methods that ABSLD is compared with: whole steps on a linear network against NumPy, where
 every gradient is known in closed form, and the class weights and margins against their formulas."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -28,7 +29,8 @@ from absld.config.resolve import resolve
 from absld.config.settings import TrainConfig
 from absld.errors import UsageError
 from absld.methods import METHODS, Absld, Method, build_method, method_class
-from absld.methods.reweighting import CountingObjective, class_margins, class_weights
+from absld.methods.margins import class_margins
+from absld.methods.reweighting import CountingObjective, class_weights
 from absld.stepper import train_step
 
 LEARNING_RATE, MOMENTUM, DECAY = 0.5, 0.9, 0.01
@@ -50,7 +52,7 @@ class ByHand:
         self.tw, self.tb = teacher
         self.velocity = [np.zeros_like(self.w), np.zeros_like(self.b)]
         self.temperature = np.ones((2, C))
-        self.weight, self.margin = np.ones(C), np.ones(C)
+        self.weight, self.margin, self.beta = np.ones(C), np.ones(C), np.full(C, 6.0)
         self.seen = []
 
     def logits(self, x):
@@ -72,13 +74,17 @@ class ByHand:
         return (q - soft_adv) @ self.w
 
     def attack(self, x_nat, noise, labels, soft_adv):
-        epsilon = EPSILON
-        if self.name == "absld-margins":
+        epsilon, step_size = EPSILON, STEP_SIZE
+        if self.name in ("absld-margins", "cfa"):
             epsilon = EPSILON * self.margin[labels][:, None]
+        if self.name == "dafa":
+            epsilon, step_size = (
+                size * self.weight[labels][:, None] for size in (epsilon, step_size)
+            )
         x, self.robust = x_nat + noise, np.zeros(len(labels))
         for _ in range(STEPS):
             self.robust += self.logits(x).argmax(1) == labels
-            x = x + STEP_SIZE * np.sign(self.slope(x, soft_adv, labels))
+            x = x + step_size * np.sign(self.slope(x, soft_adv, labels))
             x = np.clip(np.clip(x, x_nat - epsilon, x_nat + epsilon), 0, 1)
         return x
 
@@ -87,7 +93,7 @@ class ByHand:
         y, a, n = one_hot(labels), self.config.adv_weight, len(labels)
         v = self.teacher_logits(x_nat)
         soft_adv, soft_nat = (softmax(v / t[labels][:, None]) for t in self.temperature)
-        if self.name == "trades":
+        if self.name in ("trades", "cfa", "dafa"):
             soft_adv = softmax(self.logits(x_nat))
         x_adv = self.attack(x_nat, noise, labels, soft_adv)
         z_adv, z_nat = self.logits(x_adv), self.logits(x_nat)
@@ -99,10 +105,16 @@ class ByHand:
         hard_adv, hard_nat = -np.log((p * y).sum(1)), -np.log((q * y).sum(1))
         if self.name == "sat":
             loss, by_adv, by_nat = hard_adv, p - y, 0 * q
-        elif self.name == "trades":
+        elif self.name in ("trades", "cfa", "dafa"):
             robust = kl(q, p)
-            loss, by_adv = hard_nat + 6 * robust, 6 * (p - q)
-            by_nat = q - y + 6 * q * (np.log(q) - np.log(p) - robust[:, None])
+            natural, beta = np.ones(n), np.full(n, 6.0)  # factors of the two terms of an image
+            if self.name == "cfa":
+                natural, beta = (part / (1 + self.beta[labels]) for part in (1, self.beta[labels]))
+            if self.name == "dafa":
+                natural = self.weight[labels]
+            loss, by_adv = natural * hard_nat + beta * robust, beta[:, None] * (p - q)
+            by_nat = natural[:, None] * (q - y)
+            by_nat += beta[:, None] * q * (np.log(q) - np.log(p) - robust[:, None])
         elif self.name == "ard":
             t = 30.0
             soft, own = softmax(v / t), softmax(z_adv / t)
@@ -115,7 +127,7 @@ class ByHand:
             loss = w * (a * kl(soft_adv, p) + (1 - a) * kl(soft_nat, q))
             by_adv = w[:, None] * a * (p - soft_adv)
             by_nat = w[:, None] * (1 - a) * (q - soft_nat)
-        self.seen.append((labels, self.robust, p.argmax(1) == labels, hard_adv, hard_nat))
+        self.seen.append((labels, self.robust, p.argmax(1) == labels, p, hard_adv, hard_nat))
         gradients = [
             (by_adv.T @ x_adv + by_nat.T @ x_nat) / n,
             (by_adv + by_nat).sum(0) / n,
@@ -126,7 +138,7 @@ class ByHand:
         return loss.mean()
 
     def end_epoch(self, rate):
-        labels, robust, right, *risks = (
+        labels, robust, right, p, *risks = (
             np.concatenate(parts) for parts in zip(*self.seen, strict=True)
         )
         self.seen = []
@@ -137,15 +149,30 @@ class ByHand:
         if self.name in ("fair-rslad", "absld-weights"):
             inverse = np.maximum(per_class(robust, labels), 1e-9) ** -2.0  # 0: the limit
             self.weight = np.clip(C * inverse / inverse.sum(), 5 / 6, 5 / 2)
-        if self.name == "absld-margins":
+        if self.name in ("absld-margins", "cfa"):
             self.margin = 0.3 + per_class(right.astype(float), labels)
+            self.beta = 6 * (self.margin + 0.2)
+        if self.name == "dafa" and (self.weight == 1).all():  # once, after the warm-up
+            self.weight = moved_weights([p[labels == k].mean(0) for k in range(C)], 1.0)
+
+
+def moved_weights(p, transfer):
+    """The class weights of DAFA, by its sums over pairs; p[i][j]: of class j on images of i."""
+    weights = [1.0 for _ in p]
+    for i, j in itertools.permutations(range(len(p)), 2):
+        if p[i][i] < p[j][j]:
+            weights[i] += transfer * p[i][j] * p[j][j]
+        else:
+            weights[i] -= transfer * p[j][i] * p[i][i]
+    return np.array(weights)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("adv_weight", [None, 0.7])
 def test_two_epochs_of_two_steps_are_those_by_hand(name, adv_weight):
     """Attack, loss, gradients, momentum, and what an epoch changes: to the weights after each."""
-    given = {"method": name, "epochs": 20} | ({"adv_weight": adv_weight} if adv_weight else {})
+    epochs = 2 if name == "dafa" else 20  # so that the second epoch differs
+    given = {"method": name, "epochs": epochs} | ({"adv_weight": adv_weight} if adv_weight else {})
     config = resolve(given).training()
     student, teacher = linear(1), linear(2, 2.0).requires_grad_(False)
     ours = build_method(config, C)
@@ -170,6 +197,7 @@ def test_two_epochs_of_two_steps_are_those_by_hand(name, adv_weight):
         report = ours.end_epoch(0.3)
         by_hand.end_epoch(0.3)
         expected = {"class_weight": by_hand.weight, "class_margin": by_hand.margin}
+        expected["class_beta"] = by_hand.beta
         expected["temperature_adv"], expected["temperature_nat"] = by_hand.temperature
         for key in expected.keys() & report.keys():
             np.testing.assert_allclose(report[key].numpy(), expected[key], rtol=1e-5, err_msg=key)
@@ -177,13 +205,14 @@ def test_two_epochs_of_two_steps_are_those_by_hand(name, adv_weight):
 
 MOVES = {
     "absld-weights": "class_weight", "fair-rslad": "class_weight", "absld-margins": "class_margin",
+    "cfa": "class_beta", "dafa": "class_weight",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MOVES)
 def test_the_second_epoch_differs_from_the_first(name):
     """Or the test above would say nothing of weights and margins."""
-    ours = build_method(TrainConfig(method=name, epochs=20), C)
+    ours = build_method(TrainConfig(method=name, epochs=2 if name == "dafa" else 20), C)
     losses = []
     for _ in range(2):
         losses.append(ours.step(linear(1), linear(2, 2.0), batch(0), ATTACK).loss.item())
@@ -226,11 +255,11 @@ def test_a_step_leaves_the_student_in_train_mode_and_the_teacher_alone(name):
     assert all(weight.grad is None for weight in teacher.parameters())
 
 
-NEED = [name for name in METHODS if name not in ("sat", "trades")]
+NEED = [name for name in METHODS if name not in ("sat", "trades", "cfa", "dafa")]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_but_sat_and_trades_needs_a_teacher(name):
+def test_distillation_alone_needs_a_teacher(name):
     built = build_method(TrainConfig(method=name), C)
     assert built.needs_teacher == (name in NEED)
     if name in NEED:

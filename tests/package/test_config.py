@@ -397,7 +397,7 @@ def test_methods_are_compared_with_one_schedule(method):
     assert len(names) > 6
     assert [getattr(alike, n) for n in names] == [getattr(standard, n) for n in names]
     of_recipe = resolve({"dataset": "cifar10", "method": method})
-    for name in ("start", "adv_weight", "relative_step_size"):
+    for name in ("start", "adv_weight", "relative_step_size", "weight_averaging"):
         assert getattr(alike, name) == getattr(of_recipe, name)
 
 
