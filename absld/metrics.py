@@ -120,24 +120,25 @@ def class_sums(
 class ClassMean(nn.Module):
     """Means by class over an epoch, gathered batch by batch.
 
-    Buffers: sums (C,) in float; counts (C,) of images.
+    A figure has one number, or K of them. Buffers: sums (C,) or (K,C) in float; counts (C,) of images.
     """
 
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, num_classes: int, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        """Make it for figures of this shape, C or K, C."""
         super().__init__()
-        self.register_buffer("sums", torch.zeros(num_classes, dtype=dtype))
-        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.long))
+        self.register_buffer("sums", torch.zeros(shape, dtype=dtype))
+        self.register_buffer("counts", torch.zeros(shape[-1], dtype=torch.long))
 
-    def add(self, sums: Float[Tensor, " c"], counts: Int[Tensor, " c"]) -> None:
+    def add(self, sums: Float[Tensor, "*k c"], counts: Int[Tensor, " c"]) -> None:
         """Add the sums of a batch, and move to its device."""
         self.to(sums.device)
         self.sums = self.sums + sums.to(self.sums.dtype)
         self.counts = self.counts + counts
 
-    def mean(self) -> Float[Tensor, " c"]:
+    def mean(self) -> Float[Tensor, "*k c"]:
         """Return the mean of each class; NaN for a class that was not seen."""
         mean = self.sums / self.counts
         # A NaN that was observed must not look like an absent class.

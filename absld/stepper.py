@@ -306,6 +306,13 @@ class Stepper:
             mean.sums = self.distributed.all_reduce_sum(mean.sums)
             mean.counts = self.distributed.all_reduce_sum(mean.counts)
 
+    def accepts_epoch(self) -> bool:
+        """Return whether the method lets the weights of this epoch enter their average."""
+        self.sum_class_means()
+        accepted = self.method.accepts_epoch()
+        self.keep_class_means_on_main()  # they are summed again when the epoch ends
+        return accepted
+
     def keep_class_means_on_main(self) -> None:
         """Keep the means, which are sums over all processes, in the main process only."""
         if not self.distributed.is_main:

@@ -21,6 +21,7 @@ from absld.engine.logit_cache import LogitCacheSettings, cached_epoch
 from absld.engine.precision import float32_precision, with_precision
 from absld.engine.step_metrics import StepMetrics
 from absld.engine.techniques import NEUTRAL
+from absld.engine.weight_averaging import WeightAveraging
 from absld.errors import CheckpointError, DataError, Interrupted, NonFiniteError
 from absld.evaluation.calibration import calibration, compute_logits
 from absld.evaluation.class_names import list_difference
@@ -167,7 +168,7 @@ class Training:
         check_classes(stepper.views.data, validation)
         check_network(stepper.student, self.validation, "student")
         self.techniques = stepper.techniques
-        self.validated_network = with_precision(stepper.student, self.techniques.precision)
+        self.averaging = WeightAveraging(stepper.student, self.config)
         self.progress = Position()
         self.metrics = StepMetrics(self.techniques.check_every, stepper.distributed)
         self.best: dict[str, Tensor] = {}
@@ -194,6 +195,7 @@ class Training:
                 self.stepper.observe_validation(
                     self.validation, number, self.report_validation_batch
                 )
+                self.averaging.end_epoch(number, self.stepper.accepts_epoch)
                 accuracies = self.validate()
         except NonFiniteError as error:
             temperatures = describe_temperatures(method)
@@ -216,7 +218,7 @@ class Training:
         self.progress = Position(number + 1, best_score=progress.best_score)
         if report.score > progress.best_score:
             self.progress.best_score = report.score
-            self.best = {k: v.clone() for k, v in self.stepper.student.state_dict().items()}
+            self.best = {k: v.clone() for k, v in self.averaging.network.state_dict().items()}
             report = replace(report, is_best=True)
         return report
 
@@ -250,10 +252,10 @@ class Training:
         self.report_step(StepReport(self.progress.epoch, "validation", done, total))
 
     def validate(self) -> ClassAccuracies:
-        """Compute the class accuracies of the student on the validation images."""
+        """Compute the class accuracies on the validation images of the student or its average."""
         try:
             return validate(
-                self.validated_network,
+                with_precision(self.averaging.network, self.techniques.precision),
                 self.validation,
                 epsilon=self.config.epsilon,
                 norm=self.config.norm,
@@ -305,6 +307,7 @@ class Training:
             "model": self.stepper.student.state_dict(),
             "optimizer": self.stepper.optimizer.state_dict(),
             "method": self.stepper.method.state_dict(),
+            **self.averaging.gather_state(),
         }
 
     def load_state(self, state: Mapping[str, Any], path: Path) -> None:
@@ -313,6 +316,7 @@ class Training:
             self.stepper.student.load_state_dict(state["model"])
             self.stepper.optimizer.load_state_dict(state["optimizer"])
             self.stepper.method.load_state_dict(state["method"])
+            self.averaging.load_state(state)
             self.metrics.sums = dict(state["metric_sums"])
             epoch, step, seconds, score = (state["progress"][f.name] for f in fields(Position))
             self.progress = Position(int(epoch), int(step), float(seconds), float(score))

@@ -15,8 +15,8 @@ T = TypeVar("T")
 MOST, MOST_INTEGER = 1e38, 2.0**31
 
 # Groups of settings, in the order in which help and recipes list them.
-GROUPS = ("Attacks", "Data", "Augmentation", "Network", "Networks", "Method", "Training", "Attack",
-          "Speed", "Run", "Launcher")  # fmt: skip
+GROUPS = ("Attacks", "Data", "Augmentation", "Network", "Networks", "Method", "Training",
+          "Weight averaging", "Attack", "Speed", "Run", "Launcher")  # fmt: skip
 
 
 def setting(

@@ -49,6 +49,21 @@ METHOD_RECIPES: dict[str, Recipe] = {
         "AdaAD", adv_weight=1.0, weight_decay=5e-4, epochs=200, milestones=HALF_AND_THREE_QUARTERS
     ),
     "trades": recipe("TRADES", relative_step_size=0.007 / 0.031, epochs=76, milestones=(75 / 76,)),
+    "cfa": recipe(
+        "CFA",
+        weight_decay=5e-4,
+        epochs=200,
+        milestones=HALF_AND_THREE_QUARTERS,
+        weight_averaging=0.85,
+        averaging_start=50 / 200,
+    ),
+    "dafa": recipe(
+        "DAFA",
+        relative_step_size=0.007 / 0.031,
+        weight_decay=5e-4,
+        epochs=110,
+        milestones=(99 / 110, 104 / 110),
+    ),
     "sat": recipe("PGD adversarial training", start="uniform"),
     "wat": recipe(
         "WAT", relative_step_size=0.007 / 0.031, epochs=100, milestones=(75 / 100, 90 / 100)

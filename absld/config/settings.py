@@ -24,7 +24,10 @@ Channels = Literal[1, 3]
 InMemory = Literal["auto", "yes", "no"]
 ClassOrder = Literal["by-name", "by-position"]
 # Settings that count where they are not the default: what was trained without them is the same.
-YOUNGER = ("resize", "channels", "temperature_start", "temperature_move")
+YOUNGER = (
+    "resize", "channels",
+    "temperature_start", "temperature_move", "weight_averaging", "averaging_start",
+)  # fmt: skip
 RESIZE = (
     "squash: resize images to squares whatever their aspect ratio; crop: resize the shorter side, "
     "and take the centre"
@@ -114,6 +117,20 @@ class TrainConfig(Settings):
     )
     max_steps: int | None = setting(
         None, "Training", "end each epoch after N steps, for a quick trial", low=1.0
+    )
+    weight_averaging: float = setting(
+        0.0,
+        "Weight averaging",
+        "decay of the moving average of the student's weights, taken after each epoch; the averaged "
+        "network is validated, saved and tested; 0: no averaging",
+        high=0.9999,
+    )
+    averaging_start: float = setting(
+        0.25,
+        "Weight averaging",
+        "fraction of the epochs from which on weights are averaged",
+        "CFA",
+        high=1.0,
     )
     norm: Norm = setting(
         "linf",

@@ -9,9 +9,11 @@ from absld.methods.baselines import AdaAd as AdaAd
 from absld.methods.baselines import Ard as Ard
 from absld.methods.baselines import Sat as Sat
 from absld.methods.baselines import Trades as Trades
+from absld.methods.class_distance import Dafa as Dafa
+from absld.methods.margins import AbsldMargins as AbsldMargins
+from absld.methods.margins import Cfa as Cfa
 from absld.methods.registry import METHODS as METHODS
 from absld.methods.registry import build_method as build_method
 from absld.methods.registry import method_class as method_class
-from absld.methods.reweighting import AbsldMargins as AbsldMargins
 from absld.methods.reweighting import AbsldWeights as AbsldWeights
 from absld.methods.reweighting import FairRslad as FairRslad

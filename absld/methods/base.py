@@ -67,6 +67,13 @@ class Method(nn.Module):
         those of this process, which has to take them all; with the starts of an attack.
         """
 
+    def accepts_epoch(self) -> bool:
+        """Return whether the weights of this epoch enter their average, if there is one.
+
+        After `observe_validation`, before `end_epoch`; all processes must agree.
+        """
+        return True
+
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         """Adapt to the epoch, at temperature rate `rate`; return values per class (C,) by name."""
         return {}

@@ -6,8 +6,10 @@ from absld.errors import UsageError
 from absld.methods.absld import Absld, Rslad
 from absld.methods.base import Method
 from absld.methods.baselines import AdaAd, Ard, Sat, Trades
+from absld.methods.class_distance import Dafa
 from absld.methods.held_out import Frl, Wat
-from absld.methods.reweighting import AbsldMargins, AbsldWeights, FairRslad
+from absld.methods.margins import AbsldMargins, Cfa
+from absld.methods.reweighting import AbsldWeights, FairRslad
 
 METHODS: dict[str, type[Method]] = {
     "absld": Absld,
@@ -18,6 +20,8 @@ METHODS: dict[str, type[Method]] = {
     "ard": Ard,
     "adaad": AdaAd,
     "trades": Trades,
+    "cfa": Cfa,
+    "dafa": Dafa,
     "sat": Sat,
     "wat": Wat,
     "frl": Frl,

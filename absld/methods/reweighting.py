@@ -1,10 +1,4 @@
-"""ABSLD and RSLAD combined with sample-based fairness methods: class weights and class margins.
-
-The functions are pure: from one figure a class, NaN for a class that was not seen, which keeps its
-1 and does not count.
-"""
-
-from dataclasses import replace
+"""Class weights: ABSLD and RSLAD combined with Fair-ARD, which weights the images of a class."""
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +18,7 @@ def class_weights(
 
     In proportion to the inverse square of the mean number of steps, of mean 1 before they are
     clipped to [lower, upper]; a class at 0 steps takes all the weight. Source: Fair-ARD (Yue et
-    al., NeurIPS 2023).
+    al., NeurIPS 2023). A class that was not seen, NaN, keeps its 1 and does not count.
     """
     seen = ~attack_steps.isnan()
     if not seen.any():
@@ -36,14 +30,6 @@ def class_weights(
     weights = torch.ones_like(attack_steps)
     weights[seen] = (len(steps) * share / share.sum()).clamp(lower, upper)
     return weights
-
-
-def class_margins(robust_accuracy: Float[Tensor, " c"], offset: float) -> Float[Tensor, " c"]:
-    """Compute factors of the attack's epsilon: a more robust class is attacked in a larger ball.
-
-    robust_accuracy in [0,1]. Source: CFA (arXiv 2303.14961).
-    """
-    return torch.where(robust_accuracy.isnan(), 1, offset + robust_accuracy)
 
 
 class AbsldWeights(Absld):
@@ -81,47 +67,6 @@ class AbsldWeights(Absld):
 
 class FairRslad(Rslad, AbsldWeights):
     """Fair-RSLAD: RSLAD with the class weights of Fair-ARD (Yue et al., NeurIPS 2023)."""
-
-
-class AbsldMargins(Absld):
-    """ABSLD with CFA's class margins: a class is attacked within (0.3 + its robust accuracy in the
-    epoch before) epsilon.
-
-    0.3 is CFA's for TRADES, whose attack maximises a KL as this one does; it begins after a
-    twentieth of the run, as CFA after 10 epochs. Source: arXiv 2303.14961; the twentieth: decided
-    here.
-    """
-
-    offset = 0.3
-    margin: Tensor
-    epochs: Tensor
-
-    def __init__(self, config: TrainConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.register_buffer("margin", torch.ones(num_classes))
-        self.register_buffer("epochs", torch.tensor(0))
-        self.robust = ClassMean(num_classes)
-
-    def adversarial_images(
-        self, student: nn.Module, soft_adv: Tensor, batch: Batch, attack: TrainingAttack
-    ) -> Tensor:
-        margin = self.margin.to(batch.labels.device)[batch.labels].view(-1, 1, 1, 1)
-        epsilon = attack.epsilon * margin.to(batch.x_nat.dtype)
-        return super().adversarial_images(
-            student, soft_adv, batch, replace(attack, epsilon=epsilon)
-        )
-
-    def observe(self, adv_logits: Tensor, nat_logits: Tensor, labels: Tensor) -> None:
-        super().observe(adv_logits, nat_logits, labels)
-        correct = (adv_logits.argmax(1) == labels).float()
-        self.robust.add(*class_sums(correct, labels, len(self.margin)))
-
-    def end_epoch(self, rate: float) -> dict[str, Tensor]:
-        self.epochs = self.epochs + 1
-        if self.epochs >= round(self.config.epochs / 20):
-            self.margin = class_margins(self.robust.mean(), self.offset)
-        self.robust.reset()
-        return super().end_epoch(rate) | {"class_margin": self.margin}
 
 
 class CountingObjective:

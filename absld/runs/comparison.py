@@ -46,7 +46,8 @@ from absld.storage.run_directory import RunDirectory
 
 HERE = LauncherSettings()
 WAIT = 1.0  # seconds before an evaluation at which another process is at work is tried again
-METHOD_GROUPS = ("Method", "Attack", "Training")  # groups of settings that a recipe may have
+# Groups of settings that a recipe may have.
+METHOD_GROUPS = ("Method", "Attack", "Training", "Weight averaging")
 
 
 def build_configs(

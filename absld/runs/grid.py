@@ -114,6 +114,8 @@ def uses(config: Config, name: str) -> bool:
     """Return whether the setting `name` changes what a configuration trains."""
     if name == "start_noise":
         return config.start == "normal"
+    if name == "averaging_start":
+        return config.weight_averaging > 0
     if SETTING_GROUPS[name] == "Method" and name != "method":
         return name in method_class(config.method).settings
     return True

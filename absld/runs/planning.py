@@ -18,6 +18,7 @@ from absld.engine.precision import (
     resolve_device,
 )
 from absld.engine.techniques import Techniques, describe
+from absld.engine.weight_averaging import first_averaged_epoch
 from absld.errors import UsageError
 from absld.evaluation.class_names import check_class_names, check_image_shape
 from absld.evaluation.validation import check_network, check_state
@@ -182,6 +183,14 @@ def describe_shortage(config: Config, splits: Splits) -> list[str]:
     return lines
 
 
+def describe_averaging(config: Config) -> list[str]:
+    """Describe in a line from which epoch on weights are averaged, if they are."""
+    if not config.weight_averaging:
+        return []
+    first = first_averaged_epoch(config)
+    return [f"weights: averaged from epoch {first} on, with decay {config.weight_averaging:g}"]
+
+
 def describe_start(
     config: Config, techniques: Techniques, device: torch.device, splits: Splits
 ) -> list[str]:
@@ -190,6 +199,7 @@ def describe_start(
         f"seed {config.seed}, device {device}, torch {torch.__version__}",
         f"engine {config.engine}: {describe(techniques)}",
         f"attack: epsilon {budget(vars(config))}",
+        *describe_averaging(config),
         *emulation_warnings(asdict(techniques).values(), device),
         *splits.describe(),
         *describe_shortage(config, splits),

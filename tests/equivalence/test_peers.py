@@ -1,6 +1,7 @@
 """The methods that ABSLD is compared with: whole steps on a linear network against NumPy, where
 every gradient is known in closed form, and the class weights and margins against their formulas."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -29,10 +30,12 @@ from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.errors import UsageError
 from absld.methods import METHODS, Method, build_method, method_class
-from absld.methods.reweighting import CountingObjective, class_margins, class_weights
+from absld.methods.margins import class_margins
+from absld.methods.reweighting import CountingObjective, class_weights
 from absld.stepper import train_step
 
 LEARNING_RATE, MOMENTUM, DECAY = 0.5, 0.9, 0.01
+OF_TRADES = ("trades", "wat", "frl", "cfa", "dafa")  # methods with its two terms
 
 
 # --- Two steps of every method, in NumPy ---
@@ -57,7 +60,7 @@ class ByHand:
         self.temperature = np.ones((2, C))
         if name.startswith("absld"):
             self.temperature *= config.temperature_start
-        self.weight, self.margin = np.ones(C), np.ones(C)
+        self.weight, self.margin, self.beta = np.ones(C), np.ones(C), np.full(C, 6.0)
         if name == "wat":
             self.weight, self.costs = 2 * np.ones(C), np.zeros(C + 1)
         self.multipliers = np.zeros((2, C))  # of FRL
@@ -82,13 +85,17 @@ class ByHand:
         return (q - soft_adv) @ self.w
 
     def attack(self, x_nat, noise, labels, soft_adv, steps=STEPS):
-        epsilon = EPSILON
-        if self.name == "absld-margins":
+        epsilon, step_size = EPSILON, STEP_SIZE
+        if self.name in ("absld-margins", "cfa"):
             epsilon = EPSILON * self.margin[labels][:, None]
+        if self.name == "dafa":
+            epsilon, step_size = (
+                size * self.weight[labels][:, None] for size in (epsilon, step_size)
+            )
         x, self.robust = x_nat + noise, np.zeros(len(labels))
         for _ in range(steps):
             self.robust += self.logits(x).argmax(1) == labels
-            x = x + STEP_SIZE * np.sign(self.slope(x, soft_adv, labels))
+            x = x + step_size * np.sign(self.slope(x, soft_adv, labels))
             x = np.clip(np.clip(x, x_nat - epsilon, x_nat + epsilon), 0, 1)
         return x
 
@@ -97,7 +104,7 @@ class ByHand:
         y, a, n = one_hot(labels), self.config.adv_weight, len(labels)
         v = self.teacher_logits(x_nat)
         soft_adv, soft_nat = (softmax(v / t[labels][:, None]) for t in self.temperature)
-        if self.name in ("trades", "wat", "frl"):
+        if self.name in OF_TRADES:
             soft_adv = softmax(self.logits(x_nat))
         x_adv = self.attack(x_nat, noise, labels, soft_adv)
         z_adv, z_nat = self.logits(x_adv), self.logits(x_nat)
@@ -106,7 +113,7 @@ class ByHand:
         hard_adv, hard_nat = -np.log((p * y).sum(1)), -np.log((q * y).sum(1))
         if self.name == "sat":
             loss, by_adv, by_nat = hard_adv, p - y, 0 * q
-        elif self.name in ("trades", "wat", "frl"):
+        elif self.name in OF_TRADES:
             robust, (w_nat, w_adv) = kl(q, p)[:, None], self.weights_of_terms(labels)
             loss = w_nat * hard_nat[:, None] + w_adv * robust
             by_adv = w_adv * (p - q)
@@ -123,7 +130,7 @@ class ByHand:
             loss = w * (a * kl(soft_adv, p) + (1 - a) * kl(soft_nat, q))
             by_adv = w[:, None] * a * (p - soft_adv)
             by_nat = w[:, None] * (1 - a) * (q - soft_nat)
-        self.seen.append((labels, self.robust, p.argmax(1) == labels, hard_adv, hard_nat))
+        self.seen.append((labels, self.robust, p.argmax(1) == labels, p, hard_adv, hard_nat))
         gradients = [
             (by_adv.T @ x_adv + by_nat.T @ x_nat) / n,
             (by_adv + by_nat).sum(0) / n,
@@ -140,6 +147,11 @@ class ByHand:
             return ones, 6 * ones
         if self.name == "wat":
             return (factor * self.weight[labels][:, None] for factor in (1, 6))
+        if self.name == "cfa":
+            beta = self.beta[labels][:, None]
+            return 1 / (1 + beta), beta / (1 + beta)
+        if self.name == "dafa":
+            return self.weight[labels][:, None], 6 * ones
         nat, adv = (self.frl_weights(kind)[labels][:, None] for kind in (0, 1))
         return nat / nat.mean(), 1.5 * adv / adv.mean()
 
@@ -176,7 +188,7 @@ class ByHand:
     def end_epoch(self, rate):
         if self.held_out:
             self.adapt_to_held_out()
-        labels, robust, right, *risks = (
+        labels, robust, right, p, *risks = (
             np.concatenate(parts) for parts in zip(*self.seen, strict=True)
         )
         self.seen = []
@@ -190,8 +202,22 @@ class ByHand:
         if self.name in ("fair-rslad", "absld-weights"):
             inverse = np.maximum(per_class(robust, labels), 1e-9) ** -2.0  # 0: the limit
             self.weight = np.clip(C * inverse / inverse.sum(), 5 / 6, 5 / 2)
-        if self.name == "absld-margins":
+        if self.name in ("absld-margins", "cfa"):
             self.margin = 0.3 + per_class(right.astype(float), labels)
+            self.beta = 6 * (self.margin + 0.2)
+        if self.name == "dafa" and (self.weight == 1).all():  # once, after the warm-up
+            self.weight = moved_weights([p[labels == k].mean(0) for k in range(C)], 1.0)
+
+
+def moved_weights(p, transfer):
+    """The class weights of DAFA, by its sums over pairs; p[i][j]: of class j on images of i."""
+    weights = [1.0 for _ in p]
+    for i, j in itertools.permutations(range(len(p)), 2):
+        if p[i][i] < p[j][j]:
+            weights[i] += transfer * p[i][j] * p[j][j]
+        else:
+            weights[i] -= transfer * p[j][i] * p[i][i]
+    return np.array(weights)
 
 
 COLD = {"temperature_start": 0.4, "temperature_lower": 0.3, "temperature_upper": 0.5}
@@ -217,7 +243,8 @@ def held_out(epoch):
 def test_two_epochs_of_two_steps_are_those_by_hand(name, given):
     """Attack, loss, gradients, momentum, and what an epoch changes: to the weights after each.
     Of the methods without temperatures, where these start changes nothing."""
-    config = resolve({"method": name, "epochs": 20} | given).training()
+    epochs = 2 if name == "dafa" else 20  # so that the second epoch differs
+    config = resolve({"method": name, "epochs": epochs} | given).training()
     student, teacher = linear(1), linear(2, 2.0).requires_grad_(False)
     ours = build_method(config, C).double()  # or an epoch's temperatures would be of float32
     by_hand = ByHand(name, config, parameters(student), parameters(teacher))
@@ -239,6 +266,7 @@ def test_two_epochs_of_two_steps_are_those_by_hand(name, given):
         by_hand.end_epoch(0.3)
         expected = {"class_weight": by_hand.weight, "class_margin": by_hand.margin}
         expected |= {f"class_weight_{k}": by_hand.frl_weights(i) for i, k in enumerate(FRL)}
+        expected["class_beta"] = by_hand.beta
         expected["temperature_adv"], expected["temperature_nat"] = by_hand.temperature
         for key in expected.keys() & report.keys():
             np.testing.assert_allclose(report[key].numpy(), expected[key], rtol=1e-5, err_msg=key)
@@ -247,13 +275,14 @@ def test_two_epochs_of_two_steps_are_those_by_hand(name, given):
 MOVES = {
     "absld-weights": "class_weight", "fair-rslad": "class_weight", "absld-margins": "class_margin",
     "wat": "class_weight", "frl": "class_weight_adv",
+    "cfa": "class_beta", "dafa": "class_weight",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MOVES)
 def test_the_second_epoch_differs_from_the_first(name):
     """Or the test above would say nothing of weights and margins."""
-    ours = build_method(TrainConfig(method=name, epochs=20), C)
+    ours = build_method(TrainConfig(method=name, epochs=2 if name == "dafa" else 20), C)
     losses = []
     for _ in range(2):
         losses.append(ours.step(linear(1), linear(2, 2.0), batch(0), ATTACK).loss.item())
@@ -299,7 +328,7 @@ def test_a_step_leaves_the_student_in_train_mode_and_the_teacher_alone(name):
     assert all(weight.grad is None for weight in teacher.parameters())
 
 
-NEED = [name for name in METHODS if name not in ("sat", "trades", "wat", "frl")]
+NEED = [name for name in METHODS if name not in ("sat", *OF_TRADES)]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -38,6 +38,7 @@ VALUES = (
     | {"dataset": st.sampled_from([*RECIPES, "hf:owner/name@v1/subset"])}
     | {"method": st.sampled_from([*METHOD_RECIPES, "mine.methods:Mart"])}
     | dict.fromkeys(("adv_weight", "epsilon", "flip", "momentum"), numbers(0, 1))
+    | {"averaging_start": numbers(0, 1), "weight_averaging": numbers(0, 0.9999)}
     | dict.fromkeys(("learning_rate", "weight_decay", "kl_scale"), numbers(0, MOST))
     | dict.fromkeys(("start_noise", "relative_step_size", "logit_cache_gib"), numbers(0, MOST))
     | dict.fromkeys(("epochs", "batch_size", "max_steps", "teacher_epochs"), st.integers(1, 2**31))
@@ -218,6 +219,7 @@ TEMPERATURES = {
 RANGES = {
     "temperature_rate": (0, 10), "adv_weight": (0, 1), "epsilon": (0, 1), "flip": (0, 1),
     "momentum": (0, 1), **dict.fromkeys(TEMPERATURES, (1e-3, 1e3)),
+    "weight_averaging": (0, 0.9999), "averaging_start": (0, 1),
 }  # fmt: skip
 LEAST = {
     "epochs": 1, "batch_size": 1, "max_steps": 1, "attack_steps": 1, "padding": 0, "start_noise": 0, "logit_cache_gib": 0,
@@ -435,7 +437,7 @@ def test_methods_are_compared_with_one_schedule(method):
     assert len(names) > 6
     assert [getattr(alike, n) for n in names] == [getattr(standard, n) for n in names]
     of_recipe = resolve({"dataset": "cifar10", "method": method})
-    for name in ("start", "adv_weight", "relative_step_size"):
+    for name in ("start", "adv_weight", "relative_step_size", "weight_averaging"):
         assert getattr(alike, name) == getattr(of_recipe, name)
 
 
