@@ -259,6 +259,8 @@ def test_a_younger_setting_counts_only_where_it_is_not_the_default():
         "channels": 1,
         "temperature_start": 0.5,
         "temperature_move": "relative",
+        "weight_averaging": 0.9,
+        "averaging_start": 0.5,
     }
     assert others.keys() == set(YOUNGER)
     assert counting_settings(resolve({})).keys() == TYPES.keys() - set(YOUNGER)
