@@ -1,8 +1,9 @@
-"""Names of data sets, and settings of those on the Hugging Face Hub and of corrupted ones."""
+"""Names of data sets; choices for their images; settings of those on the Hugging Face Hub and of
+corrupted ones."""
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from absld.config.fields import Settings, setting
 from absld.config.imports import HUB, split_hub_target
@@ -14,6 +15,24 @@ from absld.text import clip
 CORRUPTED = {"cifar10-c": "cifar10", "cifar100-c": "cifar100", "corrupted": "cifar10"}
 NAMES = f"one of {', '.join(RECIPES)}, or hf:owner/name of the Hugging Face Hub"
 FOR_EVALUATION = f"{', '.join(CORRUPTED)}: for `absld evaluate` only"
+
+Resize = Literal["squash", "crop"]
+Channels = Literal[1, 3]
+InMemory = Literal["auto", "yes", "no"]
+ClassOrder = Literal["by-name", "by-position"]
+RESIZE = (
+    "squash: resize images to squares whatever their aspect ratio; crop: resize the shorter side, "
+    "and take the centre"
+)
+CHANNELS = "channels of an image; 1: grey, 3: RGB (grey images are repeated)"
+IN_MEMORY = (
+    "keep the images in memory, or decode them once into a memory-mapped file; auto: in memory "
+    "if they take at most half of the available memory, and a quarter of a GPU's free memory"
+)
+CLASS_ORDER = (
+    "by-name: refuse weights whose class names differ from the data's; by-position: take the "
+    "classes in the order of the data, whatever their names"
+)
 
 
 class HubDataset(NamedTuple):

@@ -4,20 +4,20 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from absld.config.datasets import EvaluatedData
-from absld.config.fields import setting
-from absld.config.recipes import RELEASE
-from absld.config.settings import (
+from absld.config.datasets import (
     CHANNELS,
     CLASS_ORDER,
     IN_MEMORY,
     RESIZE,
     Channels,
     ClassOrder,
+    EvaluatedData,
     InMemory,
-    Precision,
     Resize,
 )
+from absld.config.fields import setting
+from absld.config.recipes import RELEASE
+from absld.config.settings import Precision
 from absld.config.tracking import TrackingSettings
 from absld.norms import Norm
 

@@ -88,3 +88,19 @@ def check_range(name: str, number: int | float, low: float, high: float) -> None
     allowed = f"in [{low:g}, {high:g}]" if bounded else f"{low:g} or more"
     shown = f"{number:.12g}" if isinstance(number, float) else clip(str(number), 24)
     raise UsageError(f"{name} must be {allowed}, not {shown}", hint)
+
+
+def check_start(start: float | str, lower: float, upper: float) -> None:
+    """Raise UsageError unless class temperatures have a range, and start in it."""
+    if lower > upper:
+        raise UsageError(
+            f"temperature_lower {lower:g} is above temperature_upper {upper:g}",
+            "a smaller --temperature-lower",
+        )
+    if not isinstance(start, str) and not lower <= start <= upper:
+        flag = "lower" if start < lower else "upper"
+        raise UsageError(
+            f"temperature_start must be in [{lower:g}, {upper:g}], the bounds of temperatures, "
+            f"not {start:g}",
+            f"another --temperature-start, or --temperature-{flag} {start:g}",
+        )

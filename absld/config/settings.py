@@ -9,8 +9,20 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from absld.config.datasets import NAMES, HubSettings, check_dataset
-from absld.config.fields import Settings, group_of, setting
+from absld.config.datasets import (
+    CHANNELS,
+    CLASS_ORDER,
+    IN_MEMORY,
+    NAMES,
+    RESIZE,
+    Channels,
+    ClassOrder,
+    HubSettings,
+    InMemory,
+    Resize,
+    check_dataset,
+)
+from absld.config.fields import Settings, check_start, group_of, setting
 from absld.config.imports import names_code
 from absld.config.parsing import did_you_mean
 from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RELEASE
@@ -19,28 +31,11 @@ from absld.errors import UsageError
 from absld.norms import Norm
 
 Precision = Literal["fp32", "tf32", "bf16"]
-Resize = Literal["squash", "crop"]
-Channels = Literal[1, 3]
-InMemory = Literal["auto", "yes", "no"]
-ClassOrder = Literal["by-name", "by-position"]
 # Settings that count where they are not the default: what was trained without them is the same.
 YOUNGER = (
     "resize", "channels",
     "temperature_start", "temperature_move", "weight_averaging", "averaging_start",
 )  # fmt: skip
-RESIZE = (
-    "squash: resize images to squares whatever their aspect ratio; crop: resize the shorter side, "
-    "and take the centre"
-)
-CHANNELS = "channels of an image; 1: grey, 3: RGB (grey images are repeated)"
-IN_MEMORY = (
-    "keep the images in memory, or decode them once into a memory-mapped file; auto: in memory "
-    "if they take at most half of the available memory, and a quarter of a GPU's free memory"
-)
-CLASS_ORDER = (
-    "by-name: refuse weights whose class names differ from the data's; by-position: take the "
-    "classes in the order of the data, whatever their names"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,22 +223,6 @@ class TrainConfig(Settings):
     def milestone_epochs(self) -> list[int]:
         """Return the epochs after which the rates fall: the nearest whole ones. Source: D7."""
         return [round(part * self.epochs) for part in self.milestones]
-
-
-def check_start(start: float | str, lower: float, upper: float) -> None:
-    """Raise UsageError unless class temperatures have a range, and start in it."""
-    if lower > upper:
-        raise UsageError(
-            f"temperature_lower {lower:g} is above temperature_upper {upper:g}",
-            "a smaller --temperature-lower",
-        )
-    if not isinstance(start, str) and not lower <= start <= upper:
-        flag = "lower" if start < lower else "upper"
-        raise UsageError(
-            f"temperature_start must be in [{lower:g}, {upper:g}], the bounds of temperatures, "
-            f"not {start:g}",
-            f"another --temperature-start, or --temperature-{flag} {start:g}",
-        )
 
 
 def counting_settings(config: TrainConfig) -> dict[str, Any]:

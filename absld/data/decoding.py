@@ -13,7 +13,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from absld.config.settings import Channels, Config, InMemory, Resize
+from absld.config.datasets import Channels, InMemory, Resize
+from absld.config.settings import Config
 from absld.data.dataset import ImageSet, InMemoryImages, check_classes, size_text
 from absld.data.image_files import describe_files, fit_size
 from absld.data.mapped import Header, MappedImages, cache_folder, open_or_write

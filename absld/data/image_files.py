@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from absld.config.settings import Resize
+from absld.config.datasets import Resize
 
 if TYPE_CHECKING:
     from PIL import Image

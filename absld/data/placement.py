@@ -7,7 +7,7 @@ from typing import IO
 
 import torch
 
-from absld.config.settings import InMemory
+from absld.config.datasets import InMemory
 from absld.data.dataset import ImageSet, InMemoryImages, size_text
 from absld.data.mapped import Header, MappedImages, cache_folder, open_or_write
 from absld.errors import DataError

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from absld.config.settings import Channels
+from absld.config.datasets import Channels
 from absld.data.image_files import FORMATS, convert, open_image
 from absld.shapes import describe_kind
 from absld.storage.opening import open_regular

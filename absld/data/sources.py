@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from absld.config.datasets import Columns
+from absld.config.datasets import Channels, Columns, Resize
 from absld.config.imports import HUB
-from absld.config.settings import Channels, Resize
 from absld.data.archives import provide, unpack_zip
 from absld.data.dataset import ImageSet, Splits, check_classes
 from absld.data.decoding import Form, UnreadableError, decode_all, unreadable

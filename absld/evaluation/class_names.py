@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from absld.config.settings import ClassOrder
+from absld.config.datasets import ClassOrder
 from absld.data.dataset import ImageSet
 from absld.errors import CheckpointError
 from absld.models.loading import Network
