@@ -45,11 +45,28 @@ METHOD_RECIPES: dict[str, Recipe] = {
     "ard": recipe(
         "ARD", start="uniform", adv_weight=1.0, epochs=200, milestones=HALF_AND_THREE_QUARTERS
     ),
+    "iad": recipe(
+        "IAD", start="uniform", adv_weight=1.0, epochs=200, milestones=HALF_AND_THREE_QUARTERS
+    ),
     "adaad": recipe(
         "AdaAD", adv_weight=1.0, weight_decay=5e-4, epochs=200, milestones=HALF_AND_THREE_QUARTERS
     ),
     "trades": recipe("TRADES", relative_step_size=0.007 / 0.031, epochs=76, milestones=(75 / 76,)),
     "sat": recipe("PGD adversarial training", start="uniform"),
+    "mart": recipe(
+        "MART, for a ResNet-18",
+        relative_step_size=0.007 / 0.031,
+        epochs=120,
+        learning_rate=0.01,
+        weight_decay=3.5e-3,
+        milestones=(75 / 120, 90 / 120, 100 / 120),
+    ),
+    "bat": recipe(
+        "BAT",
+        relative_step_size=0.007 / 0.031,
+        epochs=200,
+        milestones=(75 / 200, 90 / 200, 100 / 200),
+    ),
 }
 
 # They override those of methods and data sets, whose budgets are of the L-infinity norm.

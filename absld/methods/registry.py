@@ -4,8 +4,9 @@ from absld.config.imports import import_object
 from absld.config.settings import TrainConfig
 from absld.errors import UsageError
 from absld.methods.absld import Absld, Rslad
+from absld.methods.balance import Bat
 from absld.methods.base import Method
-from absld.methods.baselines import AdaAd, Ard, Sat, Trades
+from absld.methods.baselines import AdaAd, Ard, Iad, Mart, Sat, Trades
 from absld.methods.reweighting import AbsldMargins, AbsldWeights, FairRslad
 
 METHODS: dict[str, type[Method]] = {
@@ -15,9 +16,12 @@ METHODS: dict[str, type[Method]] = {
     "rslad": Rslad,
     "fair-rslad": FairRslad,
     "ard": Ard,
+    "iad": Iad,
     "adaad": AdaAd,
     "trades": Trades,
     "sat": Sat,
+    "mart": Mart,
+    "bat": Bat,
 }
 
 
