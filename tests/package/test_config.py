@@ -117,7 +117,7 @@ def test_what_a_file_does_not_say_comes_from_the_recipe(tmp_path):
         ('milestones = ["half"]', "milestones takes numbers"),
         ("max_steps = 0", "max_steps must be 1 or more, not 0"),
         ('method = "abslt"', "did you mean 'absld'?"),
-        ('method = "abslt"', "sat, or package.module:Class, not 'abslt'"),
+        ('method = "abslt"', ", or package.module:Class, not 'abslt'"),
         ("method = 3", "method takes a text, not 3"),
         ("[data]\npath = 1", "data takes a text"),
         ("epochs == 3", "needed: lines of name = value"),
