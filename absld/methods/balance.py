@@ -61,7 +61,7 @@ def boundary_images(
     """
     watched = WatchedNetwork(student, batch.labels, batch.x_nat + batch.noise)
     objective = kl(clean)
-    # A lambda is not captured as a CUDA graph, where the network would be that of the first batch.
+    # A lambda keeps the attack from being a CUDA graph, whose network would be that of this batch.
     x_adv = attack(watched, lambda logits: objective(logits), batch.x_nat, batch.noise)
     watched.keep(x_adv, watched.correct)
     project = geometry(attack.norm).project  # the start need not be an image in the ball
