@@ -45,6 +45,9 @@ METHOD_RECIPES: dict[str, Recipe] = {
     "ard": recipe(
         "ARD", start="uniform", adv_weight=1.0, epochs=200, milestones=HALF_AND_THREE_QUARTERS
     ),
+    "iad": recipe(
+        "IAD", start="uniform", adv_weight=1.0, epochs=200, milestones=HALF_AND_THREE_QUARTERS
+    ),
     "adaad": recipe(
         "AdaAD", adv_weight=1.0, weight_decay=5e-4, epochs=200, milestones=HALF_AND_THREE_QUARTERS
     ),
@@ -69,6 +72,20 @@ METHOD_RECIPES: dict[str, Recipe] = {
         "WAT", relative_step_size=0.007 / 0.031, epochs=100, milestones=(75 / 100, 90 / 100)
     ),
     "frl": recipe("FRL", learning_rate=1e-3, weight_decay=5e-4, epochs=40, milestones=(40 / 40,)),
+    "mart": recipe(
+        "MART, for a ResNet-18",
+        relative_step_size=0.007 / 0.031,
+        epochs=120,
+        learning_rate=0.01,
+        weight_decay=3.5e-3,
+        milestones=(75 / 120, 90 / 120, 100 / 120),
+    ),
+    "bat": recipe(
+        "BAT",
+        relative_step_size=0.007 / 0.031,
+        epochs=200,
+        milestones=(75 / 200, 90 / 200, 100 / 200),
+    ),
 }
 
 # They override those of methods and data sets, whose budgets are of the L-infinity norm.

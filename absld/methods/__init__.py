@@ -2,11 +2,14 @@
 
 from absld.methods.absld import Absld as Absld
 from absld.methods.absld import Rslad as Rslad
+from absld.methods.balance import Bat as Bat
 from absld.methods.base import Method as Method
 from absld.methods.base import Step as Step
 from absld.methods.base import teacher_logits as teacher_logits
 from absld.methods.baselines import AdaAd as AdaAd
 from absld.methods.baselines import Ard as Ard
+from absld.methods.baselines import Iad as Iad
+from absld.methods.baselines import Mart as Mart
 from absld.methods.baselines import Sat as Sat
 from absld.methods.baselines import Trades as Trades
 from absld.methods.class_distance import Dafa as Dafa

@@ -1,4 +1,4 @@
-"""Baselines that treat all classes alike: adversarial training, TRADES, ARD, AdaAD."""
+"""Baselines that treat all classes alike: SAT, TRADES, MART; distillation by ARD, IAD, AdaAD."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from absld.attack import TrainingAttack, cross_entropy, kl
+from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.loss import absld_loss, soft_label_kl
 from absld.methods.base import Method, Step, teacher_logits
@@ -70,6 +71,33 @@ def trades_terms(
     return F.nll_loss(log_nat, labels, reduction="none"), robust
 
 
+class Mart(Method):
+    """MART: adversarial training whose loss also lowers the strongest wrong class, plus the KL of
+    TRADES, which counts less for a clean image that is classified with confidence. Source: Wang et
+    al., ICLR 2020."""
+
+    needs_teacher = False
+    beta = 5.0
+
+    def step(
+        self, student: nn.Module, teacher: nn.Module | None, batch: Batch, attack: TrainingAttack
+    ) -> Step:
+        x_nat, labels = batch.x_nat, batch.labels
+        x_adv = attack(student, cross_entropy(labels), x_nat, batch.noise)
+        student.train()
+        log_nat, log_adv = (F.log_softmax(student(x), dim=1) for x in (x_nat, x_adv))
+        is_true = F.one_hot(labels, log_adv.shape[1]).bool()
+        strongest = log_adv.masked_fill(is_true, -torch.inf).argmax(1)
+        is_strongest = F.one_hot(strongest, log_adv.shape[1]).bool()
+        # 1 - q'_k is the sum of all others: so it is never rounded to 0.
+        log_rest = log_adv.masked_fill(is_strongest, -torch.inf).logsumexp(1)
+        boosted = F.nll_loss(log_adv, labels) - log_rest.mean()
+        uncertainty = 1 - (-F.nll_loss(log_nat, labels, reduction="none")).exp()
+        weighted = (uncertainty * kl_of_logs(log_nat, log_adv)).mean()
+        parts = {"boosted_cross_entropy": boosted.detach(), "weighted_kl": weighted.detach()}
+        return Step(boosted + self.beta * weighted, parts)
+
+
 class Ard(Method):
     """Adversarially Robust Distillation: the student's predictions on adversarial images follow the
     teacher's on clean ones, both at temperature 30. Source: arXiv 1905.09747."""
@@ -89,6 +117,48 @@ class Ard(Method):
         nat = F.cross_entropy(nat_logits, batch.labels)
         loss = config.kl_scale * config.adv_weight * adv + (1 - config.adv_weight) * nat
         return Step(loss, {"adv_kl": adv.detach(), "cross_entropy": nat.detach()})
+
+
+class Iad(Method):
+    """Introspective Adversarial Distillation: as ARD, at temperature 1; and the student follows its
+    own predictions on clean images as far as the teacher fails on the adversarial ones. It begins
+    to do so after three tenths of the run. Source: arXiv 2106.04928."""
+
+    settings = ("adv_weight", "kl_scale")
+    exponent = 0.1
+
+    def __init__(self, config: TrainConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.epochs = 0  # finished ones; not a buffer: on an accelerator, a step would wait for it
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.epochs)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.epochs = int(state)
+
+    def step(
+        self, student: nn.Module, teacher: nn.Module | None, batch: Batch, attack: TrainingAttack
+    ) -> Step:
+        x_nat, labels, config = batch.x_nat, batch.labels, self.config
+        soft_labels = F.softmax(teacher_logits(teacher, batch), dim=1)
+        x_adv = attack(student, cross_entropy(labels), x_nat, batch.noise)
+        student.train()
+        adv_logits, nat_logits = student(x_adv), student(x_nat)
+        adv, nat = soft_label_kl(adv_logits, soft_labels), F.cross_entropy(nat_logits, labels)
+        own = torch.zeros_like(adv)
+        if self.epochs >= round(0.3 * config.epochs):
+            of_adv = teacher_logits(teacher, batch._replace(x_nat=x_adv, views=None))
+            trust = F.softmax(of_adv, dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
+            log_nat, log_adv = (F.log_softmax(z, dim=1) for z in (nat_logits, adv_logits))
+            own = ((1 - trust**self.exponent) * kl_of_logs(log_nat, log_adv)).mean()
+        loss = config.kl_scale * config.adv_weight * (adv + own) + (1 - config.adv_weight) * nat
+        parts = {"adv_kl": adv.detach(), "own_kl": own.detach(), "cross_entropy": nat.detach()}
+        return Step(loss, parts)
+
+    def end_epoch(self, rate: float) -> dict[str, Tensor]:
+        self.epochs += 1
+        return {}
 
 
 class AdaAd(Method):
@@ -140,3 +210,8 @@ def teacher_student_kl(logits: Float[Tensor, "2 n c"]) -> Float[Tensor, ""]:
     """Objective: KL(teacher || student) of the logits of both, summed over classes and batch."""
     student, teacher = F.log_softmax(logits, dim=2)
     return F.kl_div(student, teacher, log_target=True, reduction="sum")
+
+
+def kl_of_logs(log_p: Float[Tensor, "n c"], log_q: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+    """Compute KL(p || q) of each image from log-probabilities, with the gradient through both."""
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)

@@ -4,8 +4,9 @@ from absld.config.imports import import_object, names_code
 from absld.config.settings import TrainConfig
 from absld.errors import UsageError
 from absld.methods.absld import Absld, Rslad
+from absld.methods.balance import Bat
 from absld.methods.base import Method
-from absld.methods.baselines import AdaAd, Ard, Sat, Trades
+from absld.methods.baselines import AdaAd, Ard, Iad, Mart, Sat, Trades
 from absld.methods.class_distance import Dafa
 from absld.methods.held_out import Frl, Wat
 from absld.methods.margins import AbsldMargins, Cfa
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "rslad": Rslad,
     "fair-rslad": FairRslad,
     "ard": Ard,
+    "iad": Iad,
     "adaad": AdaAd,
     "trades": Trades,
     "cfa": Cfa,
@@ -25,6 +27,8 @@ METHODS: dict[str, type[Method]] = {
     "sat": Sat,
     "wat": Wat,
     "frl": Frl,
+    "mart": Mart,
+    "bat": Bat,
 }
 
 

@@ -26,9 +26,12 @@ SOURCES = {
     "rslad": RSLAD,
     "fair-rslad": f"{RSLAD} with the class weights of Fair-ARD (Yue et al., NeurIPS 2023)",
     "ard": "ARD ([arXiv 1905.09747](https://arxiv.org/abs/1905.09747))",
+    "iad": "IAD ([arXiv 2106.04928](https://arxiv.org/abs/2106.04928))",
     "adaad": "AdaAD (Huang et al., CVPR 2023)",
     "trades": "TRADES ([arXiv 1901.08573](https://arxiv.org/abs/1901.08573))",
     "sat": "PGD adversarial training ([arXiv 1706.06083](https://arxiv.org/abs/1706.06083))",
+    "mart": "MART (Wang et al., ICLR 2020)",
+    "bat": "BAT ([arXiv 2209.07534](https://arxiv.org/abs/2209.07534))",
 }
 DATASETS = {  # with their names on the hub
     "digits": ("the digits of scikit-learn", None),

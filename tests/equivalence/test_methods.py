@@ -210,7 +210,7 @@ def test_trades_has_no_state():
     ours.load_state_dict({})
 
 
-@pytest.mark.parametrize("name", ["absld", "ard", "adaad"])
+@pytest.mark.parametrize("name", ["absld", "ard", "iad", "adaad"])
 def test_kl_scale_scales_the_loss_of_a_method_with_soft_labels(name):
     losses = [
         build_method(TrainConfig(method=name, adv_weight=1.0, kl_scale=scale), C)
@@ -222,7 +222,7 @@ def test_kl_scale_scales_the_loss_of_a_method_with_soft_labels(name):
     assert losses[1] == pytest.approx(0.1 * losses[0], rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["sat", "trades"])
+@pytest.mark.parametrize("name", ["sat", "trades", "mart", "bat"])
 def test_kl_scale_is_refused_where_the_loss_has_no_soft_labels(name):
     with pytest.raises(UsageError, match=f"kl_scale has no meaning for {name}") as caught:
         build_method(TrainConfig(method=name, kl_scale=0.1), C)

@@ -23,13 +23,16 @@ from helpers.plain_methods import (
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import nn
 
 import absld
+from absld.attack import geometry
 from absld.config.resolve import resolve
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.errors import UsageError
 from absld.methods import METHODS, Method, build_method, method_class
+from absld.methods.balance import WatchedNetwork, boundary_images
 from absld.methods.margins import class_margins
 from absld.methods.reweighting import CountingObjective, class_weights
 from absld.stepper import train_step
@@ -49,6 +52,11 @@ def kl(one, other):
     return (one * (np.log(one) - np.log(other))).sum(1)
 
 
+def kl_gradient(one, other):
+    """The gradient of kl(one, other) by the logits of `one`."""
+    return one * (np.log(one) - np.log(other) - kl(one, other)[:, None])
+
+
 class ByHand:
     """A method on linear networks z = x W' + b: attack, gradient of the loss, SGD; all by hand."""
 
@@ -64,7 +72,7 @@ class ByHand:
         if name == "wat":
             self.weight, self.costs = 2 * np.ones(C), np.zeros(C + 1)
         self.multipliers = np.zeros((2, C))  # of FRL
-        self.seen, self.held_out = [], []
+        self.seen, self.held_out, self.epochs = [], [], 0
 
     def logits(self, x):
         return x @ self.w.T + self.b
@@ -75,7 +83,7 @@ class ByHand:
     def slope(self, x, soft_adv, labels):
         """The gradient by the image of what the attack climbs."""
         q = softmax(self.logits(x))
-        if self.name in ("sat", "ard") or soft_adv is None:
+        if self.name in ("sat", "ard", "iad", "mart") or soft_adv is None:
             return (q - one_hot(labels)) @ self.w
         if self.name == "adaad":
             p = softmax(self.teacher_logits(x))
@@ -93,36 +101,76 @@ class ByHand:
                 size * self.weight[labels][:, None] for size in (epsilon, step_size)
             )
         x, self.robust = x_nat + noise, np.zeros(len(labels))
+        self.iterates = []
         for _ in range(steps):
+            self.iterates.append(x)
             self.robust += self.logits(x).argmax(1) == labels
             x = x + step_size * np.sign(self.slope(x, soft_adv, labels))
             x = np.clip(np.clip(x, x_nat - epsilon, x_nat + epsilon), 0, 1)
+        self.iterates.append(x)
         return x
+
+    def boundary(self, x_nat, labels):
+        """The iterates of the last attack before and at the first misclassification of each image."""
+        pairs = []
+        for image, (clean, y) in enumerate(zip(x_nat, labels, strict=True)):
+            path = [x[[image]] for x in self.iterates]
+            wrong = [k for k in range(STEPS) if self.logits(path[k]).argmax() != y]
+            after = wrong[0] if wrong else STEPS
+            before = max(after - 1, 0) if wrong else STEPS
+            pair = np.concatenate([path[before], path[after]])
+            pairs.append(np.clip(np.clip(pair, clean - EPSILON, clean + EPSILON), 0, 1))
+        return np.stack(pairs, axis=1)
 
     def step(self, x_nat, labels, noise):
         """The loss, and its gradients by the logits of adversarial and clean images."""
         y, a, n = one_hot(labels), self.config.adv_weight, len(labels)
         v = self.teacher_logits(x_nat)
         soft_adv, soft_nat = (softmax(v / t[labels][:, None]) for t in self.temperature)
-        if self.name in OF_TRADES:
+        if self.name in ("bat", *OF_TRADES):
             soft_adv = softmax(self.logits(x_nat))
         x_adv = self.attack(x_nat, noise, labels, soft_adv)
         z_adv, z_nat = self.logits(x_adv), self.logits(x_nat)
         p, q = softmax(z_adv), softmax(z_nat)
 
         hard_adv, hard_nat = -np.log((p * y).sum(1)), -np.log((q * y).sum(1))
+        more = []  # gradients by the logits of other images, and those images
         if self.name == "sat":
             loss, by_adv, by_nat = hard_adv, p - y, 0 * q
         elif self.name in OF_TRADES:
             robust, (w_nat, w_adv) = kl(q, p)[:, None], self.weights_of_terms(labels)
             loss = w_nat * hard_nat[:, None] + w_adv * robust
             by_adv = w_adv * (p - q)
-            by_nat = w_nat * (q - y) + w_adv * q * (np.log(q) - np.log(p) - robust)
+            by_nat = w_nat * (q - y) + w_adv * kl_gradient(q, p)
+        elif self.name == "mart":
+            k = one_hot((p * (1 - y)).argmax(1))
+            p_k, q_y = ((one * which).sum(1, keepdims=True) for one, which in ((p, k), (q, y)))
+            doubt, robust = 1 - q_y, kl(q, p)[:, None]
+            loss = hard_adv - np.log(1 - p_k[:, 0]) + 5 * (robust * doubt)[:, 0]
+            by_adv = p - y + p_k / (1 - p_k) * (k - p) + 5 * doubt * (p - q)
+            by_nat = 5 * (doubt * kl_gradient(q, p) - robust * q_y * (y - q))
+        elif self.name == "bat":
+            before, after = self.boundary(x_nat, labels)
+            r, s, u = (softmax(self.logits(x)) for x in (before, after, 0 * before))
+            u = np.full_like(u, 1 / C)
+            loss = -np.log((r * y).sum(1)) + 6 * kl(q, s) + kl(r, u) + kl(s, u)
+            by_adv, by_nat = 0 * p, 6 * kl_gradient(q, s)
+            more = [
+                (r - y + kl_gradient(r, u), before),
+                (6 * (s - q) + kl_gradient(s, u), after),
+            ]
         elif self.name == "ard":
             t = 30.0
             soft, own = softmax(v / t), softmax(z_adv / t)
             loss = a * t * t * kl(soft, own) + (1 - a) * hard_nat
             by_adv, by_nat = a * t * (own - soft), (1 - a) * (q - y)
+        elif self.name == "iad":
+            begun = self.epochs >= round(0.3 * self.config.epochs)
+            trust = (softmax(self.teacher_logits(x_adv)) * y).sum(1, keepdims=True)
+            doubt = 1 - trust**0.1 if begun else 0 * trust
+            loss = a * (kl(soft_nat, p) + doubt[:, 0] * kl(q, p)) + (1 - a) * hard_nat
+            by_adv = a * (p - soft_nat + doubt * (p - q))
+            by_nat = a * doubt * kl_gradient(q, p) + (1 - a) * (q - y)
         else:
             if self.name == "adaad":
                 soft_adv = softmax(self.teacher_logits(x_adv))
@@ -131,10 +179,8 @@ class ByHand:
             by_adv = w[:, None] * a * (p - soft_adv)
             by_nat = w[:, None] * (1 - a) * (q - soft_nat)
         self.seen.append((labels, self.robust, p.argmax(1) == labels, p, hard_adv, hard_nat))
-        gradients = [
-            (by_adv.T @ x_adv + by_nat.T @ x_nat) / n,
-            (by_adv + by_nat).sum(0) / n,
-        ]
+        parts = [(by_adv, x_adv), (by_nat, x_nat), *more]
+        gradients = [sum(by.T @ x for by, x in parts) / n, sum(by.sum(0) for by, _ in parts) / n]
         for k, (weight, gradient) in enumerate(zip((self.w, self.b), gradients, strict=True)):
             self.velocity[k] = MOMENTUM * self.velocity[k] + gradient + DECAY * weight
             weight -= LEARNING_RATE * self.velocity[k]
@@ -191,7 +237,7 @@ class ByHand:
         labels, robust, right, p, *risks = (
             np.concatenate(parts) for parts in zip(*self.seen, strict=True)
         )
-        self.seen = []
+        self.seen, self.epochs = [], self.epochs + 1
         if self.name.startswith("absld"):
             lower, upper = self.config.temperature_lower, self.config.temperature_upper
             for t, risk in zip(self.temperature, risks, strict=True):
@@ -243,7 +289,7 @@ def held_out(epoch):
 def test_two_epochs_of_two_steps_are_those_by_hand(name, given):
     """Attack, loss, gradients, momentum, and what an epoch changes: to the weights after each.
     Of the methods without temperatures, where these start changes nothing."""
-    epochs = 2 if name == "dafa" else 20  # so that the second epoch differs
+    epochs = {"dafa": 2, "iad": 3}.get(name, 20)  # so that the second epoch differs
     config = resolve({"method": name, "epochs": epochs} | given).training()
     student, teacher = linear(1), linear(2, 2.0).requires_grad_(False)
     ours = build_method(config, C).double()  # or an epoch's temperatures would be of float32
@@ -272,6 +318,61 @@ def test_two_epochs_of_two_steps_are_those_by_hand(name, given):
             np.testing.assert_allclose(report[key].numpy(), expected[key], rtol=1e-5, err_msg=key)
 
 
+def test_iad_asks_the_teacher_for_attacked_images_after_three_tenths_of_the_run():
+    """And then the student's own predictions count, but not before."""
+    ours = build_method(TrainConfig(method="iad", epochs=10), C)
+    teacher, calls = linear(2, 2.0).requires_grad_(False), []
+    teacher.register_forward_pre_hook(lambda module, x: calls.append(x[0]))
+    for epoch in range(5):
+        calls.clear()
+        own = ours.step(linear(1), teacher, batch(0), ATTACK).parts["own_kl"]
+        assert (own > 0, len(calls)) == ((True, 2) if epoch >= 3 else (False, 1))
+        ours.end_epoch(0.0)
+
+
+def iterates_of_bat(labels, paths):
+    """Keep images whose one pixel is the number of the iterate, from their predicted classes."""
+    paths, labels = torch.tensor(paths), torch.tensor(labels)
+    watched = WatchedNetwork(nn.Identity(), labels, torch.zeros(len(labels), 1, 1, 1))
+    for number, predicted in enumerate(paths.T):
+        x = torch.full((len(labels), 1, 1, 1), float(number))
+        watched.keep(x, predicted == labels)
+    end = torch.full((len(labels), 1, 1, 1), float(paths.shape[1]))
+    watched.keep(end, watched.correct)
+    return [x.flatten().tolist() for x in (watched.last_correct, watched.first_wrong)]
+
+
+def test_bat_keeps_the_iterates_around_the_first_misclassification():
+    """Also where the image is classified correctly again later; at the ends, one iterate twice."""
+    paths = {(1, 1, 1): (3, 3), (1, 1, 0): (1, 2), (1, 0, 1): (0, 1), (0, 1, 1): (0, 0)}
+    found = iterates_of_bat([1] * len(paths), [*paths])
+    assert [*zip(*found, strict=True)] == [*paths.values()]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_bat_projects_a_start_that_is_misclassified(norm):
+    """As all later iterates are: in the ball, and in [0,1]."""
+    student, given = linear(1), batch(0)
+    start = given.x_nat + 1000 * given.noise
+    wrong = (student(start).argmax(1) + 1) % C
+    given = given._replace(noise=1000 * given.noise, labels=wrong)
+    clean = student(given.x_nat).softmax(1).detach()
+    attack = replace(ATTACK, norm=norm)
+    before, after = boundary_images(student, clean, given, attack)
+    assert torch.equal(before, after)
+    torch.testing.assert_close(before, geometry(norm).project(start, given.x_nat, EPSILON))
+    assert not torch.equal(before, start)
+
+
+def test_mart_is_finite_where_a_wrong_class_is_certain():
+    student = linear(1)
+    with torch.no_grad():
+        student[1].weight.mul_(1e4)
+    step = build_method(TrainConfig(method="mart"), C).step(student, None, batch(0), ATTACK)
+    step.loss.backward()
+    assert step.loss.isfinite() and student[1].weight.grad.isfinite().all()
+
+
 MOVES = {
     "absld-weights": "class_weight", "fair-rslad": "class_weight", "absld-margins": "class_margin",
     "wat": "class_weight", "frl": "class_weight_adv",
@@ -294,7 +395,7 @@ def test_the_second_epoch_differs_from_the_first(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_goes_on_from_its_state_in_the_middle_of_an_epoch(name):
-    config = TrainConfig(method=name, epochs=20)
+    config = TrainConfig(method=name, epochs=3)
     whole, taken_up = build_method(config, C), build_method(config, C)
     teacher = linear(2, 2.0).requires_grad_(False)
     whole.step(linear(1), teacher, batch(0), ATTACK)
@@ -328,11 +429,12 @@ def test_a_step_leaves_the_student_in_train_mode_and_the_teacher_alone(name):
     assert all(weight.grad is None for weight in teacher.parameters())
 
 
-NEED = [name for name in METHODS if name not in ("sat", *OF_TRADES)]
+ALONE = ("sat", "mart", "bat", *OF_TRADES)
+NEED = [name for name in METHODS if name not in ALONE]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_methods_that_distil_need_a_teacher(name):
+def test_methods_that_distil_need_a_teacher(name):
     built = build_method(TrainConfig(method=name), C)
     assert built.needs_teacher == (name in NEED)
     if name in NEED:

@@ -248,7 +248,9 @@ def trained(**settings):
 
 
 @pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize("method", ["absld", "trades", "adaad", "absld-margins", "fair-rslad"])
+@pytest.mark.parametrize(
+    "method", ["absld", "trades", "adaad", "bat", "absld-margins", "fair-rslad"]
+)
 @pytest.mark.parametrize(
     "settings", [{"fold_batch_norm": True}, {"check_every": 2}, {"check_every": 99}]
 )

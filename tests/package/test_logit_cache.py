@@ -388,6 +388,17 @@ def test_a_training_with_a_cache_is_bit_equal(method, tmp_path):
     assert 4 < first[2] <= without[2] + 2 and second[2] == 4
 
 
+def test_iad_caches_the_logits_of_clean_views_alone(tmp_path):
+    """Those of attacked images are neither cached nor taken from the cache."""
+    config = replace(CONFIG, method="iad", epochs=4, batch_size=MIN_BATCH)
+    images = bytes_of(image_set(2 * MIN_BATCH))
+    without = trained(None, config, images=images)
+    first, second = (trained(tmp_path, config, images=images) for _ in range(2))
+    assert first[:2] == without[:2] == second[:2]
+    attacked = 3 * 2 * MIN_BATCH  # in all epochs after the first
+    assert second[2] == 4 + attacked
+
+
 def test_a_damaged_file_is_repaired_and_changes_no_training(tmp_path):
     first = trained(tmp_path)
     (path,) = tmp_path.glob("*.cache")
