@@ -27,7 +27,7 @@ from absld.models.fitting import load_state
 from absld.models.loading import Network
 from absld.progress import Observer, Role, plain
 from absld.runs.logit_caches import cache_folder, describe_cache
-from absld.runs.planning import SELECTED_ON_TEST, describe_start, plan, plan_teacher
+from absld.runs.planning import SELECTED_ON_TEST, Plan, describe_start, plan, plan_teacher
 from absld.runs.run_record import (
     RunRecord,
     changed_conditions,
@@ -91,9 +91,8 @@ def train(
     which every run with the same images and settings uses again. splits: the images, if they are
     loaded already. distributed: the processes that train together. Raises AbsldError.
     """
-    device, techniques, splits, method, student, loaded_teacher, inputs, run, robust_start = plan(
-        config, observer, splits, distributed
-    )
+    planned = plan(config, observer, splits, distributed)
+    device, techniques, splits, _, student, loaded_teacher, inputs, run, _ = planned
     session = describe_session(device, splits, inputs, distributed)
     networks = {"student": student, "teacher": loaded_teacher}
     session["hub"] = {role: dict(net.hub) for role, net in networks.items() if net and net.hub}
@@ -111,20 +110,9 @@ def train(
     splits = splits.to(device)
     with run:
         record = RunRecord(run, config, techniques, session | {"notes": [*map(printable, notes)]})
-        teacher = teacher_sha = None
-        if method.needs_teacher:
-            teacher = find_teacher(
-                loaded_teacher, config, splits, techniques, observer, distributed
-            )
-            teacher_sha = record.add_network("teacher", teacher)
-            if method.caches_teacher:
-                observer.note(describe_cache(config, splits.train))
-        if robust_start:
-            start = find_teacher(
-                None, robust_start, splits, techniques, observer, distributed, "robust start"
-            )
-            record.add_network("robust_start", start)
-            student.model.load_state_dict(start.state_dict())
+        teacher, teacher_sha = prepare_networks(
+            planned._replace(splits=splits), config, record, observer, distributed
+        )
         student.model.to(device)
         train_network(
             "student", student, teacher, splits, with_techniques(config.training(), techniques),
@@ -143,6 +131,32 @@ def train(
         )
         run.write("result.json", json.dumps(result.to_dict(), indent=1) + "\n")
     return result
+
+
+def prepare_networks(
+    planned: Plan,
+    config: Config,
+    record: RunRecord,
+    observer: Observer,
+    distributed: Distributed,
+) -> tuple[nn.Module | None, str | None]:
+    """Find or train the networks that a student needs: its teacher, and its robust start.
+
+    Loads the start into the student. Returns the teacher and the digest of its weights.
+    """
+    method, splits, techniques = planned.method, planned.splits, planned.techniques
+    teacher = sha = None
+    if method.needs_teacher:
+        given = planned.teacher
+        teacher = find_teacher(given, config, splits, techniques, observer, distributed)
+        sha = record.add_network("teacher", teacher)
+        if method.caches_teacher:
+            observer.note(describe_cache(config, splits.train))
+    if own := planned.robust_start:
+        start = find_teacher(None, own, splits, techniques, observer, distributed, "robust start")
+        record.add_network("robust_start", start)
+        planned.student.model.load_state_dict(start.state_dict())
+    return teacher, sha
 
 
 def find_teacher(
