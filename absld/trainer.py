@@ -72,7 +72,8 @@ def fit(
 ) -> Iterator[EpochReport]:
     """Train `student` in place, with a report an epoch; it ends with its best weights.
 
-    Best is the epoch of the highest average + worst-class accuracy under PGD-20 on `validation`.
+    Best is the epoch of the highest average + worst-class accuracy under PGD-20 on `validation`;
+    from where weights are averaged on, that of their average, which is kept.
     The teacher is frozen in eval mode; the student ends in train mode. Both take images
     (N,channels,H,W) in [0,1] and return logits (N,C). Everything is moved to the student's device.
 

@@ -16,7 +16,7 @@ from absld.evaluation.validation import validate
 from absld.seeding import global_generator
 from helpers.small_training import CONFIG, image_set, train
 
-METHODS = ["absld", "absld-weights", "absld-margins", "trades"]
+METHODS = ["absld", "absld-weights", "absld-margins", "trades", "cfa", "dafa"]
 
 
 class FrozenNorm(nn.BatchNorm2d):
@@ -53,6 +53,8 @@ def results(distributed=SINGLE_PROCESS):
     by_method = {}
     for method in METHODS:
         config = replace(CONFIG, method=method, batch_size=8, epochs=4, attack_steps=3)
+        if method in ("cfa", "dafa"):
+            config = replace(config, weight_averaging=0.7, averaging_start=0.0)
         student, reports = train(
             config, network("student"), network("teacher"), data, distributed=distributed
         )
