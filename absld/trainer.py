@@ -74,15 +74,15 @@ def fit(
 ) -> Iterator[EpochReport]:
     """Train `student` in place, with a report an epoch; it ends with its best weights.
 
-    Best is the epoch of the highest average + worst-class accuracy under PGD-20 on `validation`.
+    Best is the epoch of the highest average + worst-class accuracy under PGD-20 on `validation`;
+    from where weights are averaged on, that of their average, which is kept.
     The teacher is frozen in eval mode; the student ends in train mode. Both take images
     (N,channels,H,W) in [0,1] and return logits (N,C). Everything is moved to the student's device.
 
     Args:
         run: a locked run directory (`with RunDirectory(...) as run`): each epoch is saved there
             before it is reported, and an interrupted training resumes, bit-equal on the CPU.
-        role: part of the keys of all random numbers.
-        about: plain values that go into the checkpoints.
+        role: part of the keys of all random numbers. about: plain values for the checkpoints.
         observer: receives all reports. If its `step` raises Interrupted, that step is saved first.
         logit_cache: where the teacher's logits of clean views are cached; by default nowhere.
         distributed: the processes that share every batch and yield the same reports.

@@ -69,6 +69,17 @@ def test_every_method_has_the_numbers_of_a_cpu_and_few_waits(
 
 
 @pytest.mark.parametrize("engine", SETTINGS)
+def test_averaged_weights_are_those_of_a_cpu_and_need_no_wait_in_a_step(
+    engine, cuda, short_validation
+):
+    averaged = {"method": "cfa", "weight_averaging": 0.5, "averaging_start": 0.0}
+    records = StepRecords(cuda)
+    found = trained(cuda.device, records, **averaged, **SETTINGS[engine])
+    assert found == expected(cuda, engine, **averaged)
+    assert_clean(records, WAITS[engine])
+
+
+@pytest.mark.parametrize("engine", SETTINGS)
 def test_mapped_images_give_the_same_numbers_and_as_few_waits(engine, cuda, short_validation):
     records = StepRecords(cuda)
     mapped = [Placement("no").place(part) for part in DATA]

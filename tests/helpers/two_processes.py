@@ -20,6 +20,8 @@ METHODS = {
     name: {"method": name}
     for name in ("absld", "absld-weights", "absld-margins", "trades", "wat", "frl")
 }
+AVERAGED = {"weight_averaging": 0.7, "averaging_start": 0.0}
+METHODS |= {name: {"method": name} | AVERAGED for name in ("cfa", "dafa")}
 METHODS["calibrated and relative"] = {
     "temperature_start": "calibrated", "temperature_move": "relative", "temperature_upper": 100.0,
 }  # fmt: skip
