@@ -65,11 +65,14 @@ def update_temperature(
 
     A class above the mean risk gets a lower temperature, so sharper labels; one below it a higher
     one. The farthest class moves by the full `rate` at any scale of the risks, the others in
-    proportion; then all are clipped to [`lower`, `upper`]. `move` "relative" moves their logarithms
-    instead, so that halving and doubling are equally far: decided here. A risk of NaN means an absent class: it
+    proportion; then all are clipped to [`lower`, `upper`]. A risk of NaN means an absent class: it
     stays and does not count in the mean. If a risk is infinite, or all are equal up to rounding,
     nothing moves. Each row is on its own. The result is a new tensor. Raises ValueError for other
     shapes, a negative rate, another move, and bounds that leave nothing. Source: D6.
+
+    Args:
+        move: "absolute" moves temperatures; "relative" their logarithms, so that halving and
+            doubling are equally far (decided here).
     """
     check_shape("class_risk", class_risk, *temperature.shape)
     check_rate(rate)
@@ -112,9 +115,9 @@ class ClassTemperature(nn.Module):
     """The temperatures of the classes, for any training loop.
 
     In a batch: `soft_labels`, then `observe`; at the end of an epoch: `step`. The temperatures are
-    the buffers `adv` and `nat` (C,), which all start at `start`; with the risks gathered so far they are the
-    state dict, which is enough to go on in the middle of an epoch. The state follows the tensors it
-    is given to their device.
+    the buffers `adv` and `nat` (C,); with the risks gathered so far they are the state dict, which
+    is enough to go on in the middle of an epoch. The state follows the tensors it is given to their
+    device.
 
     Args:
         num_classes: C, 2 or more.
