@@ -72,10 +72,9 @@ def fit(
     logit_cache: LogitCacheSettings | None = None,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> Iterator[EpochReport]:
-    """Train `student` in place, with a report an epoch; it ends with its best weights.
+    """Train `student` in place, with a report an epoch; it ends with its best weights or averages.
 
-    Best is the epoch of the highest average + worst-class accuracy under PGD-20 on `validation`;
-    from where weights are averaged on, that of their average, which is kept.
+    Best is the epoch of the highest average + worst-class accuracy under PGD-20 on `validation`.
     The teacher is frozen in eval mode; the student ends in train mode. Both take images
     (N,channels,H,W) in [0,1] and return logits (N,C). Everything is moved to the student's device.
 

@@ -33,6 +33,7 @@ from absld.data.augmentation import Batch
 from absld.errors import UsageError
 from absld.methods import METHODS, Method, build_method, method_class
 from absld.methods.balance import WatchedNetwork, boundary_images
+from absld.methods.class_distance import distance_weights
 from absld.methods.margins import class_margins
 from absld.methods.reweighting import CountingObjective, class_weights
 from absld.stepper import train_step
@@ -519,14 +520,58 @@ def test_an_absent_class_keeps_its_weight_and_does_not_count():
     assert class_weights(torch.tensor([nan, nan]), lower=0.0, upper=9.0).tolist() == [1.0, 1.0]
 
 
+@st.composite
+def probabilities(draw_one):
+    """Mean probabilities of the classes, row by class of the images; NaN for absent classes."""
+    count = draw_one(st.integers(2, 6))
+    logits = draw_one(st.lists(st.floats(-4, 4), min_size=count**2, max_size=count**2))
+    rows = softmax(np.array(logits).reshape(count, count))
+    rows[list(draw_one(st.sets(st.integers(0, count - 1)))), :] = np.nan
+    return rows
+
+
+@given(probabilities(), st.sampled_from([1.0, 1.5]))
+@example(np.array([[0.9, 0.1], [0.9, 0.1]]), 1.5)  # a weight below 0
+@example(np.array([[0.6, 0.4, 0.0], [0.5, 0.5, 0.0], [np.nan] * 3]), 1.0)
+def test_distance_weights_are_the_formula_over_the_classes_that_are_there(p, transfer):
+    found = distance_weights(torch.from_numpy(p), transfer).numpy()
+    present = np.flatnonzero(~np.isnan(p[:, 0]))
+    expected = np.ones(len(p))
+    expected[present] = moved_weights(p[np.ix_(present, present)], transfer)
+    np.testing.assert_allclose(found, np.maximum(expected, 0), rtol=1e-12, atol=1e-12)
+    if len({*p.diagonal()[present]}) == len(present) > 0:  # what one takes, another gives
+        assert expected.mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("epochs", "last"), [(110, 70), (40, 25), (2, 1), (1, 1)])
+def test_distance_weights_are_set_once_by_the_last_epoch_of_the_warm_up(epochs, last):
+    ours = build_method(TrainConfig(method="dafa", epochs=epochs), C)
+    seen = []
+    for epoch in range(1, epochs + 1):
+        if epoch >= last - 1:
+            ours.step(linear(epoch), None, batch(epoch), ATTACK)
+        seen.append(ours.end_epoch(0.1)["class_weight"].tolist())
+    assert seen[: last - 1] == [[1.0] * C] * (last - 1) and seen[last - 1] != [1.0] * C
+    assert seen[last:] == [seen[last - 1]] * (epochs - last)
+    alone = build_method(TrainConfig(method="dafa", epochs=1), C)  # weights of that epoch alone
+    alone.step(linear(last), None, batch(last), ATTACK)
+    assert alone.end_epoch(0.1)["class_weight"].tolist() == seen[last - 1]
+
+
+@pytest.mark.parametrize(("count", "transfer"), [(10, 1.0), (99, 1.0), (100, 1.5), (200, 1.5)])
+def test_dafa_moves_more_between_many_classes(count, transfer):
+    assert build_method(TrainConfig(method="dafa"), count).transfer == transfer
+
+
 def test_class_margins_are_the_formula():
     margins = class_margins(torch.tensor([0.0, 0.5, 1.0, float("nan")]), 0.3)
     torch.testing.assert_close(margins, torch.tensor([0.3, 0.8, 1.3, 1.0]))
 
 
+@pytest.mark.parametrize("name", ["absld-margins", "cfa"])
 @pytest.mark.parametrize(("epochs", "begins"), [(20, 1), (40, 2), (200, 10), (4, 1)])
-def test_margins_begin_after_a_twentieth_of_the_run(epochs, begins):
-    ours = build_method(TrainConfig(method="absld-margins", epochs=epochs), C)
+def test_margins_begin_after_a_twentieth_of_the_run(name, epochs, begins):
+    ours = build_method(TrainConfig(method=name, epochs=epochs), C)
     teacher = linear(2, 2.0).requires_grad_(False)
     for epoch in range(1, begins + 1):
         ours.step(linear(1), teacher, batch(epoch), ATTACK)
