@@ -16,7 +16,7 @@ from absld.cli.options import (
     with_settings,
 )
 from absld.cli.output import SAME_COMMAND, command_output
-from absld.config.evaluation_settings import EvaluationConfig
+from absld.config.evaluation_settings import PAPER_ATTACKS, ComparisonConfig, EvaluationConfig
 from absld.config.files import read_recipe
 from absld.config.launcher_settings import LauncherSettings, launcher_settings
 from absld.config.parsing import parse_all
@@ -35,6 +35,7 @@ MODEL_OF_COMPARISON = (
     EvaluationConfig, only=EVALUATION_OF_COMPARISON, meanings={"model": MODEL_OF_COMPARISON}
 )
 @with_settings(Config, without=("method", "seed"), schedule_of_method=False)
+@with_settings(ComparisonConfig)
 @with_settings(LauncherSettings)
 def compare(
     runs: Annotated[
@@ -60,6 +61,7 @@ def compare(
     [cyan]absld compare --methods rslad,absld --seeds 5[/]
     [cyan]absld compare --methods absld,mypackage.methods:Mart,warm.toml[/]
     [cyan]absld compare --methods rslad,absld --launcher local --jobs 2[/]
+    [cyan]absld compare --methods sat,rslad,absld --seeds 3 --table paper[/]
     [cyan]absld compare RUN RUN RUN[/]
 
     Prints means and standard deviations over the seeds and differences to the
@@ -69,10 +71,13 @@ def compare(
     if bool(runs) == bool(methods):
         raise UsageError("compare takes either --methods or finished runs", "see --help")
     flags = explicit(settings)
+    own = ComparisonConfig(**take_settings(flags, ComparisonConfig))
     of_evaluation = take_evaluation(flags, of_methods=bool(methods))
+    if own.table == "paper":
+        of_evaluation = {"attacks": PAPER_ATTACKS} | of_evaluation | {"each": True}
     if runs:
-        own = {"seeds": seeds, "recipe": recipe, "status": status}
-        refuse_settings_of_trainings({*flags, *(name for name in own if own[name])})
+        given_too = {"seeds": seeds, "recipe": recipe, "status": status}
+        refuse_settings_of_trainings({*flags, *(name for name in given_too if given_too[name])})
     launcher = launcher_settings(take_settings(flags, LauncherSettings))
     given = take_methods(methods, seeds, recipe, flags)
     evaluation = with_those_of_both(of_evaluation, given[2])
@@ -92,7 +97,7 @@ def compare(
                 result = comparison.compare_methods(
                     *given, evaluation, baseline, observer, launcher
                 )
-        output.present(result.results, comparison_lines(result))
+        output.present(result.results, comparison_lines(result, own.table, output))
 
 
 def print_status(

@@ -11,6 +11,7 @@ from absld.methods.baselines import Sat as Sat
 from absld.methods.baselines import Trades as Trades
 from absld.methods.registry import METHODS as METHODS
 from absld.methods.registry import build_method as build_method
+from absld.methods.registry import family_of as family_of
 from absld.methods.registry import method_class as method_class
 from absld.methods.reweighting import AbsldMargins as AbsldMargins
 from absld.methods.reweighting import AbsldWeights as AbsldWeights

@@ -1,6 +1,6 @@
 """The interface of a method: the loss of a batch, and its update after an epoch."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,11 @@ from absld.attack import TrainingAttack
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.errors import UsageError
+
+# In the order of the paper's table.
+Family = Literal[
+    "adversarial training", "robust distillation", "fair training", "ABSLD", "others"
+]  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -25,6 +30,7 @@ class Method(nn.Module):
     Raises UsageError for a setting that the method does not have.
     """
 
+    family: Family = "others"  # under which it is listed in the paper's table
     needs_teacher = True
     caches_teacher = True  # the teacher evaluates clean images only, so its logits can be cached
     settings: tuple[str, ...] = ()  # those of the group Method that change what it computes

@@ -14,6 +14,7 @@ from absld.methods.base import Method, Step, teacher_logits
 class Sat(Method):
     """PGD adversarial training: cross-entropy on adversarial images. Source: arXiv 1706.06083."""
 
+    family = "adversarial training"
     needs_teacher = False
 
     def step(
@@ -29,6 +30,7 @@ class Trades(Method):
     """TRADES: cross-entropy on clean images + beta KL(f(x) || f(x_adv)), with the gradient through
     both sides of the KL. It also trains teachers. Source: arXiv 1901.08573."""
 
+    family = "adversarial training"
     needs_teacher = False
     beta = 6.0
 
@@ -52,6 +54,7 @@ class Ard(Method):
     """Adversarially Robust Distillation: the student's predictions on adversarial images follow the
     teacher's on clean ones, both at temperature 30. Source: arXiv 1905.09747."""
 
+    family = "robust distillation"
     settings = ("adv_weight", "kl_scale")
     distillation_temperature = 30.0
 
@@ -73,6 +76,7 @@ class AdaAd(Method):
     """Adaptive Adversarial Distillation: the attack maximises the divergence between student and
     teacher, and the teacher labels the adversarial images. Source: Huang et al., CVPR 2023."""
 
+    family = "robust distillation"
     caches_teacher = False
     settings = ("adv_weight", "kl_scale")
 

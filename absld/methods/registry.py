@@ -4,7 +4,7 @@ from absld.config.imports import import_object
 from absld.config.settings import TrainConfig
 from absld.errors import UsageError
 from absld.methods.absld import Absld, Rslad
-from absld.methods.base import Method
+from absld.methods.base import Family, Method
 from absld.methods.baselines import AdaAd, Ard, Sat, Trades
 from absld.methods.reweighting import AbsldMargins, AbsldWeights, FairRslad
 
@@ -29,6 +29,11 @@ def method_class(name: str) -> type[Method]:
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise UsageError(f"{name} is not a method", "needed: a subclass of absld.methods.Method")
     return method
+
+
+def family_of(name: str) -> Family:
+    """Return the family of a method; package.module:Class, which is not imported, is of others."""
+    return METHODS[name].family if name in METHODS else Method.family
 
 
 def build_method(config: TrainConfig, num_classes: int) -> Method:

@@ -82,6 +82,8 @@ class AbsldWeights(Absld):
 class FairRslad(Rslad, AbsldWeights):
     """Fair-RSLAD: RSLAD with the class weights of Fair-ARD (Yue et al., NeurIPS 2023)."""
 
+    family = "fair training"
+
 
 class AbsldMargins(Absld):
     """ABSLD with CFA's class margins: a class is attacked within (0.3 + its robust accuracy in the
