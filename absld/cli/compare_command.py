@@ -71,13 +71,11 @@ def compare(
     if bool(runs) == bool(methods):
         raise UsageError("compare takes either --methods or finished runs", "see --help")
     flags = explicit(settings)
-    own = ComparisonConfig(**take_settings(flags, ComparisonConfig))
-    of_evaluation = take_evaluation(flags, of_methods=bool(methods))
-    if own.table == "paper":
-        of_evaluation = {"attacks": PAPER_ATTACKS} | of_evaluation | {"each": True}
+    table = ComparisonConfig(**take_settings(flags, ComparisonConfig)).table
+    of_evaluation = take_evaluation(flags, table, of_methods=bool(methods))
     if runs:
-        given_too = {"seeds": seeds, "recipe": recipe, "status": status}
-        refuse_settings_of_trainings({*flags, *(name for name in given_too if given_too[name])})
+        own = {"seeds": seeds, "recipe": recipe, "status": status}
+        refuse_settings_of_trainings({*flags, *(name for name in own if own[name])})
     launcher = launcher_settings(take_settings(flags, LauncherSettings))
     given = take_methods(methods, seeds, recipe, flags)
     evaluation = with_those_of_both(of_evaluation, given[2])
@@ -97,7 +95,7 @@ def compare(
                 result = comparison.compare_methods(
                     *given, evaluation, baseline, observer, launcher
                 )
-        output.present(result.results, comparison_lines(result, own.table, output))
+        output.present(result.results, comparison_lines(result, table, output))
 
 
 def print_status(
@@ -135,11 +133,12 @@ def refuse_settings_of_trainings(given: Collection[str]) -> None:
         )
 
 
-def take_evaluation(flags: dict[str, Any], *, of_methods: bool) -> dict[str, Any]:
-    """Remove from `flags` the settings of the evaluations alone, and return them."""
+def take_evaluation(flags: dict[str, Any], table: str, *, of_methods: bool) -> dict[str, Any]:
+    """Remove from `flags` the settings of the evaluations alone, and return what a table needs."""
     if of_methods and "model" in flags:
         raise UsageError("--model is for finished runs", "--student sets the network to train")
-    return {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
+    given = {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
+    return {"attacks": PAPER_ATTACKS} | given | {"each": True} if table == "paper" else given
 
 
 def with_those_of_both(

@@ -95,7 +95,7 @@ class ComparisonView(View):
 def comparison_lines(comparison: Comparison, table: str, output: Output) -> list[Line]:
     """Return a table of a comparison and the folder of its files."""
     results = comparison.results
-    lines: list[Line] = [*terminal_lines(results)]
     if table == "paper":
-        lines = [*paper_table.terminal_lines(results, styled=shows_styles(output.stream))]
-    return ["", *lines, str(comparison.folder)]
+        styled = shows_styles(output.stream)
+        return ["", *paper_table.terminal_lines(results, styled=styled), str(comparison.folder)]
+    return ["", *terminal_lines(results), str(comparison.folder)]

@@ -107,31 +107,39 @@ def attack_meaning(attack: str, settings: Mapping[str, Any]) -> str:
 
 def caption(results: Mapping[str, Any], best: str, second: str) -> str:
     """Return how to read the table. best, second: words for their marks."""
-    settings = results["settings"]
-    meanings = "; ".join(
-        f"{attack_name(attack)}: {attack_meaning(attack, settings)}"
-        for attack in attacks(results)[1:]
-    )
-    return (
-        f"{images_and_budget(results)}. {unit_and_spread(results)}; the best checkpoint of each "
-        "run. Each attack is run alone, and an image counts if it is correct when clean and under "
-        f"the attack. {meanings}{'. ' if meanings else ''}NSD: standard deviation of the class "
-        "accuracies over their mean, lower is better (ddof 0; over seeds: ddof 1). "
+    names = attacks(results)
+    meanings = [f"{attack_name(a)}: {attack_meaning(a, results['settings'])}" for a in names[1:]]
+    nsd = "NSD: standard deviation of the class accuracies over their mean, lower is better"
+    of_all = [m["attacks"][a]["normalized_std"]["mean"] for m in results["methods"] for a in names]
+    always_wrong = f"; {ABSENT}: of a network that is always wrong" if None in of_all else ""
+    sentences = [
+        images_and_budget(results),
+        f"{unit_and_spread(results)}; the best checkpoint of each run",
+        "Each attack is run alone, and an image counts if it is correct when clean and under it",
+        *(["; ".join(meanings)] if meanings else []),
+        f"{nsd} (ddof 0; over seeds: ddof 1{always_wrong})",
         f"{best}: the best of a column, {second}: the second best, by the means as shown; "
-        "differences may be within the spread."
-    )
+        "differences may be within the spread",
+    ]
+    return ". ".join(sentences) + "."
 
 
 def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def by_column(results: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[list[Cell]]]:
-    """Return attack and figure of each column, and the row of each method, in order of families."""
-    methods = [method for group in by_family(results["methods"]).values() for method in group]
+def layout(
+    results: Mapping[str, Any],
+) -> tuple[list[tuple[str, str]], dict[str, list[tuple[str, Sequence[Cell]]]]]:
+    """Return attack and figure of each column; and of each family name and cells of its methods."""
+    families = by_family(results["methods"])
+    methods = [method for members in families.values() for method in members]
     heads = [(attack, name) for attack in attacks(results) for name in figures(results)]
     rows = zip(*(cells(methods, *head) for head in heads), strict=True)
-    return heads, [list(row) for row in rows]
+    return heads, {
+        capitalised(family): [(method["name"], next(rows)) for method in members]
+        for family, members in families.items()
+    }
 
 
 # --- Formats ---
@@ -143,30 +151,42 @@ def terminal_lines(results: Mapping[str, Any], *, styled: bool) -> list[list[Seg
     More attacks than a terminal has room for have several blocks. styled: mark the best by styles
     and not by signs.
     """
-    marks = ("bold", "underlined") if styled else tuple(SIGNS.values())
-    heads, rows = by_column(results)
-    lines = [*wrapped(caption(results, *marks)), ""]
-    body: list[list[Segment]] = [[(line, "")] for line in lines]
+    heads, groups = layout(results)
+    texts = {
+        family: [(name, [segments(cell, styled=styled) for cell in row]) for name, row in members]
+        for family, members in groups.items()
+    }
+    rows = [row for members in texts.values() for _, row in members]
+    longest = max(2 + columns(method["name"]) for method in results["methods"])
+    caption_lines = wrapped(caption(results, *("bold", "underlined") if styled else SIGNS.values()))
+    lines: list[list[Segment]] = [*([(line, "")] for line in caption_lines), [("", "")]]
     for name in figures(results):
-        columns_of_figure = [k for k, head in enumerate(heads) if head[1] == name]
-        titles = [attack_name(heads[k][0]) for k in columns_of_figure]
-        table = [[row[k] for k in columns_of_figure] for row in rows]
-        for part in parts_that_fit(widths(titles, table, styled=styled)):
-            body += block(
-                capitalised(METRICS[name]).replace("\N{NBSP}", " "),
-                titles[part],
-                [row[part] for row in table],
-                by_family(results["methods"]),
-                styled=styled,
-            )
-            body.append([("", "")])
-    return [*body, *([(line, "")] for line in closing_lines(results))]
+        of_figure = [k for k, (_, figure) in enumerate(heads) if figure == name]
+        titles = {k: attack_name(heads[k][0]) for k in of_figure}
+        sizes = {k: 2 + max(len(titles[k]), *(width(row[k]) for row in rows)) for k in of_figure}
+        for part in parts_that_fit(list(sizes.values())):
+            shown = of_figure[part]
+            title = capitalised(METRICS[name]).replace("\N{NBSP}", " ")
+            room = max(LEAST, WIDTH - sum(sizes[k] for k in shown))
+            room = max(len(title), min(room, longest))
+            head = "".join(titles[k].rjust(sizes[k]) for k in shown)
+            lines.append([(title.ljust(room) + head, "")])
+            for family, members in texts.items():
+                lines.append([(family, "")])
+                for label, row in members:
+                    lines += method_lines(label, room, [(row[k], sizes[k]) for k in shown])
+            lines.append([("", "")])
+    return [*lines, *([(line, "")] for line in closing_lines(results))]
 
 
-def widths(titles: Sequence[str], rows: Sequence[Sequence[Cell]], *, styled: bool) -> list[int]:
-    """Return the width of each column, with the space before it."""
-    by_cell = [[sum(len(text) for text, _ in segments(c, styled=styled)) for c in r] for r in rows]
-    return [2 + max(len(title), *of) for title, *of in zip(titles, *by_cell, strict=True)]
+def segments(cell: Cell, *, styled: bool) -> list[Segment]:
+    """Return a cell as texts with styles."""
+    sign, style = ("", MARKS.get(cell.place, "")) if styled else (SIGNS.get(cell.place, ""), "")
+    return [(sign + cell.mean, style), (f"±{cell.std}" if cell.std else "", "")]
+
+
+def width(texts: Sequence[Segment]) -> int:
+    return sum(len(text) for text, _ in texts)
 
 
 def parts_that_fit(sizes: Sequence[int]) -> list[slice]:
@@ -179,58 +199,35 @@ def parts_that_fit(sizes: Sequence[int]) -> list[slice]:
     return parts
 
 
-def segments(cell: Cell, *, styled: bool) -> list[Segment]:
-    """Return a cell as texts with styles."""
-    sign, style = ("", MARKS.get(cell.place, "")) if styled else (SIGNS.get(cell.place, ""), "")
-    return [(sign + cell.mean, style), (f"±{cell.std}" if cell.std else "", "")]
-
-
-def block(
-    title: str,
-    titles: Sequence[str],
-    rows: Sequence[Sequence[Cell]],
-    families: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    styled: bool,
+def method_lines(
+    label: str, room: int, row: Sequence[tuple[list[Segment], int]]
 ) -> list[list[Segment]]:
-    """Return the lines of a figure: a row for each method below the name of its family.
-
-    A name that is too long goes on in lines of its own, above the figures.
-    """
-    sizes = widths(titles, rows, styled=styled)
-    labels = {m["name"]: f"  {printable(m['name'])}" for group in families.values() for m in group}
-    room = max(LEAST, min(WIDTH - sum(sizes), max(map(columns, labels.values()))))
-    head = title + " " * (room - len(title))
-    lines = [[(head + "".join(f"{t:>{size}}" for t, size in zip(titles, sizes, strict=True)), "")]]
-    rest = iter(rows)
-    for family, group in families.items():
-        lines.append([(capitalised(family), "")])
-        for method in group:
-            *above, label = textwrap.wrap(
-                labels[method["name"]], room, subsequent_indent="    ", break_on_hyphens=False
-            )
-            lines += [[(text, "")] for text in above]
-            line = [(label + " " * (room - columns(label)), "")]
-            for cell, size in zip(next(rest), sizes, strict=True):
-                texts = segments(cell, styled=styled)
-                line += [(" " * (size - sum(len(text) for text, _ in texts)), ""), *texts]
-            lines.append(line)
-    return lines
+    """Return the line of a method; a name that needs more room begins in lines above it."""
+    *above, last = textwrap.wrap(
+        printable(label),
+        room,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_on_hyphens=False,
+    )
+    line = [(last + " " * (room - columns(last)), "")]
+    for texts, size in row:
+        line += [(" " * (size - width(texts)), ""), *texts]
+    return [*([(text, "")] for text in above), line]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Return the table in Markdown."""
-    heads, rows = by_column(results)
+    heads, groups = layout(results)
     marks = {0: "{}", 1: "**{}**", 2: "<ins>{}</ins>"}
 
     def shown(cell: Cell) -> str:
         return marks[cell.place].format(cell.mean) + (f" ± {cell.std}" if cell.std else "")
 
     table = [["method", *(f"{attack_name(attack)} {FIGURES[name]}" for attack, name in heads)]]
-    rest = iter(rows)
-    for family, group in by_family(results["methods"]).items():
-        table.append([f"*{capitalised(family)}*", *[""] * len(heads)])
-        table += [[markdown_cell(m["name"]), *map(shown, next(rest))] for m in group]
+    for family, members in groups.items():
+        table.append([f"*{family}*", *[""] * len(heads)])
+        table += [[markdown_cell(name), *map(shown, row)] for name, row in members]
     notes = [f"* {in_markdown(note)}" for note in results["notes"]]
     text = in_markdown(caption(results, "Bold", "underlined"))
     return "\n".join([text, "", *markdown_lines(table), *notes]).rstrip() + "\n"
@@ -238,7 +235,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def latex(results: Mapping[str, Any]) -> str:
     r"""Return a float for the package booktabs; it prints a deviation by \absldstd."""
-    heads, rows = by_column(results)
+    heads, groups = layout(results)
     marks = {0: "{}", 1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}
 
     def shown(cell: Cell) -> str:
@@ -246,13 +243,13 @@ def latex(results: Mapping[str, Any]) -> str:
         return mean + (rf"\absldstd{{{cell.std}}}" if cell.std else "")
 
     each, names = len(figures(results)), attacks(results)
-    groups = [rf"\multicolumn{{{each}}}{{c}}{{{in_latex(attack_name(a))}}}" for a in names]
+    titles = [rf"\multicolumn{{{each}}}{{c}}{{{in_latex(attack_name(a))}}}" for a in names]
     starts = range(2, 2 + each * len(names), each)
-    body, rest = [], iter(rows)
-    for family, group in by_family(results["methods"]).items():
-        title = rf"\emph{{{capitalised(family)}}}"
-        body += [r"\midrule", rf"\multicolumn{{{1 + len(heads)}}}{{l}}{{{title}}} \\"]
-        body += [latex_line([in_latex(m["name"]), *map(shown, next(rest))]) for m in group]
+    body = []
+    for family, members in groups.items():
+        title = rf"\multicolumn{{{1 + len(heads)}}}{{l}}{{\emph{{{family}}}}}"
+        body += [r"\midrule", latex_line([title])]
+        body += [latex_line([in_latex(name), *map(shown, row)]) for name, row in members]
     lines = [
         r"% Needs \usepackage{booktabs}. To leave out the deviations, say",
         r"% \newcommand{\absldstd}[1]{} before.",
@@ -262,7 +259,7 @@ def latex(results: Mapping[str, Any]) -> str:
         rf"\caption{{{in_latex(caption(results, 'Bold', 'underlined'))}}}",
         r"\begin{tabular}{l" + ("r" * each) * len(names) + "}",
         r"\toprule",
-        latex_line(["", *groups]),
+        latex_line(["", *titles]),
         " ".join(rf"\cmidrule(lr){{{start}-{start + each - 1}}}" for start in starts),
         latex_line(["method", *(in_latex(FIGURES[name]) for _, name in heads)]),
         *body,
