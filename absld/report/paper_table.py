@@ -34,7 +34,7 @@ FIGURES = {
 NAMES = {"clean": "clean", "fgsm": "FGSM", "autoattack": "AutoAttack"}
 MARKS = {1: "bold", 2: "underline"}
 SIGNS = {1: "*", 2: "_"}  # in place of marks that a stream does not show
-WIDTH, LEAST = 80, 20  # columns of a terminal, and at least of the names in it
+WIDTH, LEAST, MOST = 80, 20, 40  # columns of a terminal, and at least and at most of its names
 
 Segment = tuple[str, str]  # a text, and "bold", "underline" or ""
 
@@ -158,7 +158,7 @@ def terminal_lines(results: Mapping[str, Any], *, styled: bool) -> list[list[Seg
     }
     rows = [row for members in texts.values() for _, row in members]
     longest = max(2 + columns(method["name"]) for method in results["methods"])
-    caption_lines = wrapped(caption(results, *("bold", "underlined") if styled else SIGNS.values()))
+    caption_lines = wrapped(caption(results, *("Bold", "underlined") if styled else SIGNS.values()))
     lines: list[list[Segment]] = [*([(line, "")] for line in caption_lines), [("", "")]]
     for name in figures(results):
         of_figure = [k for k, (_, figure) in enumerate(heads) if figure == name]
@@ -168,7 +168,7 @@ def terminal_lines(results: Mapping[str, Any], *, styled: bool) -> list[list[Seg
             shown = of_figure[part]
             title = capitalised(METRICS[name]).replace("\N{NBSP}", " ")
             room = max(LEAST, WIDTH - sum(sizes[k] for k in shown))
-            room = max(len(title), min(room, longest))
+            room = max(len(title), min(room, MOST, longest))
             head = "".join(titles[k].rjust(sizes[k]) for k in shown)
             lines.append([(title.ljust(room) + head, "")])
             for family, members in texts.items():
