@@ -16,7 +16,7 @@ from absld.cli.options import (
     with_settings,
 )
 from absld.cli.output import SAME_COMMAND, command_output
-from absld.config.evaluation_settings import EvaluationConfig
+from absld.config.evaluation_settings import PAPER_ATTACKS, ComparisonConfig, EvaluationConfig
 from absld.config.files import read_recipe
 from absld.config.launcher_settings import LauncherSettings, launcher_settings
 from absld.config.parsing import parse_all
@@ -35,6 +35,7 @@ MODEL_OF_COMPARISON = (
     EvaluationConfig, only=EVALUATION_OF_COMPARISON, meanings={"model": MODEL_OF_COMPARISON}
 )
 @with_settings(Config, without=("method", "seed"), schedule_of_method=False)
+@with_settings(ComparisonConfig)
 @with_settings(LauncherSettings)
 def compare(
     runs: Annotated[
@@ -60,6 +61,7 @@ def compare(
     [cyan]absld compare --methods rslad,absld --seeds 5[/]
     [cyan]absld compare --methods absld,mypackage.methods:Mart,warm.toml[/]
     [cyan]absld compare --methods rslad,absld --launcher local --jobs 2[/]
+    [cyan]absld compare --methods sat,rslad,absld --seeds 3 --table paper[/]
     [cyan]absld compare RUN RUN RUN[/]
 
     Prints means and standard deviations over the seeds and differences to the
@@ -69,7 +71,8 @@ def compare(
     if bool(runs) == bool(methods):
         raise UsageError("compare takes either --methods or finished runs", "see --help")
     flags = explicit(settings)
-    of_evaluation = take_evaluation(flags, of_methods=bool(methods))
+    table = ComparisonConfig(**take_settings(flags, ComparisonConfig)).table
+    of_evaluation = take_evaluation(flags, table, of_methods=bool(methods))
     if runs:
         own = {"seeds": seeds, "recipe": recipe, "status": status}
         refuse_settings_of_trainings({*flags, *(name for name in own if own[name])})
@@ -92,7 +95,7 @@ def compare(
                 result = comparison.compare_methods(
                     *given, evaluation, baseline, observer, launcher
                 )
-        output.present(result.results, comparison_lines(result))
+        output.present(result.results, comparison_lines(result, table, output))
 
 
 def print_status(
@@ -130,11 +133,12 @@ def refuse_settings_of_trainings(given: Collection[str]) -> None:
         )
 
 
-def take_evaluation(flags: dict[str, Any], *, of_methods: bool) -> dict[str, Any]:
-    """Remove from `flags` the settings of the evaluations alone, and return them."""
+def take_evaluation(flags: dict[str, Any], table: str, *, of_methods: bool) -> dict[str, Any]:
+    """Remove from `flags` the settings of the evaluations alone, and return what a table needs."""
     if of_methods and "model" in flags:
         raise UsageError("--model is for finished runs", "--student sets the network to train")
-    return {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
+    given = {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
+    return {"attacks": PAPER_ATTACKS} | given | {"each": True} if table == "paper" else given
 
 
 def with_those_of_both(

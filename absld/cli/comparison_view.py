@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from absld.cli.output import Output
+from absld.cli.printing import Line, shows_styles
 from absld.cli.view import View, epochs_done, progress_row, time_left
 from absld.config.settings import Config
 from absld.progress import AttackProgress, Check, Observer, StepReport, TrainingStart
+from absld.report import paper_table
 from absld.report.comparison_tables import terminal_lines
 from absld.report.summary import number
 from absld.runs.comparison_results import Comparison
@@ -90,6 +92,10 @@ class ComparisonView(View):
         self.show(progress_row(f"{self.number}/{self.total} {self.title}", done, 1.0, text))
 
 
-def comparison_lines(comparison: Comparison) -> list[str]:
-    """Return the tables of a comparison and the folder of its files."""
-    return ["", *terminal_lines(comparison.results), str(comparison.folder)]
+def comparison_lines(comparison: Comparison, table: str, output: Output) -> list[Line]:
+    """Return a table of a comparison and the folder of its files."""
+    results = comparison.results
+    if table == "paper":
+        styled = shows_styles(output.stream)
+        return ["", *paper_table.terminal_lines(results, styled=styled), str(comparison.folder)]
+    return ["", *terminal_lines(results), str(comparison.folder)]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
-from absld.cli.printing import say, say_aside
+from absld.cli.printing import Line, say, say_aside
 from absld.cli.signals import StopRequest, signal_exit_code
 
 SAME_COMMAND = "Continue with the same command."
@@ -27,7 +27,7 @@ class Output:
         self.stream, self.stop, self.as_json = stream, stop, as_json
         self.document = ""
 
-    def present(self, results: Mapping[str, Any], lines: Iterable[str]) -> None:
+    def present(self, results: Mapping[str, Any], lines: Iterable[Line]) -> None:
         """Print the results: one JSON document with --json, else the lines."""
         if self.as_json:
             text = json.dumps(results, indent=1, allow_nan=False)

@@ -7,15 +7,25 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 from absld.text import printable
 
+Line = str | Sequence[tuple[str, str]]  # a text, or texts with a style each, such as "bold"
+CODES = {"bold": "\x1b[1m", "underline": "\x1b[4m"}
 
-def say(text: str, stream: IO[str]) -> None:
-    """Print a line."""
-    print(printable(text), file=stream, flush=True)
+
+def say(line: Line, stream: IO[str]) -> None:
+    """Print a line. Styles are for a stream that shows them."""
+    parts = [(line, "")] if isinstance(line, str) else line
+    texts = (f"{CODES[s]}{printable(t)}\x1b[0m" if s else printable(t) for t, s in parts)
+    print("".join(texts), file=stream, flush=True)
+
+
+def shows_styles(stream: IO[str]) -> bool:
+    """Return whether a stream is a terminal that shows bold and underlined text."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def say_aside(text: str) -> None:

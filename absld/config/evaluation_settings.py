@@ -1,4 +1,7 @@
-"""Settings of an evaluation, and of an export, which is an evaluation of a copy. Imports no torch."""
+"""Settings of an evaluation, of an export, which is an evaluation of a copy, and of a comparison.
+
+Imports no torch.
+"""
 
 import math
 from dataclasses import dataclass
@@ -15,13 +18,14 @@ from absld.config.datasets import (
     InMemory,
     Resize,
 )
-from absld.config.fields import setting
+from absld.config.fields import Settings, setting
 from absld.config.recipes import RELEASE
 from absld.config.settings import Precision
 from absld.config.tracking import TrackingSettings
 from absld.norms import Norm
 
 ExportFormat = Literal["onnx", "torch-export", "safetensors"]
+PAPER_ATTACKS = "clean,fgsm,pgd20,cw30,autoattack"  # arXiv 2312.05508
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,4 +129,16 @@ class ExportConfig(EvaluationConfig):
     )
     out: str = setting(
         "", "Run", "file to write [default: in RUN/exports, else in ./exports, named by TARGET]"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(Settings):
+    """Settings of a comparison itself, which its trainings and evaluations do not have."""
+
+    table: Literal["differences", "paper"] = setting(
+        "differences",
+        "Run",
+        "differences: to the baseline, in the worst case over the attacks; paper: methods by family, "
+        f"and each attack alone, by default {PAPER_ATTACKS}",
     )

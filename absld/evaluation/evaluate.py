@@ -19,7 +19,7 @@ from absld.config.fields import check_epsilon
 from absld.config.parsing import parse, parse_all
 from absld.data.dataset import ImageSet, pixels, stratified
 from absld.errors import UsageError
-from absld.evaluation.attacks import Attack, AttackBatch, parse_attacks
+from absld.evaluation.attacks import AUTOATTACK_COSTS, Attack, AttackBatch, parse_attacks
 from absld.evaluation.intervals import Interval, bootstrap, resample, wilson
 from absld.evaluation.predictions import fastest_memory_format, predict, predict_under_attack
 from absld.evaluation.surrogates import surrogates
@@ -38,7 +38,8 @@ class Evaluation:
     """Predictions of a network for n images, clean (row 0) and under each attack.
 
     Attributes:
-        each: every attack gets all images that are correct when clean, not only unbroken ones.
+        each: every attack gets all images that are correct when clean, not only unbroken ones; a
+            part of AutoAttack only those that its earlier parts have not broken.
         attacks: names of the rows, from "clean" on.
         index: (n,) the images' numbers in their set.
         predictions: (rows,n); a skipped image keeps its earlier one; PENDING is yet to come.
@@ -271,10 +272,19 @@ def pending_images(evaluation: Evaluation, row: int) -> Int[Tensor, " m"]:
     """Return the positions that a row has yet to evaluate; skipped images keep their prediction."""
     predictions = evaluation.predictions[row]
     if row:
-        earlier = evaluation.predictions[0 if evaluation.each else row - 1]
+        earlier = evaluation.predictions[row_before(evaluation, row)]
         skipped = earlier != evaluation.labels
         predictions[skipped] = earlier[skipped]
     return (predictions == PENDING).nonzero().squeeze(1)
+
+
+def row_before(evaluation: Evaluation, row: int) -> int:
+    """Return the row whose misclassified images the attack of a row skips.
+
+    The parts of AutoAttack are one attack, also where each attack is run alone.
+    """
+    of_autoattack = all(name in AUTOATTACK_COSTS for name in evaluation.attacks[row - 1 : row + 1])
+    return 0 if evaluation.each and not of_autoattack else row - 1
 
 
 def progress(evaluation: Evaluation, row: int, attacks: Sequence[Attack]) -> AttackProgress:
@@ -282,13 +292,14 @@ def progress(evaluation: Evaluation, row: int, attacks: Sequence[Attack]) -> Att
     costs = [1 / 3] + [attack.cost * attack.restarts for attack in attacks]
     correct, pending = evaluation.correct, evaluation.predictions == PENDING
     spent, remaining = 0.0, 0.0
-    attacked = torch.ones(len(evaluation.labels), dtype=torch.bool)
+    attacked = [torch.ones(len(evaluation.labels), dtype=torch.bool)]
     for k, cost in enumerate(costs):
-        if k == 1 or (k and not evaluation.each):
+        if k:
             # Where an earlier row is pending, too, nothing is known to be broken.
-            attacked = attacked & (correct[k - 1] | pending[k - 1])
-        spent += cost * int((attacked & ~pending[k]).sum())
-        remaining += cost * int((attacked & pending[k]).sum())
+            before = row_before(evaluation, k)
+            attacked.append(attacked[before] & (correct[before] | pending[before]))
+        spent += cost * int((attacked[k] & ~pending[k]).sum())
+        remaining += cost * int((attacked[k] & pending[k]).sum())
     left = int(pending[row].sum())
-    total = int(correct[0 if evaluation.each else row - 1].sum()) if row else len(pending[row])
+    total = int(correct[row_before(evaluation, row)].sum()) if row else len(pending[row])
     return AttackProgress(evaluation.attacks[row], total - left, total, (spent, spent + remaining))

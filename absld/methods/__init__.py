@@ -17,6 +17,7 @@ from absld.methods.margins import AbsldMargins as AbsldMargins
 from absld.methods.margins import Cfa as Cfa
 from absld.methods.registry import METHODS as METHODS
 from absld.methods.registry import build_method as build_method
+from absld.methods.registry import family_of as family_of
 from absld.methods.registry import method_class as method_class
 from absld.methods.reweighting import AbsldWeights as AbsldWeights
 from absld.methods.reweighting import FairRslad as FairRslad

@@ -10,7 +10,7 @@ from absld.attack import TrainingAttack, kl
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.loss import absld_loss, soft_label_kl
-from absld.methods.base import Method, Step, teacher_logits
+from absld.methods.base import Family, Method, Step, teacher_logits
 from absld.temperature import ClassTemperature
 
 
@@ -20,6 +20,7 @@ class Absld(Method):
     Combinations with other ideas override `adversarial_images`, `observe` and `weights`.
     """
 
+    family: Family = "ABSLD"
     settings: tuple[str, ...] = (
         "adv_weight", "kl_scale", "fidelity",
         "temperature_rate", "temperature_lower", "temperature_upper",
@@ -111,6 +112,7 @@ class Rslad(Absld):
     Source: arXiv 2108.07969.
     """
 
+    family: Family = "robust distillation"
     settings = ("adv_weight", "kl_scale")
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:

@@ -20,6 +20,7 @@ class Bat(Method):
     both predictions to the uniform distribution. Source: arXiv 2209.07534.
     """
 
+    family = "fair training"
     needs_teacher = False
     beta = 6.0
 

@@ -1,7 +1,7 @@
 """The interface of a method: the loss of a batch, and its update after an epoch."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,11 @@ from absld.attack import TrainingAttack
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.errors import UsageError
+
+# In the order of the paper's table.
+Family = Literal[
+    "adversarial training", "robust distillation", "fair training", "ABSLD", "others"
+]  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -26,6 +31,7 @@ class Method(nn.Module):
     Raises UsageError for a setting that the method does not have.
     """
 
+    family: Family = "others"  # under which it is listed in the paper's table
     needs_teacher = True
     caches_teacher = True  # the teacher evaluates clean images only, so its logits can be cached
     uses_validation = False  # it adapts to the validation images after each epoch

@@ -9,12 +9,13 @@ from absld.attack import TrainingAttack, cross_entropy, kl
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.loss import absld_loss, soft_label_kl
-from absld.methods.base import Method, Step, teacher_logits
+from absld.methods.base import Family, Method, Step, teacher_logits
 
 
 class Sat(Method):
     """PGD adversarial training: cross-entropy on adversarial images. Source: arXiv 1706.06083."""
 
+    family = "adversarial training"
     needs_teacher = False
 
     def step(
@@ -33,6 +34,7 @@ class Trades(Method):
     Methods that treat classes differently override `adversarial_images` and `loss`.
     """
 
+    family: Family = "adversarial training"
     needs_teacher = False
     beta = 6.0
 
@@ -76,6 +78,7 @@ class Mart(Method):
     TRADES, which counts less for a clean image that is classified with confidence. Source: Wang et
     al., ICLR 2020."""
 
+    family = "adversarial training"
     needs_teacher = False
     beta = 5.0
 
@@ -102,6 +105,7 @@ class Ard(Method):
     """Adversarially Robust Distillation: the student's predictions on adversarial images follow the
     teacher's on clean ones, both at temperature 30. Source: arXiv 1905.09747."""
 
+    family = "robust distillation"
     settings = ("adv_weight", "kl_scale")
     distillation_temperature = 30.0
 
@@ -124,6 +128,7 @@ class Iad(Method):
     own predictions on clean images as far as the teacher fails on the adversarial ones. It begins
     to do so after three tenths of the run. Source: arXiv 2106.04928."""
 
+    family = "robust distillation"
     settings = ("adv_weight", "kl_scale")
     exponent = 0.1
 
@@ -165,6 +170,7 @@ class AdaAd(Method):
     """Adaptive Adversarial Distillation: the attack maximises the divergence between student and
     teacher, and the teacher labels the adversarial images. Source: Huang et al., CVPR 2023."""
 
+    family = "robust distillation"
     caches_teacher = False
     settings = ("adv_weight", "kl_scale")
 

@@ -48,6 +48,7 @@ class Dafa(Trades):
     2401.12532; the fraction, and other numbers of classes: decided here.
     """
 
+    family = "fair training"
     warm_up = 70 / 110
     class_weight: Tensor
     epochs: Tensor

@@ -49,6 +49,7 @@ class Wat(Trades):
     An image weighs the weight of its class plus that of the mean. Source: Li and Liu, arXiv 2302.04025.
     """
 
+    family = "fair training"
     uses_validation = True
     rate = 0.1
     most = 1e4  # nats of cost in an epoch: of an infinite one the sum stays finite
@@ -125,6 +126,7 @@ class Frl(Trades):
     Boundary error: correct clean, and not under PGD-20. Source: Xu et al., arXiv 2010.06121.
     """
 
+    family = "fair training"
     uses_validation = True
     needs_robust_start = True
     beta = 1.5

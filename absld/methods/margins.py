@@ -96,6 +96,7 @@ class Cfa(ClassMargins, Trades):
     under the training attack on the cross-entropy. Source: arXiv 2303.14460.
     """
 
+    family = "fair training"
     beta_offset = 0.5
     least_accuracy = 0.2
     class_beta: Tensor

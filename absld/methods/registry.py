@@ -5,7 +5,7 @@ from absld.config.settings import TrainConfig
 from absld.errors import UsageError
 from absld.methods.absld import Absld, Rslad
 from absld.methods.balance import Bat
-from absld.methods.base import Method
+from absld.methods.base import Family, Method
 from absld.methods.baselines import AdaAd, Ard, Iad, Mart, Sat, Trades
 from absld.methods.class_distance import Dafa
 from absld.methods.held_out import Frl, Wat
@@ -45,6 +45,11 @@ def method_class(name: str) -> type[Method]:
 def fine_tunes(name: str) -> bool:
     """Return whether a method starts from a robust network; False for an unknown name."""
     return (name in METHODS or names_code(name)) and method_class(name).needs_robust_start
+
+
+def family_of(name: str) -> Family:
+    """Return the family of a method; package.module:Class, which is not imported, is of others."""
+    return METHODS[name].family if name in METHODS else Method.family
 
 
 def build_method(config: TrainConfig, num_classes: int) -> Method:

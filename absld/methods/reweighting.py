@@ -68,6 +68,8 @@ class AbsldWeights(Absld):
 class FairRslad(Rslad, AbsldWeights):
     """Fair-RSLAD: RSLAD with the class weights of Fair-ARD (Yue et al., NeurIPS 2023)."""
 
+    family = "fair training"
+
 
 class CountingObjective:
     """An objective that counts, for each image, the attack steps at which it is still correct."""

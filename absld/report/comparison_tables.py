@@ -41,19 +41,27 @@ def headings(results: Mapping[str, Any]) -> dict[str, str]:
 
 def title(results: Mapping[str, Any]) -> str:
     """Return what was evaluated."""
-    data, settings = results["data"], results["settings"]
-    return (
-        f"{data['dataset']}, {data['images']:,} of {data['of']:,} {data['split']} images, epsilon "
-        f"{budget(settings)}; robust: correct when clean and under "
-        f"{', '.join(settings['attacks'])}"
-    )
+    attacks = ", ".join(results["settings"]["attacks"])
+    return f"{images_and_budget(results)}; robust: correct when clean and under {attacks}"
+
+
+def images_and_budget(results: Mapping[str, Any]) -> str:
+    """Return on what images and within what distance was evaluated."""
+    data = results["data"]
+    images = f"{data['images']:,} of {data['of']:,} {data['split']} images"
+    return f"{data['dataset']}, {images}, epsilon {budget(results['settings'])}"
 
 
 def explanation(results: Mapping[str, Any]) -> str:
     """Return how to read the figures."""
+    return f"{unit_and_spread(results)}. rho: relative gains in worst class and average, summed."
+
+
+def unit_and_spread(results: Mapping[str, Any]) -> str:
+    """Return what a cell consists of."""
     seeds = max(len(method["seeds"]) for method in results["methods"])
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    return f"Per cent; {spread}. rho: relative gains in worst class and average, summed."
+    return f"Per cent; {spread}"
 
 
 def mean_and_std(method: Mapping[str, Any], name: str, pm: str) -> str:
@@ -98,11 +106,16 @@ def terminal_lines(results: Mapping[str, Any]) -> list[str]:
     if differences := difference_rows(results):
         lines += ["", *wrapped(MEANING.format(baseline=results["baseline"])), ""]
         lines += aligned([DIFFERENCES, *differences], left=(0, 1, 5))
-    lines += ["", *(line for note in results["notes"] for line in wrapped(f"note: {note}"))]
+    return [printable(line) for line in [*lines, "", *closing_lines(results)]]
+
+
+def closing_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return the notes, and the sanity checks that warn."""
+    texts = [f"note: {note}" for note in results["notes"]]
     for method in results["methods"]:
         if method["warnings"]:
-            lines += wrapped(f"WARN {method['name']}: {'; '.join(method['warnings'])}")
-    return [printable(line) for line in lines]
+            texts.append(f"WARN {method['name']}: {'; '.join(method['warnings'])}")
+    return [line for text in texts for line in wrapped(text)]
 
 
 def wrapped(text: str) -> list[str]:
@@ -134,11 +147,13 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
     """Return a table as lines of Markdown, the last one empty."""
-    safe = [
-        [in_markdown(text.strip()).replace("|", "\\|") for text in row] for row in (head, *body)
-    ]
-    lines = [f"| {' | '.join(row)} |" for row in safe]
-    return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+    return markdown_lines([[markdown_cell(text.strip()) for text in row] for row in (head, *body)])
+
+
+def markdown_lines(rows: list[list[str]]) -> list[str]:
+    """Return rows of Markdown, the first one the head, as lines of a table, the last one empty."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""]
 
 
 def table_of_runs(results: Mapping[str, Any]) -> list[str]:
@@ -157,21 +172,35 @@ def table_of_runs(results: Mapping[str, Any]) -> list[str]:
     return ["Every run:", "", *markdown_table(heads, runs)]
 
 
+def markdown_cell(text: str) -> str:
+    """Return a text that a cell of a table shows as it is."""
+    return in_markdown(text).replace("|", "\\|")
+
+
 def in_markdown(text: str) -> str:
     """Return a text that Markdown shows as it is: no HTML, links, emphasis or code."""
     return re.sub(r"([\\`*<>]|\](?=[(\[:]))", r"\\\1", printable(text))
 
 
-def latex(results: Mapping[str, Any]) -> str:
-    """Return a tabular for the package booktabs."""
-    special = {c: f"\\{c}" for c in "&%$#_{}"}
+def in_latex(text: str) -> str:
+    """Return a text that LaTeX shows as it is, also in a first cell."""
+    special: dict[str, str | int | None] = {c: f"\\{c}" for c in "&%$#_{}"}
     special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {"[": "{[}", "*": "{*}"}  # of a first cell: they would belong to the \\ before it
     special |= {"±": r"$\pm$", "\N{MINUS SIGN}": "$-$", ABSENT: "--"}
-    escapes = {ord(letter): text for letter, text in special.items()}
+    return printable(text).translate(str.maketrans(special))
+
+
+def latex_line(cells: Sequence[str]) -> str:
+    """Return cells of LaTeX as a line of a table."""
+    return " & ".join(cells) + r" \\"
+
+
+def latex(results: Mapping[str, Any]) -> str:
+    """Return a tabular for the package booktabs."""
 
     def line(cells: list[str]) -> str:
-        return " & ".join(printable(text).translate(escapes) for text in cells) + r" \\"
+        return latex_line([*map(in_latex, cells)])
 
     heads = ["method", *headings(results).values()]
     lines = [

@@ -10,12 +10,14 @@ from typing import Any
 
 from absld.report.comparison_tables import (
     aligned,
+    closing_lines,
     csv_cell,
     in_markdown,
     markdown_table,
     mean_and_std,
     table_of_runs,
     title,
+    unit_and_spread,
     wrapped,
 )
 from absld.report.summary import ABSENT, number, verdict
@@ -32,12 +34,9 @@ MEANING = (
 
 def explanation(results: Mapping[str, Any]) -> str:
     """Return how to read the figures."""
-    methods = results["methods"]
-    seeds = max(len(method["seeds"]) for method in methods)
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    base = next(method for method in methods if method["name"] == results["baseline"])
+    base = next(method for method in results["methods"] if method["name"] == results["baseline"])
     words = (f"{name} {value_text(value)}" for name, value in base["settings"].items())
-    return f"Per cent; {spread}. {MEANING.format(base=', '.join(words))}"
+    return f"{unit_and_spread(results)}. {MEANING.format(base=', '.join(words))}"
 
 
 def value_text(value: Any) -> str:
@@ -92,11 +91,7 @@ def terminal_lines(results: Mapping[str, Any]) -> list[str]:
     words = [[*[""] * (2 - len(column)), *column] for column in words]
     lines = [*wrapped(title(results)), *wrapped(explanation(results)), ""]
     lines += aligned([*map(list, zip(*words, strict=True)), *rows])
-    lines += ["", *(line for note in results["notes"] for line in wrapped(f"note: {note}"))]
-    for method in results["methods"]:
-        if method["warnings"]:
-            lines += wrapped(f"WARN {method['name']}: {'; '.join(method['warnings'])}")
-    return [printable(line) for line in lines]
+    return [printable(line) for line in [*lines, "", *closing_lines(results)]]
 
 
 def markdown(results: Mapping[str, Any]) -> str:

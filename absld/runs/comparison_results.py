@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.resolve import SETTING_GROUPS
 from absld.config.settings import Config
 from absld.engine.precision import resolve_device
 from absld.errors import UsageError
+from absld.evaluation.attacks import AUTOATTACK_COSTS
 from absld.evaluation.differences import paired_differences
 from absld.evaluation.evaluate import Evaluation
 from absld.evaluation.intervals import Interval, over_seeds
 from absld.evaluation.results import to_json
 from absld.evaluation.runner import EvaluationRun
+from absld.methods import family_of
 from absld.metrics import METRICS, present, rho
+from absld.report import paper_table
 from absld.report.comparison_plot import plot, plot_classes
 from absld.report.comparison_tables import csv_text, latex, markdown
 from absld.runs.planning import SELECTED_ON_TEST
@@ -76,6 +80,9 @@ def summarise(
         "table.tex": latex(results),
         "table.csv": csv_text(results),
     }
+    if results["settings"]["each"]:
+        texts["table-paper.md"] = paper_table.markdown(results)
+        texts["table-paper.tex"] = paper_table.latex(results)
     folder = write_files("comparison", members, results, out, texts)
     plot(results, folder / "average-worst.png")
     plot_classes(results, folder / "classes.png")
@@ -157,14 +164,47 @@ def method_results(label: str, members: Sequence[Member], pairs: Pairs) -> dict[
     return {
         "name": label,
         "method": members[0].config.method,
+        "family": family_of(members[0].config.method),
         "seeds": [member.seed for member in members],
         "runs": [str(member.run) for member in members],
         "warnings": sorted({w for member in members for w in member.evaluation_run.warnings}),
         "figures": {name: summary([row[name] for row in rows]) for name in rows[0]},
+        "attacks": attack_results([member.evaluation_run.evaluation for member in members]),
         "differences": differences(pairs) if pairs else None,
         "classes": class_results(members),
         "temperatures": temperatures(members),
     }
+
+
+def attack_results(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
+    """Return each metric under each attack alone, clean first; None if they were not run alone.
+
+    NSD has no value where a network is always wrong.
+    """
+    if not all(evaluation.each for evaluation in evaluations):
+        return None
+    accuracies = [accuracy_by_attack(evaluation) for evaluation in evaluations]
+    return {
+        attack: {
+            name: summary(
+                [
+                    metric(a).item() if name != "normalized_std" or a.any() else math.nan
+                    for a in (of_seed[attack] for of_seed in accuracies)
+                ]
+            )
+            for name, metric in METRICS.items()
+        }
+        for attack in accuracies[0]
+    }
+
+
+def accuracy_by_attack(evaluation: Evaluation) -> dict[str, Tensor]:
+    """Compute the class accuracies under each attack alone; the parts of AutoAttack are one."""
+    correct: dict[str, Tensor] = {}
+    for name, of_row in zip(evaluation.attacks, evaluation.correct, strict=True):
+        attack = "autoattack" if name in AUTOATTACK_COSTS else name
+        correct[attack] = correct.get(attack, of_row) & of_row
+    return {name: present(evaluation.class_accuracy(each)) for name, each in correct.items()}
 
 
 def class_results(members: Sequence[Member]) -> list[dict[str, Any]]:

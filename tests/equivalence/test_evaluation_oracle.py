@@ -144,6 +144,21 @@ def test_confusion_adds_up_and_both_modes_agree_on_the_worst_case(world):
     assert torch.equal(one.confusion().diagonal(), one.counts(one.robust))
 
 
+def test_the_parts_of_autoattack_are_one_attack_where_each_is_run_alone():
+    """The first part tries what another attack has broken; the second only what the first left."""
+    labels = [0, 1, 2, 0]
+    said = {"fgsm": [1, 1, 2, 0], "apgd-ce": [0, 0, 2, 0], "square": [0, 1, 0, 0]}
+    attacks = [Writes(name, [row]) for name, row in said.items()]
+    seen = []
+    found = run(
+        (labels, labels, None), attacks, each=True, on_batch=lambda done, _: seen.append(done)
+    )
+    attacked = [[number for _, number in attack.attacked] for attack in attacks]
+    assert attacked == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 3]]
+    assert found.predictions[1:].tolist() == [[1, 1, 2, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
+    assert seen[-1].total == 3 and seen[-1].cost == pytest.approx((4 / 3 + 11, 4 / 3 + 11))
+
+
 @pytest.mark.parametrize("each", [False, True])
 def test_epsilon_0_is_clean_accuracy_under_every_attack(each):
     x = draw.images(3, 12, dtype=torch.float32)
