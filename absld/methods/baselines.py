@@ -69,8 +69,7 @@ def trades_terms(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Compute the two terms of TRADES for each image, for methods that weight images: clean
     cross-entropy, and KL(clean || adversarial) of log-probabilities, in nats."""
-    robust = F.kl_div(log_adv, log_nat, log_target=True, reduction="none").sum(1)
-    return F.nll_loss(log_nat, labels, reduction="none"), robust
+    return F.nll_loss(log_nat, labels, reduction="none"), kl_of_logs(log_nat, log_adv)
 
 
 class Mart(Method):
