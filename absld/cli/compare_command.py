@@ -1,12 +1,14 @@
 """`absld compare`: methods under the same conditions."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
 from absld.cli.options import (
     AsJson,
+    Estimate,
     RecipeFile,
     Seeds,
     Status,
@@ -16,10 +18,11 @@ from absld.cli.options import (
     with_settings,
 )
 from absld.cli.output import SAME_COMMAND, command_output
-from absld.config.evaluation_settings import EvaluationConfig
-from absld.config.files import read_recipe
+from absld.config.evaluation_settings import ComparisonConfig, EvaluationConfig
+from absld.config.files import read_whole_recipe
 from absld.config.launcher_settings import LauncherSettings, launcher_settings
 from absld.config.parsing import parse_all
+from absld.config.resolve import SETTING_GROUPS
 from absld.config.settings import Config
 from absld.errors import UsageError
 
@@ -35,6 +38,7 @@ MODEL_OF_COMPARISON = (
     EvaluationConfig, only=EVALUATION_OF_COMPARISON, meanings={"model": MODEL_OF_COMPARISON}
 )
 @with_settings(Config, without=("method", "seed"), schedule_of_method=False)
+@with_settings(ComparisonConfig)
 @with_settings(LauncherSettings)
 def compare(
     runs: Annotated[
@@ -50,6 +54,7 @@ def compare(
     ] = "",
     recipe: RecipeFile = None,
     status: Status = False,
+    estimate: Estimate = False,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
@@ -60,24 +65,34 @@ def compare(
     [cyan]absld compare --methods rslad,absld --seeds 5[/]
     [cyan]absld compare --methods absld,mypackage.methods:Mart,warm.toml[/]
     [cyan]absld compare --methods rslad,absld --launcher local --jobs 2[/]
+    [cyan]absld compare --recipe paper-cifar10-resnet18 --teacher FILE --seeds 3[/]
     [cyan]absld compare RUN RUN RUN[/]
 
     Prints means and standard deviations over the seeds and differences to the
     baseline with confidence intervals. Settings apply to all methods. Finished
     runs are used again; the same command continues after an interruption.
     """
+    flags = explicit(settings)
+    of_all, of_recipe = read_whole_recipe(recipe, flags) if recipe else ({}, {})
+    methods = methods or ("" if runs else of_recipe.get("methods", ""))
     if bool(runs) == bool(methods):
         raise UsageError("compare takes either --methods or finished runs", "see --help")
-    flags = explicit(settings)
-    of_evaluation = take_evaluation(flags, of_methods=bool(methods))
+    own = take_own(flags, of_recipe)
+    of_evaluation = take_evaluation(flags, of_recipe, of_methods=bool(methods))
     if runs:
-        own = {"seeds": seeds, "recipe": recipe, "status": status}
-        refuse_settings_of_trainings({*flags, *(name for name in own if own[name])})
+        given_too = {"seeds": seeds, "recipe": recipe, "status": status, "estimate": estimate}
+        given_too["schedule"] = own.schedule == "own"
+        refuse_settings_of_trainings({*flags, *(name for name in given_too if given_too[name])})
     launcher = launcher_settings(take_settings(flags, LauncherSettings))
-    given = take_methods(methods, seeds, recipe, flags)
+    baseline = baseline or of_recipe.get("baseline", "")
+    if own.schedule == "own":  # that of the recipe would be one for all
+        of_all = {k: value for k, value in of_all.items() if SETTING_GROUPS[k] != "Training"}
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    given = names, seed_list(seeds or str(of_recipe.get("seeds", ""))), of_all | flags
     evaluation = with_those_of_both(of_evaluation, given[2])
-    if status:
-        print_status(given, evaluation, launcher, as_json=as_json)
+    if status or estimate:
+        look = print_status if status else print_estimate
+        look(given, own, evaluation, launcher, as_json=as_json)
         return
 
     from absld.cli.comparison_view import comparison_lines, observing
@@ -90,13 +105,18 @@ def compare(
                 result = comparison.compare_runs(runs, evaluation, baseline, folder, observer)
             else:
                 result = comparison.compare_methods(
-                    *given, evaluation, baseline, observer, launcher
+                    *given, evaluation, baseline, observer, launcher, own.schedule
                 )
         output.present(result.results, comparison_lines(result))
 
 
+Given = tuple[list[str], list[int], dict[str, Any]]
+"""The methods, the seeds and the settings of all their runs."""
+
+
 def print_status(
-    given: tuple[list[str], list[int], dict[str, Any]],
+    given: Given,
+    own: ComparisonConfig,
     evaluation: EvaluationConfig,
     launcher: LauncherSettings,
     *,
@@ -109,17 +129,34 @@ def print_status(
 
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with ComparisonView(output) as view:
-            states = comparison_states(*given, evaluation, view, launcher)
+            states = comparison_states(*given, evaluation, view, launcher, own.schedule)
         output.present({"schema": STATUS_SCHEMA, "trainings": states}, status_lines(states))
 
 
-def take_methods(
-    methods: str, seeds: str, recipe: str | None, flags: dict[str, Any]
-) -> tuple[list[str], list[int], dict[str, Any]]:
-    """Return the methods, the seeds and the settings of all their runs."""
-    of_all = (read_recipe(recipe, flags) if recipe else {}) | flags
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    return names, seed_list(seeds), of_all
+def print_estimate(
+    given: Given,
+    own: ComparisonConfig,
+    evaluation: EvaluationConfig,
+    launcher: LauncherSettings,
+    *,
+    as_json: bool,
+) -> None:
+    """Print the time that a comparison will take, for --estimate."""
+    from absld.cli.comparison_view import ComparisonView
+    from absld.cli.status_view import estimate_lines
+    from absld.runs.comparison import comparison_estimate
+
+    with command_output(as_json, continue_with=SAME_COMMAND) as output:
+        with ComparisonView(output) as view:
+            results = comparison_estimate(*given, evaluation, view, launcher, own.schedule)
+        output.present(results, estimate_lines(results))
+
+
+def take_own(flags: dict[str, Any], of_recipe: Mapping[str, Any]) -> ComparisonConfig:
+    """Remove the settings of the comparison itself from `flags`, and return those and a recipe's."""
+    flagged = take_settings(flags, ComparisonConfig)
+    known = {f.name: of_recipe[f.name] for f in fields(ComparisonConfig) if f.name in of_recipe}
+    return ComparisonConfig(**parse_all(known | flagged, ComparisonConfig))
 
 
 def refuse_settings_of_trainings(given: Collection[str]) -> None:
@@ -130,11 +167,14 @@ def refuse_settings_of_trainings(given: Collection[str]) -> None:
         )
 
 
-def take_evaluation(flags: dict[str, Any], *, of_methods: bool) -> dict[str, Any]:
-    """Remove from `flags` the settings of the evaluations alone, and return them."""
+def take_evaluation(
+    flags: dict[str, Any], of_recipe: Mapping[str, Any], *, of_methods: bool
+) -> dict[str, Any]:
+    """Remove from `flags` the settings of the evaluations alone; return those and a recipe's."""
     if of_methods and "model" in flags:
         raise UsageError("--model is for finished runs", "--student sets the network to train")
-    return {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
+    known = {name: of_recipe[name] for name in EVALUATION_OF_COMPARISON if name in of_recipe}
+    return known | {name: flags.pop(name) for name in EVALUATION_OF_COMPARISON if name in flags}
 
 
 def with_those_of_both(

@@ -1,11 +1,14 @@
-"""Settings of an evaluation, and of an export, which is an evaluation of a copy. Imports no torch."""
+"""Settings of an evaluation, of an export, which is an evaluation of a copy, and of a comparison.
+
+Imports no torch.
+"""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 from absld.config.datasets import EvaluatedData
-from absld.config.fields import setting
+from absld.config.fields import Settings, setting
 from absld.config.recipes import RELEASE
 from absld.config.settings import (
     CHANNELS,
@@ -125,4 +128,16 @@ class ExportConfig(EvaluationConfig):
     )
     out: str = setting(
         "", "Run", "file to write [default: in RUN/exports, else in ./exports, named by TARGET]"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(Settings):
+    """Settings of a comparison itself, which its trainings and evaluations do not have."""
+
+    schedule: Literal["same", "own"] = setting(
+        "same",
+        "Run",
+        "training schedule (epochs, learning rate, weight decay and the like) of the methods; same: "
+        "one for all; own: that of each method's recipe",
     )
