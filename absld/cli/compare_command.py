@@ -26,7 +26,6 @@ from absld.config.resolve import SETTING_GROUPS
 from absld.config.settings import Config
 from absld.errors import UsageError
 
-STATUS_SCHEMA = "absld-status-1"
 OF_BOTH = ("device", "class_order", "in_memory", "track")  # trainings and evaluations
 EVALUATION_OF_COMPARISON = ("attacks", "examples", "checks", "model")
 MODEL_OF_COMPARISON = (
@@ -73,8 +72,10 @@ def compare(
     runs are used again; the same command continues after an interruption.
     """
     flags = explicit(settings)
-    of_all, of_recipe = read_whole_recipe(recipe, flags) if recipe else ({}, {})
-    methods = methods or ("" if runs else of_recipe.get("methods", ""))
+    of_all, of_recipe = read_whole_recipe(recipe, flags) if recipe and not runs else ({}, {})
+    if not methods:
+        methods = of_recipe.get("methods", "")
+        baseline = baseline or of_recipe.get("baseline", "")
     if bool(runs) == bool(methods):
         raise UsageError("compare takes either --methods or finished runs", "see --help")
     own = take_own(flags, of_recipe)
@@ -84,15 +85,13 @@ def compare(
         given_too["schedule"] = own.schedule == "own"
         refuse_settings_of_trainings({*flags, *(name for name in given_too if given_too[name])})
     launcher = launcher_settings(take_settings(flags, LauncherSettings))
-    baseline = baseline or of_recipe.get("baseline", "")
     if own.schedule == "own":  # that of the recipe would be one for all
         of_all = {k: value for k, value in of_all.items() if SETTING_GROUPS[k] != "Training"}
     names = [name.strip() for name in methods.split(",") if name.strip()]
     given = names, seed_list(seeds or str(of_recipe.get("seeds", ""))), of_all | flags
     evaluation = with_those_of_both(of_evaluation, given[2])
     if status or estimate:
-        look = print_status if status else print_estimate
-        look(given, own, evaluation, launcher, as_json=as_json)
+        look_ahead(given, own, evaluation, launcher, status=status, as_json=as_json)
         return
 
     from absld.cli.comparison_view import comparison_lines, observing
@@ -114,42 +113,31 @@ Given = tuple[list[str], list[int], dict[str, Any]]
 """The methods, the seeds and the settings of all their runs."""
 
 
-def print_status(
+def look_ahead(
     given: Given,
     own: ComparisonConfig,
     evaluation: EvaluationConfig,
     launcher: LauncherSettings,
     *,
+    status: bool,
     as_json: bool,
 ) -> None:
-    """Print the state of each training of a comparison, for --status."""
+    """Print the state of each training of a comparison, or the time that all take."""
     from absld.cli.comparison_view import ComparisonView
-    from absld.cli.status_view import status_lines
-    from absld.runs.comparison import comparison_states
+    from absld.cli.status_view import present_estimate, present_states
+    from absld.runs.comparison import comparison_estimate, comparison_states
 
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with ComparisonView(output) as view:
-            states = comparison_states(*given, evaluation, view, launcher, own.schedule)
-        output.present({"schema": STATUS_SCHEMA, "trainings": states}, status_lines(states))
-
-
-def print_estimate(
-    given: Given,
-    own: ComparisonConfig,
-    evaluation: EvaluationConfig,
-    launcher: LauncherSettings,
-    *,
-    as_json: bool,
-) -> None:
-    """Print the time that a comparison will take, for --estimate."""
-    from absld.cli.comparison_view import ComparisonView
-    from absld.cli.status_view import estimate_lines
-    from absld.runs.comparison import comparison_estimate
-
-    with command_output(as_json, continue_with=SAME_COMMAND) as output:
-        with ComparisonView(output) as view:
-            results = comparison_estimate(*given, evaluation, view, launcher, own.schedule)
-        output.present(results, estimate_lines(results))
+            settings = *given, evaluation, view, launcher, own.schedule
+            if status:
+                states = comparison_states(*settings)
+            else:
+                times = comparison_estimate(*settings)
+        if status:
+            present_states(output, states)
+        else:
+            present_estimate(output, times)
 
 
 def take_own(flags: dict[str, Any], of_recipe: Mapping[str, Any]) -> ComparisonConfig:

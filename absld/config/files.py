@@ -111,7 +111,10 @@ def parse_comparison(values: Any, path: str) -> dict[str, Any]:
             f"there are: {', '.join(OF_COMPARISON)}",
         )
     return {
-        name: ",".join(map(str, value)) if isinstance(value, list) else value
+        # A list of one seed is that one, the number 3 is three of them.
+        name: ",".join([*map(str, value), *[""] * (name == "seeds")])
+        if isinstance(value, list)
+        else value
         for name, value in values.items()
     }
 
