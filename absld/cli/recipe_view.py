@@ -31,7 +31,7 @@ def file_parts(name: str) -> tuple[list[str], dict[str, str], list[str]]:
     head, _, rest = text.partition("\n\n")
     settings, _, table = rest.partition("[compare]\n")
     sources = dict(re.findall(r"^(\w+) = .* # (.*)$", settings, re.MULTILINE))
-    return head.splitlines(), sources, ["# absld compare", *table.splitlines()]
+    return head.splitlines(), sources, [f"# {line}" for line in ("[compare]", *table.splitlines())]
 
 
 def recipe_lines(config: Config, sources: Mapping[str, str] | None = None) -> list[str]:
