@@ -81,36 +81,56 @@ def compare(
     own = take_own(flags, of_recipe)
     of_evaluation = take_evaluation(flags, of_recipe, of_methods=bool(methods))
     if runs:
-        given_too = {"seeds": seeds, "recipe": recipe, "status": status, "estimate": estimate}
-        given_too["schedule"] = own.schedule == "own"
-        refuse_settings_of_trainings({*flags, *(name for name in given_too if given_too[name])})
+        beside = {"seeds": seeds, "recipe": recipe, "status": status, "estimate": estimate}
+        refuse_settings_of_trainings(flags, beside | {"schedule": own.schedule == "own"})
     launcher = launcher_settings(take_settings(flags, LauncherSettings))
-    if own.schedule == "own":  # that of the recipe would be one for all
-        of_all = {k: value for k, value in of_all.items() if SETTING_GROUPS[k] != "Training"}
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    given = names, seed_list(seeds or str(of_recipe.get("seeds", ""))), of_all | flags
+    seeds = seeds or str(of_recipe.get("seeds", ""))
+    given = take_methods(methods, seeds, without_schedule(of_all, own) | flags)
     evaluation = with_those_of_both(of_evaluation, given[2])
-    if status or estimate:
+    if runs:
+        present_runs(runs, evaluation, baseline, flags.get("out", ""), as_json=as_json)
+    elif status or estimate:
         look_ahead(given, own, evaluation, launcher, status=status, as_json=as_json)
-        return
-
-    from absld.cli.comparison_view import comparison_lines, observing
-    from absld.runs import comparison
-
-    with command_output(as_json, continue_with=SAME_COMMAND) as output:
-        with observing(output, given[2], runs or ()) as observer:
-            if runs:
-                folder = flags.get("out", "")
-                result = comparison.compare_runs(runs, evaluation, baseline, folder, observer)
-            else:
-                result = comparison.compare_methods(
-                    *given, evaluation, baseline, observer, launcher, own.schedule
-                )
-        output.present(result.results, comparison_lines(result))
+    else:
+        present_methods(given, own, evaluation, baseline, launcher, as_json=as_json)
 
 
 Given = tuple[list[str], list[int], dict[str, Any]]
 """The methods, the seeds and the settings of all their runs."""
+
+
+def present_runs(
+    runs: list[str], evaluation: EvaluationConfig, baseline: str, out: str, *, as_json: bool
+) -> None:
+    """Compare finished runs, and print the results."""
+    from absld.cli.comparison_view import comparison_lines, observing
+    from absld.runs import comparison
+
+    with command_output(as_json, continue_with=SAME_COMMAND) as output:
+        with observing(output, {"track": evaluation.track}, runs) as observer:
+            result = comparison.compare_runs(runs, evaluation, baseline, out, observer)
+        output.present(result.results, comparison_lines(result))
+
+
+def present_methods(
+    given: Given,
+    own: ComparisonConfig,
+    evaluation: EvaluationConfig,
+    baseline: str,
+    launcher: LauncherSettings,
+    *,
+    as_json: bool,
+) -> None:
+    """Train and compare methods, and print the results."""
+    from absld.cli.comparison_view import comparison_lines, observing
+    from absld.runs import comparison
+
+    with command_output(as_json, continue_with=SAME_COMMAND) as output:
+        with observing(output, given[2]) as observer:
+            result = comparison.compare_methods(
+                *given, evaluation, baseline, observer, launcher, own.schedule
+            )
+        output.present(result.results, comparison_lines(result))
 
 
 def look_ahead(
@@ -140,6 +160,19 @@ def look_ahead(
             present_estimate(output, times)
 
 
+def without_schedule(of_recipe: dict[str, Any], own: ComparisonConfig) -> dict[str, Any]:
+    """Return the settings of a recipe; its schedule, one for all, only if the methods share it."""
+    if own.schedule == "same":
+        return of_recipe
+    return {k: value for k, value in of_recipe.items() if SETTING_GROUPS[k] != "Training"}
+
+
+def take_methods(methods: str, seeds: str, of_all: dict[str, Any]) -> Given:
+    """Return the methods, the seeds and the settings of all their runs."""
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    return names, seed_list(seeds), of_all
+
+
 def take_own(flags: dict[str, Any], of_recipe: Mapping[str, Any]) -> ComparisonConfig:
     """Remove the settings of the comparison itself from `flags`, and return those and a recipe's."""
     flagged = take_settings(flags, ComparisonConfig)
@@ -147,9 +180,13 @@ def take_own(flags: dict[str, Any], of_recipe: Mapping[str, Any]) -> ComparisonC
     return ComparisonConfig(**parse_all(known | flagged, ComparisonConfig))
 
 
-def refuse_settings_of_trainings(given: Collection[str]) -> None:
-    """Raise UsageError for settings that finished runs have already."""
-    if extra := sorted({*given} - {"out", *OF_BOTH}):
+def refuse_settings_of_trainings(flags: Collection[str], beside: Mapping[str, Any]) -> None:
+    """Raise UsageError for settings that finished runs have already.
+
+    beside: options of trainings that are not settings; those that are empty were not given.
+    """
+    given = {*flags, *(name for name, value in beside.items() if value)}
+    if extra := sorted(given - {"out", *OF_BOTH}):
         raise UsageError(
             f"finished runs have their settings: {', '.join(extra)} cannot be set", "omit it"
         )
