@@ -25,14 +25,13 @@ from absld.cli.options import (
 from absld.cli.output import SAME_COMMAND, command_output
 from absld.cli.printing import say, say_aside, standard_streams
 from absld.cli.push_command import push
-from absld.cli.recipe_view import recipe_lines
+from absld.cli.recipe_commands import recipe_app
 from absld.cli.signals import signal_exit_code
 from absld.cli.sweep_command import SweepCommand, sweep
 from absld.cli.teacher_commands import teacher_app
 from absld.config.datasets import CORRUPTED
 from absld.config.evaluation_settings import EvaluationConfig
 from absld.config.files import read_recipe
-from absld.config.recipes import METHOD_RECIPES, RECIPES
 from absld.config.resolve import resolve, resolve_evaluation
 from absld.config.settings import Config
 from absld.errors import AbsldError, UnreliableError, UsageError, in_words
@@ -44,10 +43,6 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipe_app = typer.Typer(
-    cls=CommandGroup, no_args_is_help=True, help="Show the settings of a data set and a method."
-)
-app.add_typer(recipe_app, name="recipe")
 
 
 def print_version(wanted: bool | None) -> None:
@@ -251,29 +246,8 @@ def report(
 app.command(cls=Command)(push)
 
 
-@recipe_app.command(cls=Command)
-def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"one of {', '.join(RECIPES)}")],
-    *,
-    method: Annotated[
-        str, typer.Option(metavar="NAME", help=f"one of {', '.join(METHOD_RECIPES)}")
-    ] = "absld",
-    norm: Annotated[str, typer.Option(metavar="NAME", help="linf or l2")] = "linf",
-) -> None:
-    """Show every setting of a data set, a method and a norm, with its value and source.
-
-    [bold]Examples[/]
-
-    [cyan]absld recipe show digits[/]
-    [cyan]absld recipe show cifar10 --method ard[/]
-    """
-    if name not in RECIPES:
-        raise UsageError(f"there is no recipe {name!r}", f"there are: {', '.join(RECIPES)}")
-    for line in recipe_lines(resolve({"dataset": name, "method": method, "norm": norm})):
-        say(line, sys.stdout)
-
-
 app.command(cls=Command)(bench)
+app.add_typer(recipe_app, name="recipe")
 app.add_typer(teacher_app, name="teacher")
 
 

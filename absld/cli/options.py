@@ -11,6 +11,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from absld.config.fields import GROUPS, Settings, group_of
+from absld.config.files import RECIPE_FILES
 from absld.config.parsing import choices_of, is_union, strip_optional
 from absld.config.recipes import METHOD_RECIPES, NORM_RECIPES, RECIPES
 from absld.errors import UsageError
@@ -33,8 +34,15 @@ Target = Annotated[
 RecipeFile = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="FILE", help="TOML file of settings, one `name = value` per line"
+        "--recipe",
+        metavar="FILE|NAME",
+        help="TOML file of settings, one `name = value` per line, or a name of `absld recipe list`",
+        autocompletion=lambda incomplete: [n for n in RECIPE_FILES if n.startswith(incomplete)],
     ),
+]
+Estimate = Annotated[
+    bool,
+    typer.Option("--estimate", help="measure a few steps, print the time of all, train nothing"),
 ]
 ALIASES = {"epsilon": ["--eps"]}
 COMPLETED = {"dataset": RECIPES, "method": METHOD_RECIPES}  # settings with other values, too

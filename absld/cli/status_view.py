@@ -1,9 +1,22 @@
-"""The view of `--status`: a line for each training."""
+"""The views of `--status` and `--estimate`: a line for each training, or each kind of it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absld.text import column
+from absld.cli.output import Output
+from absld.text import column, time_text
+
+SCHEMA = "absld-status-1"
+
+
+def present_states(output: Output, states: Sequence[Mapping[str, Any]]) -> None:
+    """Print the states of trainings."""
+    output.present({"schema": SCHEMA, "trainings": states}, status_lines(states))
+
+
+def present_estimate(output: Output, results: Mapping[str, Any]) -> None:
+    """Print the time that trainings will take."""
+    output.present(results, estimate_lines(results))
 
 
 def status_lines(states: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -17,3 +30,29 @@ def status_lines(states: Sequence[Mapping[str, Any]]) -> list[str]:
         name = column(state["training"], min(width, 60))
         rows.append(f"{name}  {f'{done}/{total}':>9} epochs  {state['state']}{job}")
     return [*rows, f"{finished} of {len(states)} finished"]
+
+
+def estimate_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return a row for each kind of training: times of its parts, and of all; and a sum."""
+    rows = results["trainings"]
+    if not rows:
+        return ["all trainings are finished"]
+    width = min(60, max(8, *(len(row["name"]) for row in rows)))
+    lines = [f"{'':{width}}      step     epoch   training  evaluation  number        all"]
+    for row in rows:
+        epoch, training, evaluation, seconds = (
+            time_text(row[name]) for name in ("epoch", "training", "evaluation", "seconds")
+        )
+        lines.append(
+            f"{column(row['name'], width)} {row['step']:7.3g} s {epoch:>9} {training:>10} "
+            f"{evaluation:>11} {row['left']:7} {seconds:>10}"
+        )
+    seconds, at_a_time = results["seconds"], results["at_a_time"]
+    text = f"in all about {time_text(seconds)} of computing, by a few steps on {results['device']}"
+    if at_a_time is None:
+        text += " of this machine"
+    elif at_a_time > 1:
+        text += (
+            f"; {time_text(seconds / at_a_time)} if {at_a_time} at a time do not slow each other"
+        )
+    return [*lines, text]

@@ -4,10 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
-from absld.cli.compare_command import STATUS_SCHEMA, with_those_of_both
+from absld.cli.compare_command import with_those_of_both
 from absld.cli.options import (
     AsJson,
     Command,
+    Estimate,
     RecipeFile,
     Seeds,
     Status,
@@ -56,6 +57,7 @@ def sweep(
     seeds: Seeds = "",
     recipe: RecipeFile = None,
     status: Status = False,
+    estimate: Estimate = False,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
@@ -79,21 +81,25 @@ def sweep(
     evaluation = with_those_of_both({"split": "validation"} | chosen, base)
 
     from absld.cli.comparison_view import observing
-    from absld.cli.status_view import status_lines
+    from absld.cli.status_view import present_estimate, present_states
     from absld.report.sweep_tables import terminal_lines
     from absld.runs import sweep as sweeps
     from absld.runs.grid import parse_over
 
     grid = parse_over(over or [])
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
-        with observing(output, {} if status else base) as observer:
+        with observing(output, {} if status or estimate else base) as observer:
             given = grid, seed_list(seeds), base, evaluation, observer, launcher
             if status:
                 states = sweeps.sweep_states(*given)
+            elif estimate:
+                times = sweeps.sweep_estimate(*given)
             else:
                 result = sweeps.sweep(*given)
         if status:
-            output.present({"schema": STATUS_SCHEMA, "trainings": states}, status_lines(states))
+            present_states(output, states)
+        elif estimate:
+            present_estimate(output, times)
         else:
             lines = ["", *terminal_lines(result.results), str(result.folder)]
             output.present(result.results, lines)

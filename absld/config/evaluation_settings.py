@@ -142,3 +142,9 @@ class ComparisonConfig(Settings):
         "differences: to the baseline, in the worst case over the attacks; paper: methods by family, "
         f"and each attack alone, by default {PAPER_ATTACKS}",
     )
+    schedule: Literal["same", "own"] = setting(
+        "same",
+        "Run",
+        "training schedule (epochs, learning rate, weight decay and the like) of the methods; same: "
+        "one for all; own: that of each method's recipe",
+    )

@@ -1,4 +1,8 @@
-"""Settings as TOML files: recipes, and the sealed config.toml of a run."""
+"""Settings as TOML files: recipes, and the sealed config.toml of a run.
+
+A recipe may have a table [compare], what `absld compare` needs beside settings. Those in
+`recipe_files` come with the package, and have names.
+"""
 
 import hashlib
 import json
@@ -9,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from absld.config.imports import HUB, names_code
-from absld.config.parsing import parse_all
+from absld.config.parsing import did_you_mean, parse_all
+from absld.config.recipes import RECIPES
 from absld.config.resolve import resolve
 from absld.config.settings import Config
 from absld.errors import CheckpointError, UsageError
 from absld.storage.opening import read_bytes, read_of_run
 
-TECHNIQUES = "techniques"
+RECIPE_FILES = {path.stem: path for path in Path(__file__).parent.glob("recipe_files/*.toml")}
+TECHNIQUES, COMPARISON = "techniques", "compare"
+OF_COMPARISON = ("methods", "seeds", "baseline", "schedule", "attacks", "examples", "checks")
 SEAL = "# SHA-256 of the lines above, which a run is read with: "
 MOST_BYTES = 2**20
 NEEDED = "needed: lines of name = value"
@@ -50,27 +57,66 @@ def toml_value(value: Any) -> str:
     return repr(value).lower()  # True is true
 
 
-def read_recipe(path: str, flags: Collection[str] = ()) -> dict[str, Any]:
-    """Read the settings of a recipe file, lines `name = value`.
+def read_recipe(name: str, flags: Collection[str] = ()) -> dict[str, Any]:
+    """Read the settings of a recipe; see `read_whole_recipe`."""
+    return read_whole_recipe(name, flags)[0]
 
-    flags: names of the settings that flags override.
+
+def read_whole_recipe(
+    name: str, flags: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the settings of a recipe, lines `name = value`, and its table [compare].
+
+    Args:
+        name: one of RECIPE_FILES, whatever files there are, or the path of a file.
+        flags: names of the settings that flags override.
 
     Raises:
         UsageError: it does not hold settings, or it is a run's and names code.
         CheckpointError: it is a run's, and not as the run wrote it.
     """
+    path = RECIPE_FILES.get(name, Path(name))
     try:
-        text = read_bytes(Path(path), MOST_BYTES)
+        text = read_bytes(path, MOST_BYTES)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}", NEEDED) from error
+        raise UsageError(f"{name}: {error.strerror or error}", hint_for(name)) from error
     except CheckpointError as error:
         raise UsageError(str(error), error.hint) from error
-    if of_run := is_of_run(Path(path)) or SEAL.encode() in text:  # perhaps under another name
-        check_seal(text, path)
-    values = parse_settings(text, path)
+    if of_run := is_of_run(path) or SEAL.encode() in text:  # perhaps under another name
+        check_seal(text, name)
+    values = parse_toml(text, name)
+    # No run has written a comparison: there it is refused as a setting that does not exist.
+    comparison = {} if of_run else values.pop(COMPARISON, {})
+    settings = to_settings(values)
     if of_run:
-        refuse_code(path, {name: value for name, value in values.items() if name not in flags})
-    return values
+        refuse_code(name, {name: value for name, value in settings.items() if name not in flags})
+    return settings, parse_comparison(comparison, name)
+
+
+def hint_for(name: str) -> str:
+    """Return a hint for a recipe that cannot be read: a name like it, else what is needed."""
+    if name in RECIPES:
+        return f"--dataset {name} has its recipe"
+    near = did_you_mean(name, RECIPE_FILES)
+    return near if near.startswith("did") else NEEDED
+
+
+def parse_comparison(values: Any, path: str) -> dict[str, Any]:
+    """Return what a recipe says to `absld compare`, a list as flags have it. Raises UsageError."""
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: {COMPARISON} is a table", f"[{COMPARISON}], and lines below it")
+    if unknown := next((name for name in values if name not in OF_COMPARISON), None):
+        raise UsageError(
+            f"{path}: there is no {unknown!r} in [{COMPARISON}]",
+            f"there are: {', '.join(OF_COMPARISON)}",
+        )
+    return {
+        # A list of one seed is that one, the number 3 is three of them.
+        name: ",".join([*map(str, value), *[""] * (name == "seeds")])
+        if isinstance(value, list)
+        else value
+        for name, value in values.items()
+    }
 
 
 def is_of_run(path: Path) -> bool:
@@ -114,12 +160,10 @@ def refuse_code(path: str, values: Mapping[str, Any]) -> None:
         )
 
 
-def parse_settings(text: bytes, path: str) -> dict[str, Any]:
-    """Parse lines `name = value` of the file `path`, without a run's techniques. Raises UsageError."""
-    values = parse_toml(text, path)
-    if isinstance(values.get(TECHNIQUES), dict):
-        del values[TECHNIQUES]  # of a run, perhaps on another device
-    return parse_all(values, Config)
+def to_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse the values of a file, without a run's techniques. Raises UsageError."""
+    of_run = isinstance(values.get(TECHNIQUES), dict)  # perhaps on another device
+    return parse_all({k: v for k, v in values.items() if not (of_run and k == TECHNIQUES)}, Config)
 
 
 def parse_toml(text: bytes, path: str) -> dict[str, Any]:
@@ -148,6 +192,6 @@ def read_run_config(path: Path) -> Config:
     text = read_of_run(path, MOST_BYTES)
     check_seal(text, str(path))
     try:
-        return resolve(parse_settings(text, str(path)))
+        return resolve(to_settings(parse_toml(text, str(path))))
     except UsageError as error:  # such as a setting of another version
         raise CheckpointError(f"{path}: {error}", HINT) from error

@@ -275,8 +275,8 @@ class Config(TrainConfig, HubSettings, TrackingSettings):
     teacher: str = setting(
         "",
         "Networks",
-        "teacher: a file, a run directory, hf:owner/name or package.module:factory [default: train "
-        "one by TRADES]",
+        "teacher: a file, a run directory, hf:owner/name or package.module:factory; published:NAME "
+        "says where to fetch that one [default: train one by TRADES]",
     )
     teacher_model: str = setting(
         "wrn-34-10",

@@ -31,6 +31,9 @@ PGD = {"linf": parse_attack("pgd20"), "l2": parse_attack("pgd20-sat")}
 LONGER = parse_attack("pgd50", restarts=2)
 SEARCH = SquareSearch("square search", queries=300)
 BUDGETS = (0.5, 1.0, 2.0)  # in multiples of epsilon
+# Approximate forward-backward passes for an image of the sample: PGD at five budgets, the noise, and
+# the longer attack and the search on the robust half.
+COST = 5 * 20 + 10 / 3 + 0.5 * (2 * 50 + SEARCH.queries / 3)
 
 
 def run_checks(

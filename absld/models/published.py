@@ -7,6 +7,9 @@ link a file, else RobustBench's list of models.
 
 from typing import NamedTuple
 
+from absld.errors import UsageError
+
+PREFIX = "published:"
 PLACES = {
     "drive": "https://drive.google.com/file/d/{name}/view",
     "folder": "https://drive.google.com/drive/folders/{name}",
@@ -108,3 +111,23 @@ def parse_table(table: str) -> tuple[Published, ...]:
 
 
 PUBLISHED = parse_table(TABLE)
+
+
+def refuse_published(teacher: str, dataset: str) -> None:
+    """Raise UsageError, with the place to fetch it from, if a teacher is `published:NAME`."""
+    if not teacher.startswith(PREFIX):
+        return
+    name = teacher.removeprefix(PREFIX)
+    where = [row.where for row in PUBLISHED if (row.name, row.dataset) == (name, dataset)]
+    if not where:
+        raise UsageError(
+            f"no published teacher of {dataset} has the name {name!r}",
+            f"absld teacher list --dataset {dataset} has their names",
+        )
+    is_typed = where[0].startswith("hf:")
+    raise UsageError(
+        f"the teacher {name} is published, and has to be given",
+        f"--teacher {where[0]}"
+        if is_typed
+        else f"fetch {where[0]} and give --teacher FILE; --teacher '' trains one instead",
+    )

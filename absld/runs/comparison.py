@@ -33,6 +33,7 @@ from absld.progress import SILENT, Observer
 from absld.report.summary import budget
 from absld.runs import planning, training_run
 from absld.runs.comparison_results import Comparison, Member, summarise
+from absld.runs.estimate import estimate, is_worthwhile, jobs_at_a_time, trainings_left
 from absld.runs.forecast import forecast
 from absld.runs.launching import (
     evaluation_of,
@@ -51,13 +52,17 @@ METHOD_GROUPS = ("Method", "Attack", "Training", "Weight averaging")
 
 
 def build_configs(
-    methods: Sequence[str], seeds: Sequence[int], common_settings: Mapping[str, Any]
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    common_settings: Mapping[str, Any],
+    schedule: str = "same",
 ) -> tuple[list[Config], list[str]]:
     """Build the configurations of a comparison, all methods of the first seed first; and notes.
 
     methods: names, package.module:Class, or recipe files (.toml) that say what is different about a
-    method. A recipe's schedule is left out: all methods train alike, but for those that fine-tune.
-    common_settings: settings of all runs.
+    method. common_settings: settings of all runs.
+    schedule: "own" is that of each method's recipe; else it is left out, and all methods train
+    alike, but for those that fine-tune.
     Raises UsageError.
     """
     recipes, notes = [], []
@@ -70,12 +75,14 @@ def build_configs(
                     f"{name} sets {', '.join(other)}, which is not a setting of a method",
                     "give it as a flag, to all methods alike",
                 )
-        own_schedule = fine_tunes(recipe.get("method", "absld"))
-        if own_schedule:
+        fine_tuned = fine_tunes(recipe.get("method", "absld"))
+        own_schedule = fine_tuned or schedule == "own"
+        of_schedule = [key for key in recipe if SETTING_GROUPS[key] == "Training"]
+        if of_schedule and not own_schedule:
+            notes.append(f"{name}: {', '.join(of_schedule)} left out, all methods train alike")
+            recipe = {key: value for key, value in recipe.items() if key not in of_schedule}
+        if fine_tuned and schedule == "same":
             notes.append(f"{name}: fine-tunes a robust network, with the schedule of its recipe")
-        elif schedule := [key for key in recipe if SETTING_GROUPS[key] == "Training"]:
-            notes.append(f"{name}: {', '.join(schedule)} left out, all methods train alike")
-            recipe = {key: value for key, value in recipe.items() if key not in schedule}
         recipes.append((recipe, own_schedule))
     configs = [
         resolve({**common_settings, **recipe, "seed": seed}, schedule_of_method=own_schedule)
@@ -137,13 +144,14 @@ def compare_methods(
     baseline: str,
     observer: Observer,
     launcher: LauncherSettings = HERE,
+    schedule: str = "same",
 ) -> Comparison:
     """Train the missing runs, evaluate all, and compare with `baseline`.
 
-    methods, seeds, common_settings: see `build_configs`. baseline: the first method where it is
-    empty. Raises AbsldError.
+    methods, seeds, common_settings, schedule: see `build_configs`. baseline: the first method where
+    it is empty. Raises AbsldError.
     """
-    configs, notes = build_configs(methods, seeds, common_settings)
+    configs, notes = build_configs(methods, seeds, common_settings, schedule)
     labels = label_configs(configs)
     baseline = resolve_baseline(labels, configs, baseline)
     members, more_notes = train_and_evaluate(labels, configs, evaluation, observer, launcher)
@@ -157,10 +165,25 @@ def comparison_states(
     evaluation: EvaluationConfig,
     observer: Observer,
     launcher: LauncherSettings = HERE,
+    schedule: str = "same",
 ) -> list[dict[str, Any]]:
     """Return the state of each training of `compare_methods` as plain values; trains nothing."""
-    configs, _ = build_configs(methods, seeds, common_settings)
+    configs, _ = build_configs(methods, seeds, common_settings, schedule)
     return training_states(label_configs(configs), configs, evaluation, observer, launcher)
+
+
+def comparison_estimate(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    common_settings: Mapping[str, Any],
+    evaluation: EvaluationConfig,
+    observer: Observer,
+    launcher: LauncherSettings = HERE,
+    schedule: str = "same",
+) -> dict[str, Any]:
+    """Return the time that `compare_methods` will take as plain values; trains nothing."""
+    configs, _ = build_configs(methods, seeds, common_settings, schedule)
+    return estimate(label_configs(configs), configs, evaluation, observer, launcher)
 
 
 def train_and_evaluate(
@@ -180,8 +203,11 @@ def train_and_evaluate(
     splits = planning.load_splits(own_configs[0], resolve_device(own_configs[0].device), observer)
     parse_attacks(evaluation.attacks, splits.test.num_classes, 1)  # before hours of training
     jobs = plan_jobs(labels, configs, evaluation, splits, observer)
-    at_a_time = {"here": 1, "local": launcher.jobs}.get(launcher.launcher)
-    observer.wait(forecast(jobs, len(configs), at_a_time))
+    measured = None
+    if is_worthwhile(jobs, configs, splits, launcher):
+        left = trainings_left(labels, configs, jobs, evaluation, splits)
+        measured = sum(training.seconds for training in left)
+    observer.wait(forecast(jobs, len(configs), jobs_at_a_time(launcher), measured))
     launched: set[Path] = set()
     if not here:
         launched = launch(launcher, jobs, configs[0].device, observer)

@@ -6,10 +6,15 @@ from absld.runs.jobs import Job
 from absld.text import time_text
 
 
-def forecast(jobs: Sequence[Job], students: int, at_a_time: int | None) -> str:
-    """Describe the trainings to come in a line, with their time if some are finished.
+def forecast(
+    jobs: Sequence[Job], students: int, at_a_time: int | None, measured: float | None = None
+) -> str:
+    """Describe the trainings to come in a line, with their time if it is known.
 
-    jobs: those of the teachers, then those of the students. at_a_time: None if it is not known.
+    Args:
+        jobs: those of the teachers, then those of the students.
+        at_a_time: number of jobs at a time; None if it is not known.
+        measured: seconds of all by a few steps of each; None if they were not measured.
     """
     finished = [job for job in jobs if job.run.exists() and job.run.status() == "finished"]
     teachers = len(jobs) - students
@@ -19,8 +24,10 @@ def forecast(jobs: Sequence[Job], students: int, at_a_time: int | None) -> str:
     if len(finished) == len(jobs):
         return text
     seconds = [record.get("seconds", 0.0) for job in finished for record in job.run.records()]
+    if not seconds and measured and at_a_time:
+        return f"{text}; about {time_text(measured / at_a_time)} by a few steps of each"
     if not seconds:
-        return f"{text}; their time can be estimated after the first one"
+        return f"{text}; their time can be estimated after the first one, or by --estimate"
     epochs = sum(job.epochs for job in jobs if job not in finished)
     rest = sum(seconds) / len(seconds) * epochs
     if at_a_time is None:

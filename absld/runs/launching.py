@@ -21,7 +21,7 @@ from absld.evaluation.targets import complete_config, load_target
 from absld.progress import Observer
 from absld.runs.jobs import Job, Launcher
 from absld.runs.local_launcher import LocalLauncher
-from absld.runs.planning import load_splits, plan, plan_teacher
+from absld.runs.planning import load_splits, plan, plan_teacher, trained_first
 from absld.runs.slurm_launcher import Queued, SlurmLauncher, describe, name_of, read_queue
 from absld.storage.run_directory import RunDirectory
 
@@ -76,15 +76,11 @@ def plan_jobs(
     students = []
     for label, config in zip(labels, configs, strict=True):
         planned = plan(without_device(config), observer, splits)
-        first = {"robust start": planned.robust_start}
-        if planned.method.needs_teacher and not config.teacher:
-            first["teacher"] = without_device(config)
         needs: dict[Job, None] = {}  # one, where the teacher is the robust start
-        for title, trained in first.items():
-            if trained:
-                run = plan_teacher(trained, planned.splits).run
-                job = teacher_job(f"{title}, seed {config.seed}", config, run)
-                needs[teachers.setdefault(run.path, job)] = None
+        for use, trained in trained_first(planned, without_device(config)).items():
+            run = plan_teacher(trained, planned.splits).run
+            job = teacher_job(f"{use}, seed {config.seed}", config, run)
+            needs[teachers.setdefault(run.path, job)] = None
         own = evaluation_of(config, evaluation)
         students.append(student_job(label, config, own, planned.run, splits, tuple(needs)))
     return [*teachers.values(), *students]

@@ -23,13 +23,15 @@ from absld.errors import UsageError
 from absld.evaluation.class_names import check_class_names, check_image_shape
 from absld.evaluation.validation import check_network
 from absld.models.loading import Network, load_network
+from absld.models.published import refuse_published
 from absld.progress import SILENT, Observer
 from absld.stepper import freeze_teacher
 from absld.storage.opening import refuse_links
 
 
 def load_teacher(config: Config, train: ImageSet, observer: Observer = SILENT) -> Network:
-    """Load the teacher of `--teacher`. Raises CheckpointError if it does not fit the data."""
+    """Load the teacher of `--teacher`. Raises AbsldError if there is none, or it does not fit."""
+    refuse_published(config.teacher, config.dataset)
     teacher = load_network(
         config.teacher,
         train.num_classes,

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -41,6 +41,9 @@ from absld.storage.run_directory import RunDirectory
 SELECTED_ON_TEST = (
     "warning: the best epoch is selected on the test images: reported accuracies are optimistic"
 )
+
+Use = Literal["teacher", "robust start"]
+"""What a network is trained for, by TRADES, before the student."""
 
 FEW_STEPS = 5  # an epoch, so few that a training hardly moves
 FEW_VALIDATION = 10  # images of a class, so few that one of them moves the score of an epoch much
@@ -132,6 +135,16 @@ def robust_start_config(config: Config) -> Config:
     A teacher of the same architecture and settings is the same network, trained once.
     """
     return replace(config, teacher="", teacher_weights="", teacher_model=config.student)
+
+
+def trained_first(planned: Plan, config: Config) -> dict[Use, Config]:
+    """Return, by their use, the settings of runs whose teachers a run trains before its student."""
+    first: dict[Use, Config] = {}
+    if planned.method.needs_teacher and not config.teacher:
+        first["teacher"] = config
+    if planned.robust_start:
+        first["robust start"] = planned.robust_start
+    return first
 
 
 class TeacherPlan(NamedTuple):

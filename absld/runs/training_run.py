@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -27,7 +27,15 @@ from absld.models.fitting import load_state
 from absld.models.loading import Network
 from absld.progress import Observer, Role, plain
 from absld.runs.logit_caches import cache_folder, describe_cache
-from absld.runs.planning import SELECTED_ON_TEST, Plan, describe_start, plan, plan_teacher
+from absld.runs.planning import (
+    SELECTED_ON_TEST,
+    Plan,
+    Use,
+    describe_start,
+    plan,
+    plan_teacher,
+    trained_first,
+)
 from absld.runs.run_record import (
     RunRecord,
     changed_conditions,
@@ -42,7 +50,6 @@ from absld.storage.training_checkpoint import load_of_program
 from absld.text import printable
 from absld.trainer import fit
 
-Use = Literal["teacher", "robust start"]  # of a network that is trained by TRADES
 CHOICE: dict[Use, str] = {
     "teacher": "--teacher-model NAME or --teacher FILE",
     "robust start": "--student FILE",
@@ -195,11 +202,7 @@ def train_teacher_alone(
     Returns its run directory. Raises AbsldError, also if the run does not train one.
     """
     planned = plan(config, observer, None, distributed)
-    trained: dict[Use, Config] = {}
-    if planned.method.needs_teacher and not config.teacher:
-        trained["teacher"] = config
-    if planned.robust_start:
-        trained["robust start"] = planned.robust_start
+    trained = trained_first(planned, config)
     if not trained:
         why = f"--teacher {config.teacher} is given" if config.teacher else "its method needs none"
         raise UsageError(f"this run trains no teacher: {why}", "absld train trains the student")

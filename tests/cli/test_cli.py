@@ -174,8 +174,9 @@ def test_recipe_show_has_every_setting_with_its_source(name, capfd):
 
 
 def test_an_unknown_recipe_is_refused(capfd):
-    names = "digits, cifar10, cifar100, svhn, tiny-imagenet, folder"
-    refused(capfd, 2, "'digit'", names, "recipe", "show", "digit")
+    names = "digits, cifar10, cifar100, svhn, tiny-imagenet, folder, paper-cifar10-mobilenetv2"
+    refused(capfd, 2, "'other'", names, "recipe", "show", "other")
+    refused(capfd, 2, "'digit'", "did you mean 'digits'?", "recipe", "show", "digit")
 
 
 # --- Flags ---

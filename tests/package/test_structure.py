@@ -190,6 +190,7 @@ def test_only_the_functions_of_storage_open_files_of_a_run():
         # The package's own files, and the terminal.
         ("evaluation/results.py", "Path(__file__).with_name('evaluation.schema.json').read_bytes"),
         ("report/figures.py", "(FOLDER / 'templates/report.css').read_text"),
+        ("cli/recipe_view.py", "RECIPE_FILES[name].read_text"),
         ("cli/output.py", "open"),
         ("cli/printing.py", "open"),
         ("cli/printing.py", "os.open"),
