@@ -28,7 +28,7 @@ TWO = ["--methods", "rslad,sat", *QUICK, "--attacks", "fgsm", "--no-checks"]
 HERE = LauncherSettings()
 
 
-def job(epochs, done=0, status="", needs=None):
+def job(epochs, done=0, status="", needs=()):
     run = SimpleNamespace(
         exists=lambda: bool(status), status=lambda: status, records=lambda: [{}] * done
     )
@@ -44,7 +44,9 @@ def measured(monkeypatch):
     """Steps of 2 s, of a teacher 3 s, and passes of 0.5 s; the methods that were measured."""
     seen = []
     monkeypatch.setattr(
-        estimate, "measure_student", lambda config, _: seen.append(config.method) or Cost(2.0, 0.5)
+        estimate,
+        "measure_student",
+        lambda _, config, __: seen.append(config.method) or Cost(2.0, 0.5),
     )
     monkeypatch.setattr(
         estimate, "measure_teacher", lambda config, _: seen.append("teacher") or Cost(3.0, 0.5)
@@ -62,8 +64,8 @@ def test_the_time_is_that_of_steps_validation_test_and_evaluation(measured):
     ]
     teachers = [job(5, 5, "finished"), job(5)]
     students = [
-        *[job(6, 6, "finished", teachers[0]), job(6, 4, "interrupted")],
-        *[job(6, needs=teachers[1]), job(6)],
+        *[job(6, 6, "finished", (teachers[0],)), job(6, 4, "interrupted")],
+        *[job(6, needs=(teachers[1],)), job(6)],
     ]
     evaluation = EvaluationConfig(attacks="clean,pgd6", checks=False)
     labels = ["rslad", "sat"] * 2
@@ -196,7 +198,7 @@ def test_a_sweep_is_estimated(capfd):
 
 
 def test_a_teacher_that_has_yet_to_be_fetched_is_not_trained(monkeypatch, capfd):
-    monkeypatch.setattr(estimate, "measure_student", lambda config, _: Cost(2.0, 0.5))
+    monkeypatch.setattr(estimate, "measure_student", lambda *given: Cost(2.0, 0.5))
     flags = ["--teacher", "published:Zhang2019Theoretically", "--estimate", "--json"]
     assert main("compare", *TWO, *flags) == 0
     rows = json.loads(capfd.readouterr().out)["trainings"]

@@ -89,7 +89,6 @@ def test_it_leaves_attack_loss_and_schedule_to_the_methods(name):
     assert not own & read_recipe(name).keys()
 
 
-@pytest.mark.xfail(strict=True, reason="mart, iad, frl, bat, cfa, wat and dafa are being added")
 def test_its_methods_are_known():
     for name in NAMES:
         known = read_whole_recipe(name)[1]["methods"].split(",")
