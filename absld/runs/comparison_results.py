@@ -317,13 +317,12 @@ def inequalities(groups: Mapping[str, Mapping[int, Member]], swept: Collection[s
     for name in alike:
         if name in ("seed", "data", "allow_weak_teacher", "logit_cache_gib", *swept):
             continue
-        values = {
-            label: repr(getattr(next(iter(of_label.values())).config, name))
-            for label, of_label in groups.items()
-        }
-        if len(set(values.values())) > 1:
-            listed = ", ".join(f"{value} of {label}" for label, value in values.items())
-            notes.append(f"{name} is not the same: {listed}")
+        labels_of: dict[str, list[str]] = {}
+        for label, of_label in groups.items():
+            value = getattr(next(iter(of_label.values())).config, name)
+            labels_of.setdefault(repr(value), []).append(label)
+        if len(labels_of) > 1:
+            notes.append(f"{name} is not the same: {list_values(labels_of)}")
     for label, of_label in groups.items():
         if any(member.config.select_on == "test" for member in of_label.values()):
             notes.append(f"{label}: {SELECTED_ON_TEST}")
@@ -335,6 +334,13 @@ def inequalities(groups: Mapping[str, Mapping[int, Member]], swept: Collection[s
     if len({tuple(each) for each in seeds.values()}) > 1:
         notes.append(f"the seeds are not the same: {seeds}; differences are over common ones")
     return notes
+
+
+def list_values(labels_of: Mapping[str, Sequence[str]]) -> str:
+    """List values with those that have them, the most common one last."""
+    *few, (value, most) = sorted(labels_of.items(), key=lambda item: len(item[1]))
+    listed = [f"{own} of {', '.join(labels)}" for own, labels in few]
+    return "; ".join([*listed, f"{value} of {', '.join(most) if len(most) < 3 else 'the others'}"])
 
 
 def teacher_digest(member: Member) -> str | None:
