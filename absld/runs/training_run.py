@@ -239,7 +239,7 @@ def train_teacher(
             session = describe_session(device, splits, inputs, distributed)
             for note in changed_conditions(run, session):
                 observer.note(f"{use}: {note}")
-            observer.note(f"{use}: trained here by TRADES; choose another by {CHOICE[use]}")
+            observer.note(f"{use}: trained here by TRADES; another: {CHOICE[use]}")
             own_config = replace(config, **vars(training), student=config.teacher_model)
             training = with_techniques(training, techniques)
             with run:

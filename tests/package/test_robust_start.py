@@ -36,7 +36,7 @@ def test_the_student_starts_from_a_network_trained_as_a_teacher_is(capfd):
     assert main("train", *FRL, "--learning-rate", "0") == 0
     start, run = the_run("teacher"), the_run("frl")
     shown = capfd.readouterr().out
-    assert "robust start: trained here by TRADES; choose another by --student FILE" in shown
+    assert "robust start: trained here by TRADES; another: --student FILE" in shown
     assert f"robust start: {start}" in shown and "student by frl: convnet" in shown
     robust, student = (load(path / "best.pt")["model"] for path in (start, run))
     assert session(run)["robust_start_sha256"] == digest(robust)

@@ -49,7 +49,7 @@ def test_a_clipped_text_fits_and_a_column_is_filled(text, width):
 
 
 def test_only_one_function_prints_texts():
-    """All others give it their lines; JSON alone is printed apart, and is ASCII."""
+    """All others give it their lines, whose texts it escapes; JSON alone is printed apart, as ASCII."""
     printers = re.compile(
         r"print|(typer|click)\.(s?echo)|sys\.std(out|err)\.write|traceback\.print.*"
     )
@@ -61,5 +61,5 @@ def test_only_one_function_prints_texts():
     ]
     assert calls == [
         ("cli/output.py", "print(output.document, flush=True)"),
-        ("cli/printing.py", "print(printable(text), file=stream, flush=True)"),
+        ("cli/printing.py", "print(''.join(texts), file=stream, flush=True)"),
     ]
