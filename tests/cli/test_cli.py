@@ -400,7 +400,8 @@ def test_a_run_prints_header_epochs_classes_and_digests(capfd):
     assert "\x1b" not in text and "━" not in text and max(map(len, text.splitlines())) <= 80
     rows = [line.split() for line in text.splitlines()]
     assert text.startswith(f"seed 3, device cpu, torch {torch.__version__}\n")
-    assert re.search(r"\nteacher by trades: .* parameters\), 1 epochs, seed 3\nchoose ano", text)
+    assert "\nteacher: trained here by TRADES; another: --teacher-model NAME or --teac" in text
+    assert re.search(r"\nteacher by trades: .* parameters\), 1 epochs, seed 3\nepoch ", text)
     assert re.search(r"\nstudent by absld: .* parameters\), 1 epochs, seed 3\nepoch ", text)
     head = "epoch     lr    loss  clean robust  worst    NSD temperatures seconds images/s\n"
     assert text.count(head) == 2
