@@ -110,13 +110,20 @@ def parse_comparison(values: Any, path: str) -> dict[str, Any]:
             f"{path}: there is no {unknown!r} in [{COMPARISON}]",
             f"there are: {', '.join(OF_COMPARISON)}",
         )
-    return {
+    parsed = {
         # A list of one seed is that one, the number 3 is three of them.
         name: ",".join([*map(str, value), *[""] * (name == "seeds")])
         if isinstance(value, list)
         else value
         for name, value in values.items()
     }
+    for name in ("methods", "baseline"):  # no settings, whose types are checked with the flags
+        if not isinstance(parsed.get(name, ""), str):
+            raise UsageError(
+                f"{path}: {name} in [{COMPARISON}] takes a text, not {parsed[name]!r}",
+                f'{name} = "rslad"',
+            )
+    return parsed
 
 
 def is_of_run(path: Path) -> bool:

@@ -169,6 +169,8 @@ def test_flags_override_it(compared):
         ("compare = 3", "compare is a table", "[compare]"),
         ("[compare]\nmethods = ['sat', 'rslad']\nschedule = 'mine'", "schedule", "--help"),
         ("[compare]\nmethods = ['sat', 'rslad']\nseeds = ['few']", "whole numbers", "5, or 0,3,7"),
+        ("[compare]\nmethods = 3", "methods in [compare] takes a text, not 3", "methods ="),
+        ("[compare]\nmethods = 'sat,rslad'\nbaseline = 5", "baseline in [compare]", "baseline ="),
     ],
 )
 def test_a_comparison_that_cannot_be_read(lines, cause, hint, capfd):
