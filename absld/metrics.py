@@ -144,6 +144,10 @@ class ClassMean(nn.Module):
         # A NaN that was observed must not look like an absent class.
         return mean.masked_fill((self.counts > 0) & mean.isnan(), torch.inf)
 
+    def mean_of_all(self) -> Float[Tensor, "*k"]:
+        """Return the mean over the images of all classes; NaN if there are none."""
+        return self.sums.sum(-1) / self.counts.sum()
+
     def reset(self) -> None:
         """Start the next epoch."""
         self.sums, self.counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)

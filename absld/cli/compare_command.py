@@ -152,20 +152,17 @@ def look_ahead(
 ) -> None:
     """Print the state of each training of a comparison, or the time that all take."""
     from absld.cli.comparison_view import ComparisonView
-    from absld.cli.status_view import present_estimate, present_states
+    from absld.cli.status_view import estimate_report, states_report
     from absld.runs.comparison import comparison_estimate, comparison_states
 
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with ComparisonView(output) as view:
             settings = *given, evaluation, view, launcher, own.schedule
             if status:
-                states = comparison_states(*settings)
+                report = states_report(comparison_states(*settings))
             else:
-                times = comparison_estimate(*settings)
-        if status:
-            present_states(output, states)
-        else:
-            present_estimate(output, times)
+                report = estimate_report(comparison_estimate(*settings))
+        output.present(*report)
 
 
 def without_schedule(of_recipe: dict[str, Any], own: ComparisonConfig) -> dict[str, Any]:

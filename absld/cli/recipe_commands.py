@@ -57,8 +57,7 @@ def show(
     [cyan]absld recipe show paper-cifar10-resnet18[/]
     """
     if name not in RECIPE_NAMES:
-        hint = did_you_mean(name, RECIPE_NAMES)
-        hint = hint if "mean" in hint else f"there are: {', '.join(RECIPE_NAMES)}"
+        hint = did_you_mean(name, RECIPE_NAMES, f"there are: {', '.join(RECIPE_NAMES)}")
         raise UsageError(f"there is no recipe {name!r}", hint)
     given = {"method": method, "norm": norm}
     if name in RECIPES:

@@ -3,20 +3,23 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absld.cli.output import Output
 from absld.text import column, time_text
 
 SCHEMA = "absld-status-1"
 
 
-def present_states(output: Output, states: Sequence[Mapping[str, Any]]) -> None:
-    """Print the states of trainings."""
-    output.present({"schema": SCHEMA, "trainings": states}, status_lines(states))
+Report = tuple[Mapping[str, Any], list[str]]
+"""A document for --json, and lines for a person."""
 
 
-def present_estimate(output: Output, results: Mapping[str, Any]) -> None:
-    """Print the time that trainings will take."""
-    output.present(results, estimate_lines(results))
+def states_report(states: Sequence[Mapping[str, Any]]) -> Report:
+    """Report the states of trainings."""
+    return {"schema": SCHEMA, "trainings": states}, status_lines(states)
+
+
+def estimate_report(results: Mapping[str, Any]) -> Report:
+    """Report the time that trainings will take."""
+    return results, estimate_lines(results)
 
 
 def status_lines(states: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -81,7 +81,7 @@ def sweep(
     evaluation = with_those_of_both({"split": "validation"} | chosen, base)
 
     from absld.cli.comparison_view import observing
-    from absld.cli.status_view import present_estimate, present_states
+    from absld.cli.status_view import estimate_report, states_report
     from absld.report.sweep_tables import terminal_lines
     from absld.runs import sweep as sweeps
     from absld.runs.grid import parse_over
@@ -91,15 +91,11 @@ def sweep(
         with observing(output, {} if status or estimate else base) as observer:
             given = grid, seed_list(seeds), base, evaluation, observer, launcher
             if status:
-                states = sweeps.sweep_states(*given)
+                report = states_report(sweeps.sweep_states(*given))
             elif estimate:
-                times = sweeps.sweep_estimate(*given)
+                report = estimate_report(sweeps.sweep_estimate(*given))
             else:
                 result = sweeps.sweep(*given)
-        if status:
-            present_states(output, states)
-        elif estimate:
-            present_estimate(output, times)
-        else:
-            lines = ["", *terminal_lines(result.results), str(result.folder)]
-            output.present(result.results, lines)
+                lines = ["", *terminal_lines(result.results), str(result.folder)]
+                report = result.results, lines
+        output.present(*report)

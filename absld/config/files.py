@@ -97,8 +97,7 @@ def hint_for(name: str) -> str:
     """Return a hint for a recipe that cannot be read: a name like it, else what is needed."""
     if name in RECIPES:
         return f"--dataset {name} has its recipe"
-    near = did_you_mean(name, RECIPE_FILES)
-    return near if near.startswith("did") else NEEDED
+    return did_you_mean(name, RECIPE_FILES, NEEDED)
 
 
 def parse_comparison(values: Any, path: str) -> dict[str, Any]:
@@ -110,20 +109,16 @@ def parse_comparison(values: Any, path: str) -> dict[str, Any]:
             f"{path}: there is no {unknown!r} in [{COMPARISON}]",
             f"there are: {', '.join(OF_COMPARISON)}",
         )
-    parsed = {
-        # A list of one seed is that one, the number 3 is three of them.
-        name: ",".join([*map(str, value), *[""] * (name == "seeds")])
-        if isinstance(value, list)
-        else value
-        for name, value in values.items()
-    }
+    flags = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
+    if isinstance(values.get("seeds"), list):
+        flags["seeds"] += ","  # a list of one seed is that one, the number 3 is three of them
     for name in ("methods", "baseline"):  # no settings, whose types are checked with the flags
-        if not isinstance(parsed.get(name, ""), str):
+        if not isinstance(flags.get(name, ""), str):
             raise UsageError(
-                f"{path}: {name} in [{COMPARISON}] takes a text, not {parsed[name]!r}",
+                f"{path}: {name} in [{COMPARISON}] takes a text, not {flags[name]!r}",
                 f'{name} = "rslad"',
             )
-    return parsed
+    return flags
 
 
 def is_of_run(path: Path) -> bool:
@@ -169,8 +164,9 @@ def refuse_code(path: str, values: Mapping[str, Any]) -> None:
 
 def to_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Parse the values of a file, without a run's techniques. Raises UsageError."""
-    of_run = isinstance(values.get(TECHNIQUES), dict)  # perhaps on another device
-    return parse_all({k: v for k, v in values.items() if not (of_run and k == TECHNIQUES)}, Config)
+    if isinstance(values.get(TECHNIQUES), dict):  # of a run, perhaps on another device
+        values = {name: value for name, value in values.items() if name != TECHNIQUES}
+    return parse_all(values, Config)
 
 
 def parse_toml(text: bytes, path: str) -> dict[str, Any]:

@@ -44,10 +44,10 @@ def types_of(settings_class: type) -> dict[str, Any]:
     return get_type_hints(settings_class)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a hint: the nearest known word, or where all settings are listed."""
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = SEE_HELP) -> str:
+    """Return a hint: the nearest known word, or `otherwise` if none is near."""
     near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else SEE_HELP
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def is_union(kind: Any) -> bool:

@@ -53,7 +53,11 @@ class TrainConfig(Settings):
         "paper", "Method", "compute soft labels as in the paper, or as in the authors' release"
     )
     temperature_rate: float = setting(
-        0.1, "Method", "largest change of a temperature in an epoch; 0: RSLAD", RELEASE, high=10.0
+        0.1,
+        "Method",
+        "largest change of a temperature in an epoch; 0: none, as RSLAD",
+        RELEASE,
+        high=10.0,
     )
     temperature_lower: float = setting(
         0.5, "Method", "lower bound of the class temperatures", RELEASE, low=1e-3, high=1e3

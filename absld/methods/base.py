@@ -85,6 +85,26 @@ class Method(nn.Module):
         return {}
 
 
+class CountsEpochs(Method):
+    """The part of a method that does something from a certain epoch on.
+
+    The count is torch's extra state and not a buffer: on an accelerator, a step that reads one
+    would wait for it.
+    """
+
+    epochs = 0  # finished ones
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.epochs)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.epochs = int(state)
+
+    def end_epoch(self, rate: float) -> dict[str, Tensor]:
+        self.epochs += 1
+        return super().end_epoch(rate)
+
+
 def teacher_logits(teacher: nn.Module | None, batch: Batch) -> Tensor:
     """Compute the teacher's logits (N,C) of a batch's clean images, without gradient.
 

@@ -6,10 +6,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from absld.attack import TrainingAttack, cross_entropy, kl
-from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.loss import absld_loss, soft_label_kl
-from absld.methods.base import Family, Method, Step, teacher_logits
+from absld.methods.base import CountsEpochs, Family, Method, Step, teacher_logits
 
 
 class Sat(Method):
@@ -72,6 +71,11 @@ def trades_terms(
     return F.nll_loss(log_nat, labels, reduction="none"), kl_of_logs(log_nat, log_adv)
 
 
+def mean_terms(natural: Float[Tensor, " n"], robust: Float[Tensor, " n"]) -> dict[str, Tensor]:
+    """Return the means of both terms of TRADES for the records, all images alike."""
+    return {"cross_entropy": natural.detach().mean(), "kl": robust.detach().mean()}
+
+
 class Mart(Method):
     """MART: adversarial training whose loss also lowers the strongest wrong class, plus the KL of
     TRADES, which counts less for a clean image that is classified with confidence. Source: Wang et
@@ -122,7 +126,7 @@ class Ard(Method):
         return Step(loss, {"adv_kl": adv.detach(), "cross_entropy": nat.detach()})
 
 
-class Iad(Method):
+class Iad(CountsEpochs):
     """Introspective Adversarial Distillation: as ARD, at temperature 1; and the student follows its
     own predictions on clean images as far as the teacher fails on the adversarial ones. It begins
     to do so after three tenths of the run. Source: arXiv 2106.04928."""
@@ -130,16 +134,6 @@ class Iad(Method):
     family = "robust distillation"
     settings = ("adv_weight", "kl_scale")
     exponent = 0.1
-
-    def __init__(self, config: TrainConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.epochs = 0  # finished ones; not a buffer: on an accelerator, a step would wait for it
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.epochs)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.epochs = int(state)
 
     def step(
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, attack: TrainingAttack
@@ -159,10 +153,6 @@ class Iad(Method):
         loss = config.kl_scale * config.adv_weight * (adv + own) + (1 - config.adv_weight) * nat
         parts = {"adv_kl": adv.detach(), "own_kl": own.detach(), "cross_entropy": nat.detach()}
         return Step(loss, parts)
-
-    def end_epoch(self, rate: float) -> dict[str, Tensor]:
-        self.epochs += 1
-        return {}
 
 
 class AdaAd(Method):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from absld.attack import TrainingAttack
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
-from absld.methods.base import Step
+from absld.methods.base import CountsEpochs, Step
 from absld.methods.baselines import Trades, trades_terms
 from absld.metrics import ClassMean
 
@@ -38,7 +38,7 @@ def distance_weights(probability: Float[Tensor, "c c"], transfer: float) -> Floa
     return (1 + torch.where(pairs, torch.where(harder, moved, -moved.T), 0).sum(1)).clamp_min(0)
 
 
-class Dafa(Trades):
+class Dafa(CountsEpochs, Trades):
     """Distance-Aware Fair Adversarial training: TRADES, then with the weights of `distance_weights`
     on epsilon, step size and cross-entropy of the images of a class.
 
@@ -51,22 +51,17 @@ class Dafa(Trades):
     family = "fair training"
     warm_up = 70 / 110
     class_weight: Tensor
-    epochs: Tensor
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.transfer = 1.5 if num_classes >= MANY_CLASSES else 1.0
         self.register_buffer("class_weight", torch.ones(num_classes))
-        self.register_buffer("epochs", torch.tensor(0))
         self.probability = ClassMean(num_classes, num_classes)
-
-    def weights(self, labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return self.class_weight.to(labels.device)[labels]
 
     def adversarial_images(
         self, student: nn.Module, clean: Tensor, batch: Batch, attack: TrainingAttack
     ) -> Tensor:
-        weight = self.weights(batch.labels).view(-1, 1, 1, 1).to(batch.x_nat.dtype)
+        weight = self.class_weight[batch.labels].view(-1, 1, 1, 1).to(batch.x_nat.dtype)
         epsilon, step_size = attack.epsilon * weight, attack.step_size * weight
         attack = replace(attack, epsilon=epsilon, step_size=step_size)
         return super().adversarial_images(student, clean, batch, attack)
@@ -76,13 +71,13 @@ class Dafa(Trades):
         probability = log_adv.detach().exp()
         self.probability.add(probability.T @ member.to(probability.dtype), member.sum(0))
         natural, robust = trades_terms(log_nat, log_adv, labels)
-        natural, kl = (self.weights(labels) * natural).mean(), robust.mean()
+        natural, kl = (self.class_weight[labels] * natural).mean(), robust.mean()
         parts = {"weighted_cross_entropy": natural.detach(), "kl": kl.detach()}
         return Step(natural + self.beta * kl, parts)
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
-        self.epochs = self.epochs + 1
+        report = super().end_epoch(rate)
         if self.epochs == max(1, round(self.warm_up * self.config.epochs)):
             self.class_weight = distance_weights(self.probability.mean().T, self.transfer)
         self.probability.reset()
-        return super().end_epoch(rate) | {"class_weight": self.class_weight}
+        return report | {"class_weight": self.class_weight}

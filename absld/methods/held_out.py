@@ -5,7 +5,7 @@ The functions are pure: from one figure a class, NaN for a class without held-ou
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +16,8 @@ from absld.attack import TrainingAttack, cross_entropy, frozen_eval
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.methods.base import Step
-from absld.methods.baselines import Trades, trades_terms
+from absld.methods.baselines import Trades, mean_terms, trades_terms
 from absld.metrics import ClassMean, class_sums
-
-
-class Held(NamedTuple):
-    """A mean of held-out images: of each class (C,), NaN without images, and of all images."""
-
-    classes: Tensor
-    overall: Tensor
-
-    @classmethod
-    def of(cls, mean: ClassMean) -> "Held":
-        return cls(mean.mean(), mean.sums.sum() / mean.counts.sum())
-
 
 # --- WAT ---
 
@@ -64,7 +52,7 @@ class Wat(Trades):
 
     def loss(self, log_nat: Tensor, log_adv: Tensor, labels: Int[Tensor, " n"]) -> Step:
         natural, robust = trades_terms(log_nat, log_adv, labels)
-        weight = self.class_weight.to(labels.device)[labels]
+        weight = self.class_weight[labels]
         loss = (weight * (natural + self.beta * robust)).mean()
         return Step(loss, mean_terms(natural, robust))
 
@@ -82,30 +70,36 @@ class Wat(Trades):
                 self.cost.add(*class_sums(cost, batch.labels, len(self.class_weight)))
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
-        cost = Held.of(self.cost)
-        costs = torch.cat([cost.classes, cost.overall.unsqueeze(0)])
+        by_class, overall = self.cost.mean(), self.cost.mean_of_all()
+        costs = torch.cat([by_class, overall.unsqueeze(0)])
         # A class without held-out images moves with the mean.
-        costs = torch.where(costs.isnan(), cost.overall, costs).nan_to_num(0.0)
-        costs = costs.clamp(max=self.most)
-        self.total_costs = self.total_costs.to(costs.device) + costs
+        costs = torch.where(costs.isnan(), overall, costs).nan_to_num(0.0)
+        self.total_costs = self.total_costs + costs.clamp(max=self.most)
         weights = hedge_weights(self.total_costs, self.rate)
         self.class_weight = weights[:-1] + weights[-1]
         self.cost.reset()
-        return {"held_out_loss": cost.classes, "class_weight": self.class_weight}
+        return {"held_out_loss": by_class, "class_weight": self.class_weight}
 
 
 # --- FRL ---
 
 
 def raise_multipliers(
-    multipliers: Float[Tensor, " c"], error: Held, *, rate: float, slack: float, most: float
+    multipliers: Float[Tensor, " c"],
+    errors: Float[Tensor, " c"],
+    overall: Float[Tensor, ""],
+    *,
+    rate: float,
+    slack: float,
+    most: float,
 ) -> Float[Tensor, " c"]:
     """Compute the multipliers of the constraints that no class errs more than all do, plus `slack`.
 
-    A step of gradient ascent, kept at 0 or more, and of sum `most` or less. error: in [0,1]. A
-    class without held-out images keeps its multiplier. Source: FRL (arXiv 2010.06121).
+    A step of gradient ascent, kept at 0 or more, and of sum `most` or less. errors, and that of all
+    images: in [0,1]. A class without held-out images, NaN, keeps its multiplier. Source: FRL (arXiv
+    2010.06121).
     """
-    excess = (error.classes - error.overall - slack).nan_to_num(0.0)
+    excess = (errors - overall - slack).nan_to_num(0.0)
     raised = (multipliers + rate * excess).clamp(min=0)
     return raised * (most / raised.sum().clamp(min=most))
 
@@ -141,7 +135,7 @@ class Frl(Trades):
 
     def loss(self, log_nat: Tensor, log_adv: Tensor, labels: Int[Tensor, " n"]) -> Step:
         terms = trades_terms(log_nat, log_adv, labels)
-        weights = cost_sensitive_weights(self.multipliers.to(labels.device))[:, labels]
+        weights = cost_sensitive_weights(self.multipliers)[:, labels]
         # Each term is divided by the weights of all images of the batch.
         mean_weight = weights.mean(1)
         self.all_reduce_mean_([mean_weight])
@@ -159,34 +153,26 @@ class Frl(Trades):
                 clean = (student(x_nat).argmax(1) == labels).float()
                 x_adv = attack(student, cross_entropy(labels), x_nat, noise)
                 robust = (student(x_adv).argmax(1) == labels).float()
-                for error, values in (
-                    (self.clean_error, 1 - clean),
-                    (self.boundary_error, clean - robust),
-                ):
-                    error.add(*class_sums(values, labels, self.multipliers.shape[1]))
+                classes = self.multipliers.shape[1]
+                self.clean_error.add(*class_sums(1 - clean, labels, classes))
+                self.boundary_error.add(*class_sums(clean - robust, labels, classes))
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
-        errors = Held.of(self.clean_error), Held.of(self.boundary_error)
-        rates = self.rate, 2 * self.rate
+        clean, boundary = self.clean_error.mean(), self.boundary_error.mean()
+        of_all = self.clean_error.mean_of_all(), self.boundary_error.mean_of_all()
+        raised = partial(raise_multipliers, slack=self.slack, most=self.most)
         self.multipliers = torch.stack(
             [
-                raise_multipliers(old, error, rate=own, slack=self.slack, most=self.most)
-                for old, error, own in zip(
-                    self.multipliers.to(errors[0].classes.device), errors, rates, strict=True
-                )
+                raised(self.multipliers[0], clean, of_all[0], rate=self.rate),
+                raised(self.multipliers[1], boundary, of_all[1], rate=2 * self.rate),
             ]
         )
         self.clean_error.reset()
         self.boundary_error.reset()
         nat, adv = cost_sensitive_weights(self.multipliers)
         return {
-            "clean_error": errors[0].classes,
-            "boundary_error": errors[1].classes,
+            "clean_error": clean,
+            "boundary_error": boundary,
             "class_weight_nat": nat,
             "class_weight_adv": adv,
         }
-
-
-def mean_terms(natural: Float[Tensor, " n"], robust: Float[Tensor, " n"]) -> dict[str, Tensor]:
-    """Return the means of both terms of TRADES for the records, all images alike."""
-    return {"cross_entropy": natural.detach().mean(), "kl": robust.detach().mean()}

@@ -12,8 +12,8 @@ from absld.attack import TrainingAttack, cross_entropy, frozen_eval
 from absld.config.settings import TrainConfig
 from absld.data.augmentation import Batch
 from absld.methods.absld import Absld
-from absld.methods.base import Method, Step
-from absld.methods.baselines import Trades, trades_terms
+from absld.methods.base import CountsEpochs, Step
+from absld.methods.baselines import Trades, mean_terms, trades_terms
 from absld.metrics import ClassMean, class_sums
 
 
@@ -25,7 +25,7 @@ def class_margins(robust_accuracy: Float[Tensor, " c"], offset: float) -> Float[
     return torch.where(robust_accuracy.isnan(), 1, offset + robust_accuracy)
 
 
-class ClassMargins(Method):
+class ClassMargins(CountsEpochs):
     """The part that methods with class margins share: a class is attacked within (0.3 + its robust
     accuracy in the epoch before) epsilon.
 
@@ -36,33 +36,27 @@ class ClassMargins(Method):
 
     offset = 0.3
     margin: Tensor
-    epochs: Tensor
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.register_buffer("margin", torch.ones(num_classes))
-        self.register_buffer("epochs", torch.tensor(0))
         self.robust = ClassMean(num_classes)
 
     def within_margins(self, attack: TrainingAttack, batch: Batch) -> TrainingAttack:
         """Return the attack with an epsilon for each image."""
-        margin = self.margin.to(batch.labels.device)[batch.labels].view(-1, 1, 1, 1)
+        margin = self.margin[batch.labels].view(-1, 1, 1, 1)
         return replace(attack, epsilon=attack.epsilon * margin.to(batch.x_nat.dtype))
-
-    def count_robust(self, adv_logits: Tensor, labels: Int[Tensor, " n"]) -> None:
-        """Count the adversarial images of each class that are classified correctly."""
-        self.robust.add(*count_correct(adv_logits, labels))
 
     def adapt(self, robust_accuracy: Float[Tensor, " c"]) -> None:
         """Set the factors of the next epoch."""
         self.margin = class_margins(robust_accuracy, self.offset)
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
-        self.epochs = self.epochs + 1
+        report = super().end_epoch(rate)
         if self.epochs >= round(self.config.epochs / 20):
             self.adapt(self.robust.mean())
         self.robust.reset()
-        return super().end_epoch(rate) | {"class_margin": self.margin}
+        return report | {"class_margin": self.margin}
 
 
 def count_correct(
@@ -83,7 +77,7 @@ class AbsldMargins(ClassMargins, Absld):
 
     def observe(self, adv_logits: Tensor, nat_logits: Tensor, labels: Tensor) -> None:
         super().observe(adv_logits, nat_logits, labels)
-        self.count_robust(adv_logits, labels)
+        self.robust.add(*count_correct(adv_logits, labels))
 
 
 class Cfa(ClassMargins, Trades):
@@ -114,12 +108,11 @@ class Cfa(ClassMargins, Trades):
         return super().adversarial_images(student, clean, batch, attack)
 
     def loss(self, log_nat: Tensor, log_adv: Tensor, labels: Int[Tensor, " n"]) -> Step:
-        self.count_robust(log_adv, labels)
+        self.robust.add(*count_correct(log_adv, labels))
         natural, robust = trades_terms(log_nat, log_adv, labels)
-        beta = self.class_beta.to(labels.device)[labels]
+        beta = self.class_beta[labels]
         loss = ((natural + beta * robust) / (1 + beta)).mean()
-        parts = {"cross_entropy": natural.detach().mean(), "kl": robust.detach().mean()}
-        return Step(loss, parts)
+        return Step(loss, mean_terms(natural, robust))
 
     def adapt(self, robust_accuracy: Float[Tensor, " c"]) -> None:
         super().adapt(robust_accuracy)

@@ -55,7 +55,7 @@ class AbsldWeights(Absld):
         return x_adv
 
     def weights(self, labels: Int[Tensor, " n"]) -> Float[Tensor, " n"] | None:
-        return self.class_weight.to(labels.device)[labels]
+        return self.class_weight[labels]
 
     def end_epoch(self, rate: float) -> dict[str, Tensor]:
         steps = self.robust_steps.mean()

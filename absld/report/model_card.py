@@ -32,6 +32,10 @@ SOURCES = {
     "sat": "PGD adversarial training ([arXiv 1706.06083](https://arxiv.org/abs/1706.06083))",
     "mart": "MART (Wang et al., ICLR 2020)",
     "bat": "BAT ([arXiv 2209.07534](https://arxiv.org/abs/2209.07534))",
+    "frl": "FRL ([arXiv 2010.06121](https://arxiv.org/abs/2010.06121))",
+    "wat": "WAT ([arXiv 2302.04025](https://arxiv.org/abs/2302.04025))",
+    "cfa": "CFA ([arXiv 2303.14460](https://arxiv.org/abs/2303.14460))",
+    "dafa": "DAFA ([arXiv 2401.12532](https://arxiv.org/abs/2401.12532))",
 }
 DATASETS = {  # with their names on the hub
     "digits": ("the digits of scikit-learn", None),

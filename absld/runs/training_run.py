@@ -99,13 +99,15 @@ def train(
     loaded already. distributed: the processes that train together. Raises AbsldError.
     """
     planned = plan(config, observer, splits, distributed)
-    device, techniques, splits, _, student, loaded_teacher, inputs, run, _ = planned
+    device, techniques, splits = planned.device, planned.techniques, planned.splits
+    student, given_teacher = planned.student, planned.teacher
+    inputs, run = planned.inputs, planned.run
     session = describe_session(device, splits, inputs, distributed)
-    networks = {"student": student, "teacher": loaded_teacher}
+    networks = {"student": student, "teacher": given_teacher}
     session["hub"] = {role: dict(net.hub) for role, net in networks.items() if net and net.hub}
     caches = LogitCacheSettings(cache_folder(config), config.logit_cache_gib)
     notes = [*describe_start(config, techniques, device, splits), *student.notes]
-    notes += loaded_teacher.notes if loaded_teacher else ()
+    notes += given_teacher.notes if given_teacher else ()
     notes += changed_conditions(run, session)
     if resume:
         notes += describe_new_run(run, config, inputs)

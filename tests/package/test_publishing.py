@@ -19,9 +19,10 @@ from markdown_it import MarkdownIt
 
 import absld
 from absld.errors import CheckpointError, UsageError
+from absld.methods import METHODS
 from absld.models.architectures import build_exactly, build_model
 from absld.models.layers import Normalised
-from absld.report.model_card import Subject, evaluation_command
+from absld.report.model_card import SOURCES, Subject, evaluation_command
 from absld.storage.checkpoint import load, save
 from absld.storage.safetensors_files import describe_weights, safetensors_bytes
 from absld.text import printable
@@ -216,6 +217,10 @@ def test_an_evaluation_with_the_budget_of_the_training_is_preferred(run, capfd):
     assert "is on 20 of 40 images" in capfd.readouterr().out
     card_of(run, "--evaluation", other)
     assert "has another budget than the training, 0.5 in the L2 norm" in capfd.readouterr().out
+
+
+def test_a_card_has_a_source_for_every_method():
+    assert SOURCES.keys() == METHODS.keys()
 
 
 def test_the_command_of_a_card_has_the_form_of_the_images():
