@@ -182,6 +182,6 @@ def check_teacher(teacher: nn.Module, validation: ImageSet, name: str, allow_wea
     if near_chance(accuracy, validation.num_classes) and not allow_weak:
         raise CheckpointError(
             f"{name}: near chance on validation images, {accuracy:.1%} clean",
-            "needed: a better teacher, longer training of it, or --allow-weak-teacher",
+            "needed: a better network, longer training of it, or --allow-weak-teacher",
         )
     return accuracy
