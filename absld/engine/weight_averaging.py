@@ -34,7 +34,7 @@ class WeightAveraging:
             rule = get_ema_multi_avg_fn(config.weight_averaging)  # type: ignore[no-untyped-call]
             try:
                 self.average = AveragedModel(student, multi_avg_fn=rule, use_buffers=True)
-            except (RuntimeError, TypeError) as error:
+            except Exception as error:  # whatever somebody's network raises
                 raise UsageError(
                     f"weights cannot be averaged: copy.deepcopy of the student fails: {error}",
                     "--weight-averaging 0",

@@ -204,10 +204,11 @@ def test_the_default_averages_nothing_and_keeps_the_identity_of_runs(data):
     assert uses(averaged, "averaging_start") and not uses(config, "averaging_start")
 
 
-def test_a_student_that_cannot_be_copied_is_refused(data):
+@pytest.mark.parametrize("error", [TypeError, AttributeError])
+def test_a_student_that_cannot_be_copied_is_refused(data, error):
     class Own(nn.Sequential):
         def __deepcopy__(self, memo):
-            raise TypeError("it is one of a kind")
+            raise error("it is one of a kind")
 
     student = Own(*network("student"))
     with pytest.raises(UsageError, match=r"weights cannot be averaged: .* one of a kind") as caught:
