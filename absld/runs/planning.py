@@ -43,7 +43,7 @@ SELECTED_ON_TEST = (
 )
 
 Use = Literal["teacher", "robust start"]
-"""What a network is trained for, by TRADES, before the student."""
+"""The use of a network that TRADES trains before the student."""
 
 FEW_STEPS = 5  # an epoch, so few that a training hardly moves
 FEW_VALIDATION = 10  # images of a class, so few that one of them moves the score of an epoch much

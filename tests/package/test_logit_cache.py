@@ -389,7 +389,7 @@ def test_a_training_with_a_cache_is_bit_equal(method, tmp_path):
 
 
 def test_iad_caches_the_logits_of_clean_views_alone(tmp_path):
-    """Those of attacked images are neither cached nor taken from the cache."""
+    """The logits of attacked images are neither cached nor taken from the cache."""
     config = replace(CONFIG, method="iad", epochs=4, batch_size=MIN_BATCH)
     images = bytes_of(image_set(2 * MIN_BATCH))
     without = trained(None, config, images=images)

@@ -36,7 +36,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def compared(monkeypatch):
-    """What a command line compares: methods, seeds, settings, evaluation, baseline, schedule."""
+    """Return what a command line asks to compare: methods, seeds, settings, evaluation, baseline, schedule."""
 
     def parse(*flags):
         seen = []
