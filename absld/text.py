@@ -1,5 +1,6 @@
 """Texts from outside, such as class names and paths: one line, nothing hidden, of known width."""
 
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 
@@ -34,6 +35,19 @@ def columns(text: str) -> int:
     marks = sum(unicodedata.combining(letter) > 0 for letter in text)
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     return len(text) - marks + wide
+
+
+def wrap(text: str, width: int, first: str = "", later: str = "") -> list[str]:
+    """Wrap a text to lines of at most `width` columns, the first and later ones indented by texts.
+
+    Breaks at spaces, and within a word only if it is longer than a line.
+    """
+    # A wide letter takes two columns if it has an unseen neighbour, which no printable text has.
+    spaced = "".join(letter + "\0" * (columns(letter) - 1) for letter in printable(text))
+    lines = textwrap.wrap(
+        spaced, width, initial_indent=first, subsequent_indent=later, break_on_hyphens=False
+    )
+    return [line.replace("\0", "") for line in lines]
 
 
 def clip(text: str, width: int) -> str:

@@ -13,6 +13,7 @@ from absld.cli.options import (
     Seeds,
     Status,
     explicit,
+    refuse_both,
     seed_list,
     take_settings,
     with_settings,
@@ -85,6 +86,7 @@ def compare(
         beside = {"seeds": seeds, "recipe": recipe, "status": status, "estimate": estimate}
         refuse_settings_of_trainings(flags, beside | {"schedule": own.schedule == "own"})
     launcher = launcher_settings(take_settings(flags, LauncherSettings))
+    refuse_both(status=status, estimate=estimate)
     seeds = seeds or str(of_recipe.get("seeds", ""))
     given = take_methods(methods, seeds, without_schedule(of_all, own) | flags)
     evaluation = with_those_of_both(of_evaluation, given[2])
@@ -92,7 +94,7 @@ def compare(
         out = flags.get("out", "")
         present_runs(runs, evaluation, baseline, out, own.table, as_json=as_json)
     elif status or estimate:
-        look_ahead(given, own, evaluation, launcher, status=status, as_json=as_json)
+        present_ahead(given, own, evaluation, baseline, launcher, status=status, as_json=as_json)
     else:
         present_methods(given, own, evaluation, baseline, launcher, as_json=as_json)
 
@@ -141,10 +143,11 @@ def present_methods(
         output.present(result.results, comparison_lines(result, own.table, output))
 
 
-def look_ahead(
+def present_ahead(
     given: Given,
     own: ComparisonConfig,
     evaluation: EvaluationConfig,
+    baseline: str,
     launcher: LauncherSettings,
     *,
     status: bool,
@@ -152,16 +155,13 @@ def look_ahead(
 ) -> None:
     """Print the state of each training of a comparison, or the time that all take."""
     from absld.cli.comparison_view import ComparisonView
-    from absld.cli.status_view import estimate_report, states_report
-    from absld.runs.comparison import comparison_estimate, comparison_states
+    from absld.cli.status_view import ahead
+    from absld.runs.comparison import planned_runs
 
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with ComparisonView(output) as view:
-            settings = *given, evaluation, view, launcher, own.schedule
-            if status:
-                report = states_report(comparison_states(*settings))
-            else:
-                report = estimate_report(comparison_estimate(*settings))
+            labels, configs, *_ = planned_runs(*given, baseline, own.schedule)
+            report = ahead(labels, configs, evaluation, view, launcher, status=status)
         output.present(*report)
 
 

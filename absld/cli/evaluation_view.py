@@ -1,7 +1,6 @@
 """The view of an evaluation: progress with the time left, checks, and the tables."""
 
 import shlex
-import textwrap
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from absld.evaluation.runner import EvaluationRun
 from absld.norms import NORM_NAMES
 from absld.progress import AttackProgress, Check
 from absld.report.summary import METRICS, shown_interval, worst_classes
-from absld.text import column, printable
+from absld.text import column, printable, wrap
 
 NAMES = {name: label.replace("\N{NBSP}", " ") for name, label in METRICS.items()}
 
@@ -40,8 +39,8 @@ class EvaluationView(View):
     def check(self, check: Check) -> None:
         self.show("checking")
         self.line(f"{'PASS' if check.passed else 'WARN'}  {check.name}")
-        for line in textwrap.wrap(check.numbers, 74):
-            self.line(f"      {line}")
+        for line in wrap(check.numbers, 80, "      ", "      "):
+            self.line(line)
 
 
 def evaluation_lines(run: EvaluationRun | CorruptionRun) -> list[str]:

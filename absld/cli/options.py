@@ -184,6 +184,12 @@ def take_settings(flags: dict[str, Any], settings_class: type[Settings]) -> dict
     return {f.name: flags.pop(f.name) for f in fields(settings_class) if f.name in flags}
 
 
+def refuse_both(*, status: bool, estimate: bool) -> None:
+    """Raise UsageError where --status and --estimate are both given."""
+    if status and estimate:
+        raise UsageError("--status and --estimate print different things", "give one of them")
+
+
 def seed_list(text: str) -> list[int]:
     """Return the seeds 0 to 4 for "5", the listed seeds for "0,3,7", and seed 0 for "".
 

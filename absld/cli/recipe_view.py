@@ -1,7 +1,6 @@
 """The views of `absld recipe`: the recipes, and every setting with its value, source and meaning."""
 
 import re
-import textwrap
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -11,6 +10,7 @@ from absld.config.files import RECIPE_FILES
 from absld.config.recipes import RECIPES
 from absld.config.resolve import setting_source
 from absld.config.settings import Config
+from absld.text import wrap
 
 
 def list_lines() -> list[str]:
@@ -48,8 +48,5 @@ def recipe_lines(config: Config, sources: Mapping[str, str] | None = None) -> li
             value = format_value(getattr(config, f.name))
             source = sources.get(f.name) or setting_source(config, f.name)
             lines.append(f"{f.name:20} {value:20} {source}")
-            lines += textwrap.wrap(
-                f.metadata["meaning"], 80, initial_indent="    ", subsequent_indent="    ",
-                break_on_hyphens=False,
-            )  # fmt: skip
+            lines += wrap(f.metadata["meaning"], 80, "    ", "    ")
     return lines

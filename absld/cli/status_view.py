@@ -3,7 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absld.text import column, time_text
+from absld.config.evaluation_settings import EvaluationConfig
+from absld.config.launcher_settings import LauncherSettings
+from absld.config.settings import Config
+from absld.progress import Observer
+from absld.runs.estimate import estimate
+from absld.runs.launching import training_states
+from absld.text import column, columns, time_text
 
 SCHEMA = "absld-status-1"
 
@@ -12,19 +18,27 @@ Report = tuple[Mapping[str, Any], list[str]]
 """A document for --json, and lines for a person."""
 
 
-def states_report(states: Sequence[Mapping[str, Any]]) -> Report:
-    """Report the states of trainings."""
+def ahead(
+    labels: Sequence[str],
+    configs: Sequence[Config],
+    evaluation: EvaluationConfig,
+    observer: Observer,
+    launcher: LauncherSettings,
+    *,
+    status: bool,
+) -> Report:
+    """Report the state of each training if `status`, else the time that all take; train nothing."""
+    given = labels, configs, evaluation, observer, launcher
+    if not status:
+        results = estimate(*given)
+        return results, estimate_lines(results)
+    states = training_states(*given)
     return {"schema": SCHEMA, "trainings": states}, status_lines(states)
-
-
-def estimate_report(results: Mapping[str, Any]) -> Report:
-    """Report the time that trainings will take."""
-    return results, estimate_lines(results)
 
 
 def status_lines(states: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a row for each training: its state, its epochs, its number in Slurm; and a count."""
-    width = max(len(state["training"]) for state in states)
+    width = max(columns(state["training"]) for state in states)
     finished = sum(state["state"] == "finished" for state in states)
     rows = []
     for state in states:
@@ -40,7 +54,7 @@ def estimate_lines(results: Mapping[str, Any]) -> list[str]:
     rows = results["trainings"]
     if not rows:
         return ["all trainings are finished"]
-    width = min(60, max(8, *(len(row["name"]) for row in rows)))
+    width = min(60, max(8, *(columns(row["name"]) for row in rows)))
     lines = [f"{'':{width}}      step     epoch   training  evaluation  number        all"]
     for row in rows:
         epoch, training, evaluation, seconds = (

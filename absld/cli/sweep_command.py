@@ -13,6 +13,7 @@ from absld.cli.options import (
     Seeds,
     Status,
     explicit,
+    refuse_both,
     seed_list,
     take_settings,
     with_settings,
@@ -76,26 +77,26 @@ def sweep(
     """
     flags = explicit(settings)
     launcher = launcher_settings(take_settings(flags, LauncherSettings))
+    refuse_both(status=status, estimate=estimate)
     chosen = {name: flags.pop(name) for name in EVALUATION_OF_SWEEP if name in flags}
     base = (read_recipe(recipe, flags) if recipe else {}) | flags
     evaluation = with_those_of_both({"split": "validation"} | chosen, base)
 
     from absld.cli.comparison_view import observing
-    from absld.cli.status_view import estimate_report, states_report
+    from absld.cli.status_view import ahead
     from absld.report.sweep_tables import terminal_lines
-    from absld.runs import sweep as sweeps
-    from absld.runs.grid import parse_over
+    from absld.runs.grid import build_points, parse_over
+    from absld.runs.sweep import sweep as sweep_grid
+    from absld.runs.sweep import with_seeds
 
     grid = parse_over(over or [])
     with command_output(as_json, continue_with=SAME_COMMAND) as output:
         with observing(output, {} if status or estimate else base) as observer:
-            given = grid, seed_list(seeds), base, evaluation, observer, launcher
-            if status:
-                report = states_report(sweeps.sweep_states(*given))
-            elif estimate:
-                report = estimate_report(sweeps.sweep_estimate(*given))
+            if status or estimate:
+                runs = with_seeds(build_points(base, grid)[0], seed_list(seeds))
+                report = ahead(*runs, evaluation, observer, launcher, status=status)
             else:
-                result = sweeps.sweep(*given)
+                result = sweep_grid(grid, seed_list(seeds), base, evaluation, observer, launcher)
                 lines = ["", *terminal_lines(result.results), str(result.folder)]
                 report = result.results, lines
         output.present(*report)

@@ -6,12 +6,11 @@
 import csv
 import io
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absld.report.summary import ABSENT, MANY, bracket, budget, number, verdict
-from absld.text import columns, printable
+from absld.text import columns, printable, wrap
 
 HEADINGS = {
     "clean_average": "clean average",
@@ -120,7 +119,7 @@ def closing_lines(results: Mapping[str, Any]) -> list[str]:
 
 def wrapped(text: str) -> list[str]:
     """Return a text as lines for a terminal of 80 columns."""
-    return textwrap.wrap(printable(text), 80)
+    return wrap(text, 80)
 
 
 def aligned(table: list[list[str]], left: Sequence[int] = (0,)) -> list[str]:

@@ -4,7 +4,6 @@
 """
 
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, get_args
@@ -23,7 +22,7 @@ from absld.report.comparison_tables import (
     wrapped,
 )
 from absld.report.summary import ABSENT, LOWER_IS_BETTER, MANY, METRICS, number
-from absld.text import columns, printable
+from absld.text import columns, wrap
 
 FIGURES = {
     "average": "avg.",
@@ -203,13 +202,7 @@ def method_lines(
     label: str, room: int, row: Sequence[tuple[list[Segment], int]]
 ) -> list[list[Segment]]:
     """Return the line of a method; a name that needs more room begins in lines above it."""
-    *above, last = textwrap.wrap(
-        printable(label),
-        room,
-        initial_indent="  ",
-        subsequent_indent="    ",
-        break_on_hyphens=False,
-    )
+    *above, last = wrap(label, room, "  ", "    ")
     line = [(last + " " * (room - columns(last)), "")]
     for texts, size in row:
         line += [(" " * (size - width(texts)), ""), *texts]

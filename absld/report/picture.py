@@ -1,7 +1,6 @@
 """A report on one page, as PNG or PDF."""
 
 import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from absld.report import figures, summary
 from absld.report.figures import QUIET, RED, TEXT
-from absld.text import clip, printable
+from absld.text import clip, printable, wrap
 
 WIDTH = 8.27  # of the page, in inches, as are all lengths here; the height is as needed
 MARGIN, COLUMN = 0.35, 3.65
@@ -163,11 +162,7 @@ def confusion_texts(results: Mapping[str, Any]) -> list[str]:
 
 def wrapped(texts: Sequence[str]) -> list[str]:
     """Return texts as lines of the width of a column."""
-    return [
-        drawable(line)
-        for text in texts
-        for line in textwrap.wrap(printable(text), WRAP, subsequent_indent="   ")
-    ]
+    return [drawable(line) for text in texts for line in wrap(text, WRAP, later="   ")]
 
 
 def text_height(lines: Sequence[str]) -> float:

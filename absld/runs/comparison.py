@@ -33,15 +33,9 @@ from absld.progress import SILENT, Observer
 from absld.report.summary import budget
 from absld.runs import planning, training_run
 from absld.runs.comparison_results import Comparison, Member, summarise
-from absld.runs.estimate import estimate, is_worthwhile, jobs_at_a_time, trainings_left
+from absld.runs.estimate import is_worthwhile, jobs_at_a_time, trainings_left
 from absld.runs.forecast import forecast
-from absld.runs.launching import (
-    evaluation_of,
-    launch,
-    plan_jobs,
-    training_states,
-    without_device,
-)
+from absld.runs.launching import evaluation_of, launch, plan_jobs, without_device
 from absld.runs.run_record import deciding_settings
 from absld.storage.run_directory import RunDirectory
 
@@ -136,6 +130,19 @@ def resolve_baseline(labels: Sequence[str], configs: Sequence[Config], baseline:
     return baseline or distinct[0]
 
 
+def planned_runs(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    common_settings: Mapping[str, Any],
+    baseline: str,
+    schedule: str,
+) -> tuple[list[str], list[Config], str, list[str]]:
+    """Return label and configuration of each run of `compare_methods`, the baseline, and notes."""
+    configs, notes = build_configs(methods, seeds, common_settings, schedule)
+    labels = label_configs(configs)
+    return labels, configs, resolve_baseline(labels, configs, baseline), notes
+
+
 def compare_methods(
     methods: Sequence[str],
     seeds: Sequence[int],
@@ -151,39 +158,11 @@ def compare_methods(
     methods, seeds, common_settings, schedule: see `build_configs`. baseline: the first method where
     it is empty. Raises AbsldError.
     """
-    configs, notes = build_configs(methods, seeds, common_settings, schedule)
-    labels = label_configs(configs)
-    baseline = resolve_baseline(labels, configs, baseline)
+    labels, configs, baseline, notes = planned_runs(
+        methods, seeds, common_settings, baseline, schedule
+    )
     members, more_notes = train_and_evaluate(labels, configs, evaluation, observer, launcher)
     return summarise(members, evaluation, baseline, Path(configs[0].out), [*notes, *more_notes])
-
-
-def comparison_states(
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    common_settings: Mapping[str, Any],
-    evaluation: EvaluationConfig,
-    observer: Observer,
-    launcher: LauncherSettings = HERE,
-    schedule: str = "same",
-) -> list[dict[str, Any]]:
-    """Return the state of each training of `compare_methods` as plain values; trains nothing."""
-    configs, _ = build_configs(methods, seeds, common_settings, schedule)
-    return training_states(label_configs(configs), configs, evaluation, observer, launcher)
-
-
-def comparison_estimate(
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    common_settings: Mapping[str, Any],
-    evaluation: EvaluationConfig,
-    observer: Observer,
-    launcher: LauncherSettings = HERE,
-    schedule: str = "same",
-) -> dict[str, Any]:
-    """Return the time that `compare_methods` will take as plain values; trains nothing."""
-    configs, _ = build_configs(methods, seeds, common_settings, schedule)
-    return estimate(label_configs(configs), configs, evaluation, observer, launcher)
 
 
 def train_and_evaluate(

@@ -19,9 +19,7 @@ from absld.report.frontier_plot import plot_frontier
 from absld.report.sweep_tables import AXES, markdown, points_csv
 from absld.runs.comparison import HERE, train_and_evaluate
 from absld.runs.comparison_results import Comparison, Member, compare_members, write_files
-from absld.runs.estimate import estimate
 from absld.runs.grid import Over, Point, build_points, frontier
-from absld.runs.launching import training_states
 
 SCHEMA = "absld-sweep-1"
 ABOUT_SPLIT = {
@@ -59,32 +57,6 @@ def sweep(
     folder = write_files("sweep", members, results, Path(configs[0].out), texts)
     plot_frontier(results, folder / "frontier.png")
     return Comparison(folder, results)
-
-
-def sweep_states(
-    over: Over,
-    seeds: Sequence[int],
-    settings: Mapping[str, Any],
-    evaluation: EvaluationConfig,
-    observer: Observer,
-    launcher: LauncherSettings = HERE,
-) -> list[dict[str, Any]]:
-    """Return the state of each training of `sweep` as plain values; trains nothing."""
-    points, _ = build_points(settings, over)
-    return training_states(*with_seeds(points, seeds), evaluation, observer, launcher)
-
-
-def sweep_estimate(
-    over: Over,
-    seeds: Sequence[int],
-    settings: Mapping[str, Any],
-    evaluation: EvaluationConfig,
-    observer: Observer,
-    launcher: LauncherSettings = HERE,
-) -> dict[str, Any]:
-    """Return the time that `sweep` will take as plain values; trains nothing."""
-    points, _ = build_points(settings, over)
-    return estimate(*with_seeds(points, seeds), evaluation, observer, launcher)
 
 
 def with_seeds(points: Sequence[Point], seeds: Sequence[int]) -> tuple[list[str], list[Config]]:

@@ -197,6 +197,22 @@ def test_a_sweep_is_estimated(capfd):
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (["--estimate", "--status"], "--status and --estimate print different things"),
+        (["--estimate", "--baseline", "ard"], "there is no 'ard' to compare with"),
+        (["--status", "--baseline", "ard"], "there is no 'ard' to compare with"),
+    ],
+)
+def test_what_looks_ahead_refuses_what_the_comparison_refuses(flags, cause, capfd):
+    assert main("compare", *TWO, *flags) == 2
+    assert cause in capfd.readouterr().err
+    if "--baseline" not in flags:
+        assert main("sweep", "--over", "adv_weight=0.5", *QUICK, *flags) == 2
+        assert cause in capfd.readouterr().err
+
+
 def test_a_teacher_that_has_yet_to_be_fetched_is_not_trained(monkeypatch, capfd):
     monkeypatch.setattr(estimate, "measure_student", lambda *given: Cost(2.0, 0.5))
     flags = ["--teacher", "published:Zhang2019Theoretically", "--estimate", "--json"]

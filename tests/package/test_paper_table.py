@@ -18,9 +18,11 @@ from absld.methods import METHODS, family_of
 from absld.report import paper_table
 from absld.runs.comparison_results import attack_results
 from absld.runs.launching import to_flags
+from absld.text import columns
 
 FEW = ["--epochs", "1", "--max-steps", "2", "--device", "cpu", "--batch-size", "16", "--no-checks"]
 LONG = "absld temperature_start=0.25 temperature_move=relative temperature_rate=0.15"
+WIDE = "absld 名前の長い方法と呼ばれる方法の名前の長いもの 0.15"
 
 pytestmark = pytest.mark.usefixtures("few_digits_in_an_empty_folder")
 
@@ -179,16 +181,18 @@ def plain(lines):
 
 @pytest.mark.parametrize("styled", [True, False])
 def test_the_terminal_has_80_columns_whatever_the_labels_and_attacks(styled):
-    lines = plain(paper_table.terminal_lines(a_document(THREE), styled=styled))
-    assert max(map(len, lines)) <= 80
+    three = [*THREE, (WIDE, "ABSLD", (0.6, 0.7))]
+    lines = plain(paper_table.terminal_lines(a_document(three), styled=styled))
+    assert max(map(columns, lines)) <= 80
     text = "\n".join(lines)
     assert text.count("PGD-20-sat") == 4, "in the caption, and once in the block of each figure"
     assert " ".join(LONG.split()) in " ".join(text.split()), "a label is wrapped, not shortened"
+    assert "".join(WIDE.split()) in "".join(text.split())
     order = [lines.index(family) for family in ("Adversarial training", "ABSLD", "Others")]
     assert order == sorted(order)
     many = [f"pgd{k}" for k in range(1, 25)]
     lines = plain(paper_table.terminal_lines(a_document(THREE, many), styled=styled))
-    assert max(map(len, lines)) <= 80
+    assert max(map(columns, lines)) <= 80
     heads = [word for line in lines if line.startswith("NSD  ") for word in line.split()[1:]]
     assert heads == [f"PGD-{k}" for k in range(1, 25)], "columns go on in further blocks"
 

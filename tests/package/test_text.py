@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import absld
-from absld.text import clip, column, columns, printable
+from absld.text import clip, column, columns, printable, wrap
 
 FOLDER = Path(absld.__file__).parent
 ANY_TEXT = st.text(st.characters(codec=None), max_size=20)  # with halves of surrogate pairs
@@ -46,6 +46,17 @@ def test_a_printable_text_has_one_line_and_no_control_and_stays_as_it_is(text):
 @given(ANY_TEXT, st.integers(3, 12))
 def test_a_clipped_text_fits_and_a_column_is_filled(text, width):
     assert columns(clip(text, width)) <= width == columns(column(text, width))
+
+
+@given(ANY_TEXT, st.integers(6, 30))
+def test_a_wrapped_text_fits_and_is_whole(text, width):
+    lines = wrap(text, width, "  ", "    ")
+    assert all(columns(line) <= width for line in lines)
+    assert "".join("".join(lines).split()) == "".join(printable(text).split())
+
+
+def test_wide_letters_wrap_at_their_width():
+    assert wrap("漢字かな交じり文", 8) == ["漢字かな", "交じり文"]
 
 
 def test_only_one_function_prints_texts():
