@@ -50,8 +50,8 @@ def build_configs(
     seeds: Sequence[int],
     common_settings: Mapping[str, Any],
     schedule: str = "same",
-) -> tuple[list[Config], list[str]]:
-    """Build the configurations of a comparison, all methods of the first seed first; and notes.
+) -> tuple[list[str], list[Config], list[str]]:
+    """Build label and configuration of each run, all methods of the first seed first; and notes.
 
     methods: names, package.module:Class, or recipe files (.toml) that say what is different about a
     method. common_settings: settings of all runs.
@@ -59,10 +59,10 @@ def build_configs(
     alike, but for those that fine-tune.
     Raises UsageError.
     """
-    recipes, notes = [], []
-    for name in methods:
+    labels, recipes, notes = label_methods(methods), [], []
+    for name, label in zip(methods, labels, strict=True):
         recipe: dict[str, Any] = {"method": name}
-        if name.endswith(".toml"):
+        if is_recipe(name):
             recipe = read_recipe(name, common_settings)
             if other := [key for key in recipe if SETTING_GROUPS[key] not in METHOD_GROUPS]:
                 raise UsageError(
@@ -77,29 +77,50 @@ def build_configs(
             recipe = {key: value for key, value in recipe.items() if key not in of_schedule}
         if fine_tuned and schedule == "same":
             notes.append(f"{name}: fine-tunes a robust network, with the schedule of its recipe")
+        if is_recipe(name):
+            set_here = {"method": "absld"} | recipe
+            texts = " ".join(f"{key}={value}" for key, value in set_here.items() if key != "method")
+            notes.append(f"{label}: {set_here['method']} {texts}".rstrip())
         recipes.append((recipe, own_schedule))
     configs = [
         resolve({**common_settings, **recipe, "seed": seed}, schedule_of_method=own_schedule)
         for seed in seeds
         for recipe, own_schedule in recipes
     ]
-    return configs, notes
+    return [label for _ in seeds for label in labels], configs, notes
+
+
+def is_recipe(method: str) -> bool:
+    return method.endswith(".toml")
+
+
+def label_methods(methods: Sequence[str]) -> list[str]:
+    """Return the name of each method in tables: of a recipe file its stem, if no other has that."""
+    short = [Path(name).stem if is_recipe(name) else name for name in methods]
+    return [
+        label if short.count(label) == 1 else name
+        for name, label in zip(methods, short, strict=True)
+    ]
 
 
 def label_configs(configs: Sequence[Config]) -> list[str]:
-    """Name each configuration: its method, and how it differs from the first one of that method.
+    """Name each finished run: its method, and how it differs from the first one of that method.
 
     Configurations that differ by their seed alone have the same label.
     """
     first: dict[str, dict[str, Any]] = {}
     labels = []
     for config in configs:
-        own = deciding_settings(config) | {"seed": None}
-        own |= {name: getattr(config, name) for name in YOUNGER}
+        own = own_settings(config) | {"seed": None}
         standard = first.setdefault(config.method, own)
         other = [f"{name}={own[name]}" for name in own if own[name] != standard[name]]
         labels.append(" ".join([config.method, *other]))
     return labels
+
+
+def own_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that tell a run from others."""
+    return deciding_settings(config) | {name: getattr(config, name) for name in YOUNGER}
 
 
 def resolve_baseline(labels: Sequence[str], configs: Sequence[Config], baseline: str) -> str:
@@ -122,11 +143,13 @@ def resolve_baseline(labels: Sequence[str], configs: Sequence[Config], baseline:
         raise UsageError(
             f"the budgets differ: {' and '.join(budgets)}", "needed: runs with one norm and epsilon"
         )
-    seen = set()
+    seen: dict[str, str] = {}
     for label, config in zip(labels, configs, strict=True):
-        if (label, config.seed) in seen:
-            raise UsageError(f"{label}, seed {config.seed}, is given twice", "give it once")
-        seen.add((label, config.seed))
+        own = repr(own_settings(config))
+        if own in seen:
+            both = " and ".join(dict.fromkeys([seen[own], label]))
+            raise UsageError(f"{both}, seed {config.seed}, is given twice", "give it once")
+        seen[own] = label
     return baseline or distinct[0]
 
 
@@ -138,8 +161,7 @@ def planned_runs(
     schedule: str,
 ) -> tuple[list[str], list[Config], str, list[str]]:
     """Return label and configuration of each run of `compare_methods`, the baseline, and notes."""
-    configs, notes = build_configs(methods, seeds, common_settings, schedule)
-    labels = label_configs(configs)
+    labels, configs, notes = build_configs(methods, seeds, common_settings, schedule)
     return labels, configs, resolve_baseline(labels, configs, baseline), notes
 
 

@@ -122,7 +122,7 @@ def test_it_trains_and_resumes_and_compares(capfd):
     given = ["--epochs", "1", *TINY, "--attacks", "fgsm", "--no-checks"]
     assert main("compare", "--methods", "sat,score.toml", *given, "--json") == 0
     results = json.loads(capfd.readouterr().out)
-    assert [method["name"] for method in results["methods"]] == ["sat", "score:Score"]
+    assert [method["name"] for method in results["methods"]] == ["sat", "score"]
     assert results["notes"][0] == (
         "score.toml: epochs, learning_rate, weight_decay, milestones left out, all methods train alike"
     )

@@ -20,7 +20,7 @@ from helpers.program import main, refused, use_few_digits
 import absld
 from absld.config.files import read_run_config, to_toml
 from absld.config.resolve import resolve
-from absld.errors import Interrupted
+from absld.errors import Interrupted, UsageError
 from absld.evaluation.differences import paired_differences
 from absld.evaluation.evaluate import Evaluation
 from absld.evaluation.intervals import over_seeds
@@ -335,15 +335,18 @@ def test_a_recipe_file_is_a_method(tmp_path, capfd):
     assert main("compare", *given) == 0
     results = document_of("runs")
     names = [m["name"] for m in results["methods"]]
-    assert names == ["absld", "absld fidelity=released temperature_rate=0.5", "mine:Own"]
+    assert names == ["absld", "warm", "mine:Own"]
+    assert results["notes"][0] == "warm: absld temperature_rate=0.5 fidelity=released"
     assert results["methods"][1]["figures"]["clean_average"]["std"] is None
     assert results["methods"][1]["differences"]["robust_worst"]["over_seeds"] == [None, None]
     assert len(runs_of("runs", "mine-Own")) == 1
     Path("long.toml").write_text("epochs = 9\nkl_scale = 0.1\n")
     assert main("compare", "--methods", "absld,long.toml", *SETTINGS, "--out", "other") == 0
     results = document_of("other")
-    assert results["notes"][0] == "long.toml: epochs left out, all methods train alike"
-    assert [m["name"] for m in results["methods"]] == ["absld", "absld kl_scale=0.1"]
+    assert results["notes"][:2] == [
+        "long.toml: epochs left out, all methods train alike", "long: absld kl_scale=0.1"
+    ]  # fmt: skip
+    assert [m["name"] for m in results["methods"]] == ["absld", "long"]
     capfd.readouterr()
     Path("grey.toml").write_text('student = "resnet18"\n')
     refused(capfd, 2, "grey.toml sets student, which is not a setting of a method", "as a flag",
@@ -438,6 +441,18 @@ def test_seeds_are_a_number_or_a_list():
         3,
         7,
     ]
+
+
+def test_a_recipe_file_has_the_name_of_the_file_unless_another_has_it():
+    names = ["absld", "mine/absld.toml", "warm.toml", "a.b.toml", "x/warm.toml", "mine:Own"]
+    labels = ["absld", "mine/absld.toml", "warm.toml", "a.b", "x/warm.toml", "mine:Own"]
+    assert comparison.label_methods(names) == labels
+
+
+def test_a_recipe_file_that_repeats_a_method_is_refused():
+    Path("again.toml").write_text('method = "rslad"\n')
+    with pytest.raises(UsageError, match="rslad and again, seed 0, is given twice"):
+        comparison.planned_runs(["rslad", "again.toml"], [0], {}, "", "same")
 
 
 def test_labels_tell_settings_apart_but_not_seeds():

@@ -189,10 +189,10 @@ def test_settings_of_a_run_compare_nothing():
 def test_methods_train_as_their_authors_do_if_that_is_wanted():
     of_all = {"dataset": "cifar10"}
     names = ["trades", "ard", "absld"]
-    same, _ = comparison.build_configs(names, [0], of_all)
-    own, _ = comparison.build_configs(names, [0], of_all, "own")
+    _, same, _ = comparison.build_configs(names, [0], of_all)
+    _, own, _ = comparison.build_configs(names, [0], of_all, "own")
     assert [config.epochs for config in same] == [300] * 3
     assert [config.epochs for config in own] == [76, 200, 300]
     Path("mine.toml").write_text('method = "ard"\nepochs = 7\n')
-    (mine,), notes = comparison.build_configs(["mine.toml"], [0], of_all, "own")
-    assert mine.epochs == 7 and not notes
+    labels, (mine,), notes = comparison.build_configs(["mine.toml"], [0], of_all, "own")
+    assert labels == ["mine"] and mine.epochs == 7 and notes == ["mine: ard epochs=7"]

@@ -115,14 +115,13 @@ def test_starts_are_jobs_before_their_students_and_shared_with_teachers(monkeypa
 
 def test_a_comparison_leaves_its_schedule_to_a_method_that_fine_tunes():
     Path("slow.toml").write_text('method = "frl"\nlearning_rate = 1e-4\n')
-    configs, notes = build_configs(["trades", "frl", "slow.toml"], [0], {"epochs": 5})
+    labels, configs, notes = build_configs(["trades", "frl", "slow.toml"], [0], {"epochs": 5})
     assert [config.learning_rate for config in configs] == [0.1, 1e-3, 1e-4]
     assert [config.weight_decay for config in configs] == [2e-4, 5e-4, 5e-4]
     assert [config.epochs for config in configs] == [5, 5, 5], "flags are for all"
-    assert notes == [
-        f"{name}: fine-tunes a robust network, with the schedule of its recipe"
-        for name in ("frl", "slow.toml")
-    ]
+    assert labels == ["trades", "frl", "slow"]
+    alone = "fine-tunes a robust network, with the schedule of its recipe"
+    assert notes == [f"frl: {alone}", f"slow.toml: {alone}", "slow: frl learning_rate=0.0001"]
 
 
 @pytest.mark.parametrize("method", ["wat", "frl"])
