@@ -59,35 +59,45 @@ def build_configs(
     alike, but for those that fine-tune.
     Raises UsageError.
     """
-    labels, recipes, notes = label_methods(methods), [], []
-    for name, label in zip(methods, labels, strict=True):
-        recipe: dict[str, Any] = {"method": name}
-        if is_recipe(name):
-            recipe = read_recipe(name, common_settings)
-            if other := [key for key in recipe if SETTING_GROUPS[key] not in METHOD_GROUPS]:
-                raise UsageError(
-                    f"{name} sets {', '.join(other)}, which is not a setting of a method",
-                    "give it as a flag, to all methods alike",
-                )
-        fine_tuned = fine_tunes(recipe.get("method", "absld"))
-        own_schedule = fine_tuned or schedule == "own"
-        of_schedule = [key for key in recipe if SETTING_GROUPS[key] == "Training"]
-        if of_schedule and not own_schedule:
-            notes.append(f"{name}: {', '.join(of_schedule)} left out, all methods train alike")
-            recipe = {key: value for key, value in recipe.items() if key not in of_schedule}
-        if fine_tuned and schedule == "same":
-            notes.append(f"{name}: fine-tunes a robust network, with the schedule of its recipe")
-        if is_recipe(name):
-            set_here = {"method": "absld"} | recipe
-            texts = " ".join(f"{key}={value}" for key, value in set_here.items() if key != "method")
-            notes.append(f"{label}: {set_here['method']} {texts}".rstrip())
-        recipes.append((recipe, own_schedule))
+    labels = label_methods(methods)
+    read = [read_method(name, common_settings, schedule) for name in methods]
     configs = [
         resolve({**common_settings, **recipe, "seed": seed}, schedule_of_method=own_schedule)
         for seed in seeds
-        for recipe, own_schedule in recipes
+        for recipe, own_schedule, _ in read
+    ]
+    notes = [
+        f"{label}: {'; '.join(remarks)}"
+        for label, (_, _, remarks) in zip(labels, read, strict=True)
+        if remarks
     ]
     return [label for _ in seeds for label in labels], configs, notes
+
+
+def read_method(
+    name: str, common_settings: Mapping[str, Any], schedule: str
+) -> tuple[dict[str, Any], bool, list[str]]:
+    """Return what is different about a method, whether it keeps its schedule, and remarks."""
+    recipe, remarks = {"method": name}, []
+    if is_recipe(name):
+        recipe = {"method": "absld"} | read_recipe(name, common_settings)
+        if other := [key for key in recipe if SETTING_GROUPS[key] not in METHOD_GROUPS]:
+            raise UsageError(
+                f"{name} sets {', '.join(other)}, which is not a setting of a method",
+                "give it as a flag, to all methods alike",
+            )
+    fine_tuned = fine_tunes(recipe["method"])
+    own_schedule = fine_tuned or schedule == "own"
+    left_out = [key for key in recipe if SETTING_GROUPS[key] == "Training" and not own_schedule]
+    recipe = {key: value for key, value in recipe.items() if key not in left_out}
+    if is_recipe(name):
+        own = (f"{key}={value}" for key, value in recipe.items() if key != "method")
+        remarks.append(" ".join([recipe["method"], *own]))
+    if left_out:
+        remarks.append(f"{', '.join(left_out)} left out, all methods train alike")
+    if fine_tuned and schedule == "same":
+        remarks.append("fine-tunes a robust network, with the schedule of its recipe")
+    return recipe, own_schedule, remarks
 
 
 def is_recipe(method: str) -> bool:

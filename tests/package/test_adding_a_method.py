@@ -124,7 +124,8 @@ def test_it_trains_and_resumes_and_compares(capfd):
     results = json.loads(capfd.readouterr().out)
     assert [method["name"] for method in results["methods"]] == ["sat", "score"]
     assert results["notes"][0] == (
-        "score.toml: epochs, learning_rate, weight_decay, milestones left out, all methods train alike"
+        "score: score:Score; "
+        "epochs, learning_rate, weight_decay, milestones left out, all methods train alike"
     )
 
 

@@ -121,7 +121,7 @@ def test_a_comparison_leaves_its_schedule_to_a_method_that_fine_tunes():
     assert [config.epochs for config in configs] == [5, 5, 5], "flags are for all"
     assert labels == ["trades", "frl", "slow"]
     alone = "fine-tunes a robust network, with the schedule of its recipe"
-    assert notes == [f"frl: {alone}", f"slow.toml: {alone}", "slow: frl learning_rate=0.0001"]
+    assert notes == [f"frl: {alone}", f"slow: frl learning_rate=0.0001; {alone}"]
 
 
 @pytest.mark.parametrize("method", ["wat", "frl"])
