@@ -10,7 +10,7 @@ import csv
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -59,39 +59,40 @@ def read(path: Path) -> dict[str, list[Point]]:
             key = row["teacher"], row["method"], row["family"], row["part"] == "sweep"
             rows[key].append((float(row["robust average"]), float(row["robust worst"])))
     points = defaultdict(list)
-    for (teacher, *who), figures in rows.items():
+    for (teacher, name, family, swept), figures in rows.items():
+        average, worst = (list(values) for values in zip(*figures, strict=True))
         for panel in ("convnet", "convnet-wide") if teacher == "none" else (teacher,):
-            points[panel].append(Point(*who, *map(list, zip(*figures, strict=True))))
+            points[panel].append(Point(name, family, swept, average, worst))
     return points
 
 
-def draw(axes: Axes, points: list[Point], places: dict[str, str]) -> None:
-    """Draw the points of a teacher, and the frontier of all. places: of names."""
-    for point in points:
-        k = FAMILIES.index(point.family)
-        x, y = point.means
-        look = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": ""}
-        if point.swept:
-            axes.plot([x], [y], markersize=4, alpha=0.5, markeredgewidth=0, zorder=2, **look)
-            continue
-        intervals = [over_seeds(torch.tensor(values)) for values in (point.average, point.worst)]
-        bars = [interval.high - interval.value for interval in intervals]
-        axes.errorbar(x, y, bars[1], bars[0], fmt="none", ecolor=COLOURS[k], alpha=0.25, zorder=1)
-        axes.plot([x], [y], markersize=8, markeredgecolor="white", zorder=3, **look)
-        place = places.get(point.name, "")
-        left, below = "left" in place, "below" in place
-        axes.annotate(
-            point.name, (x, y), (-6 if left else 6, -12 if below else 4), textcoords="offset points",
-            size="small", ha="right" if left else "left", color=TEXT, zorder=4,
-        )  # fmt: skip
-    means = [point.means for point in points]
+def draw_point(axes: Axes, point: Point, place: str) -> None:
+    """Draw a point; a method's, with its intervals, and its name at `place`."""
+    k = FAMILIES.index(point.family)
+    x, y = point.means
+    look: dict[str, Any] = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": ""}
+    if point.swept:
+        axes.plot([x], [y], markersize=4, alpha=0.5, markeredgewidth=0, zorder=2, **look)
+        return
+    intervals = [over_seeds(torch.tensor(values)) for values in (point.average, point.worst)]
+    bars = [interval.high - interval.value for interval in intervals]
+    axes.errorbar(x, y, bars[1], bars[0], fmt="none", ecolor=COLOURS[k], alpha=0.25, zorder=1)
+    axes.plot([x], [y], markersize=8, markeredgecolor="white", zorder=3, **look)
+    left, below = "left" in place, "below" in place
+    axes.annotate(
+        point.name, (x, y), (-6 if left else 6, -12 if below else 4), textcoords="offset points",
+        size="small", ha="right" if left else "left", color=TEXT, zorder=4,
+    )  # fmt: skip
+
+
+def draw_frontier(axes: Axes, means: list[tuple[float, float]]) -> None:
+    """Draw the frontier of means as stairs."""
     ends = sorted(mean for mean, on_it in zip(means, frontier(means), strict=True) if on_it)
     x, y = zip(*ends, strict=True)
     limits = axes.get_xlim(), axes.get_ylim()
     stairs = [limits[0][0], *x, x[-1]], [y[0], *y, limits[1][0]]
     axes.step(*stairs, where="pre", color=QUIET, linewidth=1, zorder=1)
     axes.set(xlim=limits[0], ylim=limits[1])
-    axes.grid()
 
 
 def main() -> None:
@@ -101,7 +102,10 @@ def main() -> None:
         figure = Figure(figsize=(11.5, 6), layout="constrained")
         panels = figure.subplots(1, len(points), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (teacher, of_teacher) in zip(panels, points.items(), strict=True):
-            draw(axes, of_teacher, PLACES[teacher])
+            for point in of_teacher:
+                draw_point(axes, point, PLACES[teacher].get(point.name, ""))
+            draw_frontier(axes, [point.means for point in of_teacher])
+            axes.grid()
             axes.set_title(f"teacher: {teacher}")
             axes.set_xlabel("robust average, %")
         panels[0].set_ylabel("robust, worst class, %")
