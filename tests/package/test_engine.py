@@ -7,6 +7,8 @@ yardstick.
 
 import copy
 import functools
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -319,6 +321,47 @@ def test_each_part_has_its_precision():
     assert precisions(precision="bf16", attack_precision="fp32", teacher_precision="fp32") == {
         "teacher": full, "training": half, "attack of training": full,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layer", "precision"),
+    [
+        (nn.Conv2d(4, 4, 3, stride=2, groups=4), torch.float32),
+        (nn.Conv2d(4, 8, 3, stride=(1, 2), groups=4), torch.float32),
+        (nn.Conv2d(4, 4, 3, groups=4), torch.bfloat16),
+        (nn.Conv2d(4, 4, 3, stride=2, groups=2), torch.bfloat16),
+        (nn.Conv2d(1, 4, 3, stride=2), torch.bfloat16),
+    ],
+)
+def test_bf16_on_a_cpu_leaves_strided_depthwise_convolutions_in_float32(layer, precision):
+    """Values, and gradients to images and weights."""
+    x = torch.rand(2, layer.in_channels, 9, 9, requires_grad=True)
+    logits = with_precision(layer, "bf16")(x)
+    if precision == torch.float32:
+        expected = layer(x)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = layer(x).float()
+        assert not torch.equal(expected, layer(x))
+    assert torch.equal(logits, expected)
+    inputs = x, *layer.parameters()
+    gradients = (torch.autograd.grad(y.square().sum(), inputs) for y in (logits, expected))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_leaves_them_in_float32_too():
+    """In a process of its own: torch.compile cannot trace the tests' checks of signatures."""
+    program = """if True:
+        import torch
+        from absld.engine.engine import Compiled
+        from absld.engine.precision import with_precision
+        layer = torch.nn.Conv2d(4, 4, 3, stride=2, groups=4)
+        x = torch.rand(2, 4, 9, 9)
+        error = with_precision(Compiled(layer), "bf16")(x) - layer(x)
+        assert error.abs().max() < 1e-6, error
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize(("around", "inside"), [("fp32", "tf32"), ("tf32", "fp32")])
