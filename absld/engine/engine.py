@@ -36,7 +36,8 @@ class Engine(nn.Module):
         if self.folded and techniques.cuda_graph:  # it takes ten small kernels a layer
             device = next(student.parameters()).device
             self.refresh = capture(self.folded.refresh, device)[0].replay
-        networks = student, self.folded or student
+        # Not `folded` itself: torch compiles a forward for eight networks, then no more.
+        networks = student, self.folded.net if self.folded else student
         trained, attacked = map(Compiled, networks) if techniques.compile else networks
         trained = with_precision(trained, techniques.precision)
         self.train_forward = distributed.data_parallel(trained)

@@ -273,6 +273,15 @@ def test_another_order_of_sums_differs_by_rounding_only(settings):
     torch.testing.assert_close(engine.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
 
 
+def test_each_training_is_compiled_however_many_there_were_before(monkeypatch):
+    """torch compiles a function for a number of networks and then only warns."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    torch.compiler.reset()  # what other tests compiled
+    for seed in range(3):
+        train(replace(CONFIG, epochs=1, max_steps=1, compile=True, fold_batch_norm=True, seed=seed))
+
+
 @network
 def test_channels_last_gives_the_same_attack(name):
     net, plain = ready(name)
