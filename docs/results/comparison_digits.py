@@ -30,7 +30,7 @@ PLACES = {
         "sat": "left below", "trades": "below", "wat": "left",
     },
     "convnet-wide": {
-        "absld": "left", "absld-start-0.25-adv": "left", "absld-weights": "left",
+        "absld": "left", "absld-start-0.25-adv": "left", "absld-weights": "left", "adaad": "left",
         "ard": "left below", "fair-rslad": "left", "frl": "left below", "rslad": "left below",
         "sat": "left below", "trades": "below", "wat": "left",
     },
