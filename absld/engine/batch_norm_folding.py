@@ -9,7 +9,7 @@ import copy
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from absld.attack import frozen_eval
@@ -27,7 +27,7 @@ class FoldedPair(NamedTuple):
 
 
 class FoldedNetwork(nn.Module):
-    """A network in eval mode with its batch norms folded; its weights need no gradient.
+    """`net`: a network in eval mode with its batch norms folded; its weights need no gradient.
 
     Modules that are not folded are shared with `network` and follow its weights at once; the folded
     ones follow at `refresh`. Raises UsageError for a network that torch.fx cannot trace.
@@ -72,10 +72,6 @@ class FoldedNetwork(nn.Module):
                 )
                 folded.weight.copy_(weight)
                 folded.bias.copy_(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.net(x)
-        return logits
 
 
 def foldable_nodes(net: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:

@@ -36,7 +36,7 @@ class Engine(nn.Module):
         if self.folded and techniques.cuda_graph:  # it takes ten small kernels a layer
             device = next(student.parameters()).device
             self.refresh = capture(self.folded.refresh, device)[0].replay
-        # Not `folded` itself: torch compiles a forward for eight networks, then no more.
+        # torch would compile a forward that all folded networks share for eight of them only.
         networks = student, self.folded.net if self.folded else student
         trained, attacked = map(Compiled, networks) if techniques.compile else networks
         trained = with_precision(trained, techniques.precision)

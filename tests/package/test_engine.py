@@ -153,7 +153,9 @@ def test_a_folded_network_gives_exactly_the_same_attack(name):
     assert torch.equal(plain, folded) and not torch.equal(plain, batch_of()[0])
     x_nat, net = batch_of()[0], net.eval()
     with torch.no_grad():
-        torch.testing.assert_close(FoldedNetwork(net)(x_nat), net(x_nat), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            FoldedNetwork(net).net(x_nat), net(x_nat), rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", FOLDS)
