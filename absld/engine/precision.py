@@ -123,10 +123,10 @@ def bf16_autocast(device: torch.device) -> Iterator[None]:
 
 
 class StridedDepthwiseInFloat32(TorchFunctionMode):
-    """Computes depthwise convolutions with strides in float32, also inside of autocast.
+    """Depthwise convolutions with strides compute in float32, also inside of autocast.
 
     On CPUs, oneDNN has a slow gradient for them in bfloat16: 27 ms where float32 takes 0.8, for 16
-    images of 144 channels of 32x32. The few that MobileNetV2 has took a third of its attack.
+    images of 144 channels of 32x32. The three of MobileNetV2 took more than a third of its attack.
     """
 
     def __torch_function__(
@@ -150,7 +150,8 @@ def strided_depthwise_in_float32(
     The arguments are those of torch.nn.functional.conv2d.
     """
     strides = (stride,) if isinstance(stride, int) else stride
-    slow = max(strides) > 1 and weight.shape[1] == 1 < input.shape[-3]
+    depthwise = weight.shape[1] == 1 and input.shape[-3] > 1
+    slow = depthwise and max(strides) > 1
     with torch.autocast("cpu", enabled=False) if slow else nullcontext():
         x = input.to(weight.dtype) if slow else input
         return nn.functional.conv2d(x, weight, bias, stride, *others, **named)
