@@ -1,10 +1,9 @@
 """Profiles of Hypothesis, one torch thread, checked signatures, fixtures of several files."""
 
-import atexit
 import os
-import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import hypothesis
 import jaxtyping
@@ -40,8 +39,14 @@ hypothesis.settings.load_profile(
 )
 
 torch.set_num_threads(1)
-os.environ["ABSLD_CACHE"] = tempfile.mkdtemp(prefix="absld-test-cache-")  # not the user's
-atexit.register(shutil.rmtree, os.environ["ABSLD_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache() -> Iterator[None]:
+    """Not the user's. A fixture: a forked child, which runs tests, too, runs nothing at its exit."""
+    with tempfile.TemporaryDirectory(prefix="absld-test-cache-") as folder:
+        os.environ["ABSLD_CACHE"] = folder
+        yield
 
 
 class TorchRandom:
