@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import os
 import pty
@@ -850,9 +851,11 @@ def test_the_temperatures_of_many_classes_are_the_extremes():
 
 # --- Processes of their own: signals, pipes, the terminal ---
 
+held, go = Path("held"), Path("go")  # in the folder of the test
 
-def child(flags, folder, out, err, environment, slow):
-    """The program, with the few digits; `slow`: no step ends in the second epoch."""
+
+def child(flags, folder, out, err, environment, hold):
+    """The program, with the few digits; in the step of number `hold` it waits for the file go."""
     os.chdir(folder)
     os.environ.update(environment)
     for number, path in ((1, out), (2, err)):
@@ -867,16 +870,15 @@ def child(flags, folder, out, err, environment, slow):
             os.close(number)
     torch.set_num_threads(1)
     absld.runs.planning.load_data = load_few
-    if slow:
-        calls, step = [], absld.stepper.train_step
+    numbers, step = itertools.count(1), absld.stepper.train_step
 
-        def wait(*given):
-            calls.append(1)
-            while len(calls) > 1:  # in short sleeps: the signal may wake another thread
-                time.sleep(0.01)
-            return step(*given)
+    def step_or_wait(*given):
+        if next(numbers) == hold:
+            held.touch()
+            until(go.exists)  # in short sleeps: a signal may wake another thread
+        return step(*given)
 
-        absld.stepper.train_step = wait
+    absld.stepper.train_step = step_or_wait
     sys.argv = ["absld", *map(str, flags)]
     cli.main()
 
@@ -886,8 +888,8 @@ def start():
     """Start the program with its output in files; in the end it is gone."""
     started = []
 
-    def start(*flags, out="out", err="err", slow=False, **environment):
-        given = (flags, os.getcwd(), out, err, environment, slow)
+    def start(*flags, out="out", err="err", hold=None, **environment):
+        given = (flags, os.getcwd(), out, err, environment, hold)
         started.append(processes.Process(target=child, args=given))
         started[-1].start()
         return started[-1]
@@ -921,9 +923,12 @@ LONGER = ["train", *QUICK, "--epochs", "8", "--max-steps", "2"]
 @pytest.mark.slow
 def test_an_interrupted_process_is_resumed_to_the_same_digest(teacher, capfd, start):
     flags = [*LONGER, "--teacher", teacher]
-    process = start(*flags)
-    until(lambda: "\n    2 " in text_of("out"))
+    process = start(*flags, hold=5)
+    until(held.exists)
+    assert "\n    2 " in text_of("out")
     os.kill(process.pid, signal.SIGINT)
+    until(lambda: text_of("err"))
+    go.touch()
     assert ended(process) == 130
     lines = text_of("err").splitlines()
     assert lines[0] == "stopping after this step; a second signal stops at once"
@@ -931,7 +936,8 @@ def test_an_interrupted_process_is_resumed_to_the_same_digest(teacher, capfd, st
         r"Interrupted in epoch \d\. Continue with: absld train .* --resume", lines[1]
     )
     assert (the_run() / "STATUS").read_text() == "interrupted\n"
-    assert load(the_run() / "last.pt")["progress"]["epoch"] in range(3, 10)
+    progress = load(the_run() / "last.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == (3, 1)
     assert main(*flags, "--resume") == 0
     resumed = capfd.readouterr().out
     assert "\n    2 " not in resumed and "\n    8 " in resumed
@@ -950,9 +956,11 @@ def records(run):
 @pytest.mark.slow
 def test_an_interrupted_teacher_continues(capfd, start):
     flags = ["train", *QUICK, "--teacher-epochs", "8"]
-    process = start(*flags)
-    until(lambda: "\n    2 " in text_of("out"))
+    process = start(*flags, hold=3)
+    until(held.exists)
     os.kill(process.pid, signal.SIGTERM)
+    until(lambda: text_of("err"))
+    go.touch()
     assert ended(process) == 143
     assert (the_run("teacher") / "STATUS").read_text() == "interrupted\n"
     assert " of the teacher. Continue with: " in text_of("err")
@@ -965,8 +973,8 @@ def test_an_interrupted_teacher_continues(capfd, start):
 @pytest.mark.slow
 def test_a_run_waits_for_its_teacher_and_takes_over_if_the_other_is_killed(capfd, start):
     flags = ["train", *QUICK, "--teacher-epochs", "2"]
-    first = start(*flags, slow=True)
-    until(lambda: list(Path("runs").glob("digits-teacher-*/last.pt")))
+    first = start(*flags, hold=2)
+    until(held.exists)
     second = start(*flags, "--method", "rslad", out="out2")
     third = start(*flags, "--method", "ard", out="out3")
     wait = "waiting for another process, which trains runs/digits-teacher-"
@@ -1006,12 +1014,11 @@ def test_a_teacher_that_another_process_finishes_meanwhile_is_used(command, capf
 def test_a_second_signal_ends_it_at_once_and_a_second_process_is_refused(teacher, capfd, start):
     """In one test, for both need a process that hangs in a step."""
     flags = [*LONGER, "--teacher", teacher]
-    process = start(*flags, slow=True)
-    until(lambda: "teacher: " in text_of("out"))
+    process = start(*flags, hold=2)
+    until(held.exists)
     refused(capfd, 2, "holds a run with these settings (running)", "--resume", *flags)
     refused(capfd, 7, "another process is at work", "--out", *flags, "--resume")
     assert (the_run() / "STATUS").read_text() == "running\n"
-    time.sleep(0.3)  # into the step that hangs
     os.kill(process.pid, signal.SIGINT)
     until(lambda: "a second signal" in text_of("err"))
     assert process.is_alive()
@@ -1024,10 +1031,11 @@ def test_a_second_signal_ends_it_at_once_and_a_second_process_is_refused(teacher
 @pytest.mark.slow
 def test_output_into_head_is_quiet_and_ends_the_run_with_its_step_saved(teacher, start):
     os.mkfifo("pipe")
-    process = start(*LONGER, "--teacher", teacher, out="pipe")
+    process = start(*LONGER, "--teacher", teacher, out="pipe", hold=3)
     with open("pipe") as pipe:
         assert pipe.readline().startswith("seed 0")
-        until(lambda: list(Path("runs").glob("digits-absld-*/best.pt")))
+        until(held.exists)
+    go.touch()
     assert ended(process) == 128 + signal.SIGPIPE and text_of("err") == ""
     assert (the_run() / "STATUS").read_text() == "interrupted\n"
 
@@ -1139,13 +1147,15 @@ def test_piped_output_is_plain(teacher, start):
 def test_a_terminal_of_a_process_shows_a_live_run(teacher, start):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    process = start(
-        *LONGER, "--teacher", teacher, out=os.ttyname(slave), TERM="xterm-256color", NO_COLOR=""
-    )
+    flags = [*LONGER, "--teacher", teacher]
+    terminal = {"out": os.ttyname(slave), "TERM": "xterm-256color", "NO_COLOR": ""}
+    process = start(*flags, hold=4, **terminal)  # long enough for the region to be drawn
     text = b""
     while process.is_alive() or select.select([master], [], [], 0)[0]:
         if select.select([master], [], [], 0.05)[0]:
             text += os.read(master, 65536)
+        if b"student 2/8" in text:
+            go.touch()
     os.close(master)
     os.close(slave)
     assert ended(process) == 0, text_of("err")

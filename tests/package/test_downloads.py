@@ -10,6 +10,7 @@ import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event
 
 import pytest
 from filelock import FileLock
@@ -108,10 +109,9 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(downloads, "TIMEOUT", (2.0, 0.3))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Server(("127.0.0.1", 0), Answer) as server:
-        server.asked, server.files, server.over = [], {}, threading.Event()
+        server.asked, server.files, server.over = [], {}, Event()
         server.url = "http://{}:{}".format(*server.server_address)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -171,7 +171,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_next_source_is_asked_when_one_fails(fault, server, archive):
+def test_the_next_source_is_asked_when_one_fails(fault, server, archive, monkeypatch):
+    if FAULTS[fault] == "timed out":
+        monkeypatch.setattr(downloads, "TIMEOUT", (10.0, 1.0))
     path, seen = archive(f"{server.url}/{fault}/x.mat", f"{server.url}/whole/x.mat"), Notes()
     provide(["svhn-test"], str(path.parent), seen)
     assert path.read_bytes() == CONTENT
@@ -230,7 +232,6 @@ def provide_in_another_process(folder, archive):
 
 def test_of_two_processes_one_downloads(server, archive):
     path = archive(f"{server.url}/slow/x.mat")
-    downloads.TIMEOUT = (2.0, 5.0)
     arguments = (str(path.parent), ARCHIVES["svhn-test"])
     fork = multiprocessing.get_context("fork")
     others = [fork.Process(target=provide_in_another_process, args=arguments) for _ in range(2)]
@@ -242,19 +243,23 @@ def test_of_two_processes_one_downloads(server, archive):
 
 
 def test_a_wait_for_another_process_is_said(server, archive):
-    path, seen = archive(f"{server.url}/whole/x.mat"), Notes()
+    path, waits, held, said = archive(f"{server.url}/whole/x.mat"), [], Event(), Event()
     path.parent.mkdir()
-    held = threading.Event()
+
+    class Waiting(Observer):
+        def wait(self, text):
+            waits.append(text)
+            said.set()
 
     def hold():
         with FileLock(path.with_name(".x.mat.lock")):
             held.set()
-            time.sleep(0.2)
+            said.wait(60)
 
     threading.Thread(target=hold).start()
     held.wait()
-    provide(["svhn-test"], str(path.parent), seen)
-    assert seen.notes[0] == "waiting for another process, which downloads x.mat"
+    provide(["svhn-test"], str(path.parent), Waiting())
+    assert waits == ["waiting for another process, which downloads x.mat"]
 
 
 def test_a_file_system_without_locks_is_enough(server, archive, monkeypatch):

@@ -37,8 +37,18 @@ class Told(Observer):
 def job(folder, name, code, *needs):
     """A job whose process runs Python code in the folder; it writes its name when it ends."""
     after = f"open('order', 'a').write('{name} ')"
-    command = (sys.executable, "-c", f"import os, signal, sys, time; {code}; {after}")
+    lines = "import os, signal, sys, time", UNTIL, code, after
+    command = (sys.executable, "-c", "\n".join(lines))
     return Job(name, RunDirectory(folder / name, folder), 1, (command,), bool, needs)
+
+
+UNTIL = """
+def until(name, words):
+    end = time.monotonic() + 60
+    while not (os.path.exists(name) and len(open(name).read().split()) >= words):
+        assert time.monotonic() < end, f"no {words} words in {name}"
+        time.sleep(0.01)
+"""
 
 
 @pytest.fixture
@@ -127,7 +137,7 @@ def test_a_machine_without_slurm_says_so(missing, capfd, monkeypatch):
 
 
 def test_a_teacher_is_first_and_others_do_not_wait_for_it(folder):
-    teacher = job(folder, "teacher", "time.sleep(0.6)")
+    teacher = job(folder, "teacher", "until('order', 1)")
     jobs = [teacher, job(folder, "student", "pass", teacher), job(folder, "other", "pass")]
     LocalLauncher(2, []).run(jobs, Observer())
     assert Path("order").read_text() == "other teacher student "
@@ -156,8 +166,8 @@ def test_a_run_in_which_another_process_is_at_work_is_waited_for(folder, monkeyp
 
 
 def test_each_job_has_a_device(folder):
-    seen = "open('seen', 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' '); time.sleep(0.5)"
-    jobs = [job(folder, str(n), seen) for n in range(4)]
+    seen = "open('seen', 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ')"
+    jobs = [job(folder, str(n), f"{seen}; until('seen', {2 + n // 2 * 2})") for n in range(4)]
     LocalLauncher(2, ["3", "GPU-5"]).run(jobs, Observer())
     assert sorted(Path("seen").read_text().split()) == ["3", "3", "GPU-5", "GPU-5"]
 
@@ -273,7 +283,7 @@ def until(condition, process):
     end = time.monotonic() + 300
     while not condition():
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import jsonschema
@@ -514,7 +513,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(runs, capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_an_evaluation_at_once_and_loses_little(runs, number, single_thread):
     command = [sys.executable, "-m", "absld", "evaluate", runs["absld"], "--out", "out"]
-    command += ["--attacks", "pgd2,pgd500-sat", "--batch-size", "20", "--no-checks"]
+    command += ["--attacks", "pgd2,pgd1000-sat", "--batch-size", "20", "--no-checks"]
     command += ["--examples", "100"]
     with subprocess.Popen(
         command, env=single_thread, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -522,7 +521,6 @@ def test_a_signal_ends_an_evaluation_at_once_and_loses_little(runs, number, sing
         line = child.stdout.readline()
         while line and not line.startswith("pgd2 "):
             line = child.stdout.readline()
-        time.sleep(1)
         child.send_signal(number)
         _, error = child.communicate()
     assert child.returncode == (-9 if number == signal.SIGKILL else 128 + number)
@@ -533,14 +531,14 @@ def test_a_signal_ends_an_evaluation_at_once_and_loses_little(runs, number, sing
         rows = load(kept)["predictions"]
         assert (rows[:2] >= 0).all() and (rows[2] == -1).any()
     config = EvaluationConfig(
-        attacks="pgd2,pgd500-sat", examples=100, checks=False, batch_size=100, out="out"
+        attacks="pgd2,pgd1000-sat", examples=100, checks=False, batch_size=100, out="out"
     )
     seen = []
     observer = Quiet()
     observer.attack_batch = seen.append
     runner.run_evaluation(runs["absld"], config, observer)
     if number != signal.SIGKILL:  # what had been done is not done again
-        assert seen[0].attack == "pgd500-sat"
+        assert seen[0].attack == "pgd1000-sat"
 
 
 def test_progress_is_saved_every_few_seconds(runs, monkeypatch):
@@ -703,7 +701,7 @@ def test_into_a_pipe_that_closes(runs, single_thread):
 def test_on_a_terminal_a_bar_moves_and_leaves_nothing_behind(runs, single_thread):
     primary, secondary = pty.openpty()
     command = [sys.executable, "-m", "absld", "evaluate", runs["absld"], "--no-checks"]
-    command += ["--attacks", "pgd50", "--batch-size", "50"]
+    command += ["--attacks", "pgd200", "--batch-size", "50"]
     environment = single_thread | {"TERM": "xterm", "COLUMNS": "40"}
     with subprocess.Popen(
         command, env=environment, stdout=secondary, stderr=secondary, stdin=secondary
@@ -713,7 +711,7 @@ def test_on_a_terminal_a_bar_moves_and_leaves_nothing_behind(runs, single_thread
         assert child.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
     assert (
-        re.search(r"pgd50 \d+/\d+ +\S+ \d:\d\d left", text)
+        re.search(r"pgd200 \d+/\d+ +\S+ \d:\d\d left", text)
         and " left" in text
         and "worst 10 %" in text
     )
