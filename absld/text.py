@@ -1,6 +1,6 @@
 """Texts from outside, such as class names and paths: one line, nothing hidden, of known width."""
 
-import textwrap
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -42,12 +42,18 @@ def wrap(text: str, width: int, first: str = "", later: str = "") -> list[str]:
 
     Breaks at spaces, and within a word only if it is longer than a line.
     """
-    # A wide letter takes two columns if it has an unseen neighbour, which no printable text has.
-    spaced = "".join(letter + "\0" * (columns(letter) - 1) for letter in printable(text))
-    lines = textwrap.wrap(
-        spaced, width, initial_indent=first, subsequent_indent=later, break_on_hyphens=False
-    )
-    return [line.replace("\0", "") for line in lines]
+    # Not textwrap, which counts letters: a letter of some scripts takes two columns, a mark none.
+    lines: list[str] = []
+    for space, word in re.findall("( *)([^ ]+)", printable(text)):
+        if lines and columns(lines[-1] + space + word) <= width:
+            lines[-1] += space + word
+            continue
+        lines.append(later if lines else first)
+        for letter in word:
+            if columns(lines[-1] + letter) > width:
+                lines.append(later)
+            lines[-1] += letter
+    return lines
 
 
 def clip(text: str, width: int) -> str:

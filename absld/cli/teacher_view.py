@@ -1,13 +1,12 @@
 """The view of a teacher check."""
 
-import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absld.cli.evaluation_view import NAMES, figure, metric
 from absld.models.published import Published
 from absld.report.summary import budget
-from absld.text import column
+from absld.text import column, wrap
 
 CALIBRATION = {
     "accuracy": "accuracy",
@@ -52,7 +51,7 @@ def teacher_lines(results: Mapping[str, Any]) -> list[str]:
     lines += ["", f"clean accuracy by the scale of the pixels, {scale['images']} images"]
     lines += [f"{name:36} {accuracy:>7.1%}" for name, accuracy in scale["accuracy"].items()]
     verdict = f"verdict: {results['verdict']}: {'; '.join(results['reasons'])}"
-    return [*lines, "", *textwrap.wrap(verdict, 80)]
+    return [*lines, "", *wrap(verdict, 80)]
 
 
 def published_lines(networks: Iterable[Published]) -> list[str]:

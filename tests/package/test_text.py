@@ -6,7 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import absld
@@ -49,6 +49,7 @@ def test_a_clipped_text_fits_and_a_column_is_filled(text, width):
 
 
 @given(ANY_TEXT, st.integers(6, 30))
+@example("000漢", 6)  # whose last letter begins in the last column
 def test_a_wrapped_text_fits_and_is_whole(text, width):
     lines = wrap(text, width, "  ", "    ")
     assert all(columns(line) <= width for line in lines)
@@ -57,6 +58,8 @@ def test_a_wrapped_text_fits_and_is_whole(text, width):
 
 def test_wide_letters_wrap_at_their_width():
     assert wrap("漢字かな交じり文", 8) == ["漢字かな", "交じり文"]
+    assert wrap("ab cd  e", 4) == ["ab", "cd", "e"] and wrap("ab  cd", 6) == ["ab  cd"]
+    assert wrap("to 123456", 4, "- ") == ["- to", "1234", "56"] and wrap(" ", 4) == []
 
 
 def test_only_one_function_prints_texts():
