@@ -41,12 +41,12 @@ def computes_bf16(device: torch.device) -> bool:
     """Return whether a device has bfloat16 instructions; elsewhere they are emulated, slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    if platform.machine() in ("x86_64", "AMD64"):
-        cpu: Any = torch.cpu  # torch has no types there
-        return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # of Arm
+    if device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # or a person has limited oneDNN, by ONEDNN_MAX_CPU_ISA
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    cpu: Any = torch.cpu  # torch has no types there
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
 def emulation_warnings(precisions: Iterable[str], device: torch.device) -> list[str]:

@@ -44,6 +44,7 @@ def hardware(monkeypatch):
 
     def have(capability=(8, 0), bf16=True, compiler=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
@@ -131,13 +132,16 @@ def test_given_settings_are_kept_and_the_others_filled_in(settings, capability, 
         assert choose_techniques(filled, device) == chosen
 
 
-@pytest.mark.parametrize(
-    ("machine", "arm", "expected"), [("aarch64", True, True), ("aarch64", False, False)]
-)
-def test_other_processors_are_asked_through_onednn(machine, arm, expected, monkeypatch):
-    monkeypatch.setattr(precision.platform, "machine", lambda: machine)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm)
-    assert precision.computes_bf16(CPU) is expected
+@pytest.mark.parametrize("machine", ["aarch64", "x86_64"])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_bfloat16_is_computed_only_where_onednn_computes_it(machine, onednn, hardware, monkeypatch):
+    """On x86 it says so of processors that emulate it, too; it says no where a person limits it."""
+    for instructions in (True, False):
+        hardware(bf16=instructions)
+        monkeypatch.setattr(precision.platform, "machine", lambda: machine)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+        expected = onednn and (instructions or machine == "aarch64")
+        assert precision.computes_bf16(CPU) is expected
     assert precision.computes_bf16(torch.device("meta")) is False
 
 
