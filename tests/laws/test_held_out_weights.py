@@ -39,8 +39,8 @@ def test_hedge_weights_sum_to_the_number_of_classes_and_depend_on_differences(co
 def test_multipliers_are_in_their_simplex_and_rise_where_a_class_errs_more(old, errors, overall):
     size = min(len(old), len(errors))
     old, errors = old[:size] / size, errors[:size]
-    whole = torch.tensor(overall, dtype=draw.DTYPE)
-    new = raise_multipliers(old, errors, whole, rate=0.05, slack=0.1, most=0.5)
+    error = torch.tensor(overall, dtype=draw.DTYPE)  # of all images
+    new = raise_multipliers(old, errors, error, rate=0.05, slack=0.1, most=0.5)
     plain = [
         max(0.0, m + 0.05 * (e - overall - 0.1))
         for m, e in zip(old.tolist(), errors.tolist(), strict=True)
